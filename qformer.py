@@ -1,0 +1,312 @@
+"""The visual prompt generator (VPG) of BLIP-2 (Li et al. 2023): a frozen ViT and the Q-Former that queries it.
+
+    vpg = load_vpg("folder of Salesforce/blip2-opt-2.7b")
+    queries = vpg(images)                       # (B,3,224,224) -> (B,32,768); = vpg.query(vpg.features(images))
+    soft_prompts = load_projector(folder)(queries)
+
+Q learned query tokens look at each other (self-attention) and, in every second layer, at the image (cross-attention).
+Parameter names equal the checkpoint's, so that loading needs no table of names.
+
+B batch, N image tokens, Q query tokens, Dv ViT width, Dq Q-Former width, H heads.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import safe_open
+from torch import nn
+
+
+def attention(q, k, v, dropout=0.0):
+    """Softmax attention over (B,H,S,hd); nothing is masked: every query may look at everything."""
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        # the backward of CPU scaled_dot_product_attention costs about twice these three lines (docs/notes.md)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Sq, Sk)
+        weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout)
+        return weights @ v
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+# -------------------------------------------------------------------------- ViT (EVA ViT-g/14 in BLIP-2; pre-norm blocks)
+
+
+class ViTAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim = config["hidden_size"]
+        self.heads = config["num_attention_heads"]
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config["qkv_bias"])
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.projection(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class ViTLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim, eps = config["hidden_size"], config["layer_norm_eps"]
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
+        self.self_attn = ViTAttention(config)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, config["intermediate_size"]),
+                                  "fc2": nn.Linear(config["intermediate_size"], dim)})
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x))))
+
+
+class ViTEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim, patch = config["hidden_size"], config["patch_size"]
+        self.image_size, tokens = config["image_size"], (config["image_size"] // patch) ** 2 + 1
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.position_embedding = nn.Parameter(torch.randn(1, tokens, dim) * 0.02)
+        self.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch)
+
+    def forward(self, images):
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"this ViT reads images (B, 3, {self.image_size}, {self.image_size}), not {tuple(images.shape)}")
+        patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
+        patches = rearrange(patches, "b d h w -> b (h w) d")
+        class_token = self.class_embedding.expand(len(images), -1, -1)
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding  # (B, N, Dv)
+
+
+class ViT(nn.Module):
+    """`post_layernorm` belongs to the ViT by name but to the Q-Former by training: VPGTrans fine-tunes it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = ViTEmbeddings(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTLayer(config) for _ in range(config["num_hidden_layers"]))})
+        self.post_layernorm = nn.LayerNorm(config["hidden_size"], config["layer_norm_eps"])
+
+    def forward(self, images):
+        x = self.embeddings(images)
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return x
+
+
+# ----------------------------------------------------------------------------------- Q-Former (a BERT; post-norm blocks)
+
+
+class QFormerAttention(nn.Module):
+    """Attention with its residual and norm; `source_dim` is the width of what the queries look at."""
+
+    def __init__(self, config, source_dim):
+        super().__init__()
+        dim = config["hidden_size"]
+        self.heads = config["num_attention_heads"]
+        self.weights_dropout = config["attention_probs_dropout_prob"]
+        self.attention = nn.ModuleDict({"query": nn.Linear(dim, dim), "key": nn.Linear(source_dim, dim),
+                                        "value": nn.Linear(source_dim, dim)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(dim, dim), "LayerNorm": nn.LayerNorm(dim, config["layer_norm_eps"])})
+        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+
+    def forward(self, x, source):
+        split = lambda y: rearrange(y, "b s (h d) -> b h s d", h=self.heads)
+        q, k, v = split(self.attention["query"](x)), split(self.attention["key"](source)), split(self.attention["value"](source))
+        y = attention(q, k, v, self.weights_dropout if self.training else 0.0)
+        y = self.output["dense"](rearrange(y, "b h s d -> b s (h d)"))
+        return self.output["LayerNorm"](x + self.dropout(y))
+
+
+class QFormerLayer(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        dim = config["hidden_size"]
+        self.attention = QFormerAttention(config, dim)
+        if index % config["cross_attention_frequency"] == 0:
+            self.crossattention = QFormerAttention(config, config["encoder_hidden_size"])
+        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(dim, config["intermediate_size"])})
+        self.output_query = nn.ModuleDict({"dense": nn.Linear(config["intermediate_size"], dim),
+                                           "LayerNorm": nn.LayerNorm(dim, config["layer_norm_eps"])})
+        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+
+    def forward(self, x, image):
+        x = self.attention(x, x)
+        if hasattr(self, "crossattention"):
+            x = self.crossattention(x, image)
+        y = self.output_query["dense"](F.gelu(self.intermediate_query["dense"](x)))
+        return self.output_query["LayerNorm"](x + self.dropout(y))
+
+
+class QFormer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(config["hidden_size"], config["layer_norm_eps"])
+        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(QFormerLayer(config, i) for i in range(config["num_hidden_layers"]))})
+
+    def forward(self, query_tokens, image):
+        x = self.dropout(self.layernorm(query_tokens))
+        for layer in self.encoder["layer"]:
+            x = layer(x, image)
+        return x
+
+
+class VPG(nn.Module):
+    """ViT + Q-Former. `config` is a BLIP-2 config.json as a dict; fields left out have BLIP-2's values."""
+
+    VISION = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16, image_size=224,
+                  patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True)
+    QFORMER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="gelu",
+                   layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+                   cross_attention_frequency=2, encoder_hidden_size=1408)
+
+    def __init__(self, config):
+        super().__init__()
+        vision, qformer = self.VISION | config.get("vision_config", {}), self.QFORMER | config.get("qformer_config", {})
+        for part, found in (("vision_config", vision), ("qformer_config", qformer)):
+            if found["hidden_act"] != "gelu":
+                raise ValueError(f"config.json: {part}: hidden_act = {found['hidden_act']!r} is not implemented; only 'gelu' is")
+        if qformer["encoder_hidden_size"] != vision["hidden_size"]:
+            raise ValueError(f"config.json: the Q-Former looks at {qformer['encoder_hidden_size']} wide features "
+                             f"(encoder_hidden_size), the ViT's are {vision['hidden_size']} wide (hidden_size)")
+        self.image_size, self.dim = vision["image_size"], qformer["hidden_size"]
+        self.num_query_tokens = config.get("num_query_tokens", 32)
+        self.vision_model = ViT(vision)
+        self.query_tokens = nn.Parameter(torch.randn(1, self.num_query_tokens, self.dim) * 0.02)
+        self.qformer = QFormer(qformer)
+
+    @property
+    def layers(self):
+        """The repeated blocks, for torch.compile."""
+        return [*self.vision_model.encoder["layers"], *self.qformer.encoder["layer"]]
+
+    def features(self, images):
+        """(B,3,H,W), normalised -> (B,N,Dv): the frozen ViT, before the LayerNorm that trains."""
+        return self.vision_model(images)
+
+    def query(self, features):
+        """(B,N,Dv) -> (B,Q,Dq): LayerNorm + Q-Former."""
+        image = self.vision_model.post_layernorm(features.to(self.query_tokens.dtype))
+        return self.qformer(self.query_tokens.expand(len(features), -1, -1), image)
+
+    def forward(self, images):
+        """(B,3,H,W) -> (B,Q,Dq)"""
+        return self.query(self.features(images))
+
+    def trained_parameters(self):
+        """{name: parameter} of all but the frozen ViT: query tokens, Q-Former, the LayerNorm after the ViT."""
+        return {name: parameter for name, parameter in self.named_parameters() if not is_frozen(name)}
+
+    def reset(self):
+        """Starts all but the ViT anew, as BERT does (normal, 0.02): the training from scratch that VPGTrans saves."""
+        for name, parameter in self.trained_parameters().items():
+            if "norm" in name.lower():
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+
+def is_frozen(name):
+    """The ViT without the LayerNorm behind it: what VPGTrans never trains."""
+    return name.startswith("vision_model.") and not name.startswith("vision_model.post_layernorm.")
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+# What BLIP-2 folders hold besides the VPG: the LLM and its projector, and in first-stage ones the Q-Former's text branch.
+NOT_THE_VPG = re.compile(r"language_(model|projection)\.|qformer\.encoder\.layer\.\d+\.(intermediate|output)\.|embeddings\.|"
+                         r"itm_head\.|(vision|text)_projection\.|.*\.position_ids$")
+
+
+def checkpoint_files(folder):
+    """{tensor name: file} of a folder in Hugging Face layout: safetensors, or .bin where there is nothing else."""
+    folder = Path(folder)
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
+        if index.is_file():
+            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        if single.is_file():
+            return {name: single for name, _ in read_file(single, lambda name: False)}
+    raise FileNotFoundError(f"{folder}: no weights (model.safetensors, pytorch_model.bin, or shards with their index)")
+
+
+def read_file(file, wanted):
+    """(name, tensor) for every tensor of a file; tensor is None, and nothing of it is read, where wanted(name) is False.
+
+    A .bin is memory-mapped and read with weights_only=True: no code in it is ever executed."""
+    try:
+        if file.suffix == ".bin":
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            yield from ((name, tensor if wanted(name) else None) for name, tensor in tensors.items())
+        else:
+            with safe_open(file, framework="pt") as tensors:
+                yield from ((name, tensors.get_tensor(name) if wanted(name) else None) for name in tensors.keys())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: missing; its index names it: download the checkpoint again") from None
+    except Exception as error:
+        raise ValueError(f"{file}: damaged or no checkpoint ({error}); download or copy it again") from error
+
+
+def read_tensors(folder, wanted):
+    """(name, tensor) of every tensor of a checkpoint for which wanted(name) is true; opens only the files it needs."""
+    files = checkpoint_files(folder)
+    for file in sorted({file for name, file in files.items() if wanted(name)}):
+        yield from ((name, tensor) for name, tensor in read_file(file, wanted) if tensor is not None)
+
+
+def assign_tensors(module, tensors, folder):
+    """Puts {name: tensor} in the place of all parameters of a module, after saying what is missing, extra or misshapen."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
+    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    wrong = [f"{name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}"
+             for name in shapes.keys() & tensors.keys() if shapes[name] != tuple(tensors[name].shape)]
+    for problem, names in (("tensors missing", missing), ("unknown tensors", extra), ("wrong shapes", sorted(wrong))):
+        if names:
+            raise ValueError(f"{folder}: {len(names)} {problem}, the first: {names[0]}; is this the right checkpoint?")
+    module.load_state_dict(tensors, strict=True, assign=True)
+
+
+def read_config(folder):
+    """config.json of a BLIP-2 folder, or of one of our runs, as a dict."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing; {folder} is not a checkpoint in Hugging Face layout")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
+    if "qformer_config" not in config:
+        raise ValueError(f"{file}: model_type {config.get('model_type')!r} has no Q-Former (no qformer_config): a source must be "
+                         "a BLIP-2 checkpoint or one of our runs")
+    return config
+
+
+def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None):
+    """The VPG of a BLIP-2 folder, in eval mode, with no gradients: entering a stage says what trains.
+
+    The frozen ViT comes in `dtype`, what VPGTrans trains in float32. One of our runs holds only what was trained:
+    `vit_folder` is then the folder with the ViT. FileNotFoundError or ValueError name file and tensor."""
+    with torch.device("meta"):
+        vpg = VPG(read_config(folder))
+    vit_folder = vit_folder or folder
+    ours = lambda name: not NOT_THE_VPG.match(name)
+    tensors = {name: tensor.to(device, torch.float32)
+               for name, tensor in read_tensors(folder, lambda name: ours(name) and not is_frozen(name))}
+    tensors |= {name: tensor.to(device, dtype) for name, tensor in read_tensors(vit_folder, lambda name: ours(name) and is_frozen(name))}
+    assign_tensors(vpg, tensors, folder if vit_folder == folder else f"{folder} with the ViT of {vit_folder}")
+    return vpg.requires_grad_(False).eval()
+
+
+def load_projector(folder):
+    """The projector nn.Linear(Dq, D) of a BLIP-2 folder or of one of our runs, in float32."""
+    tensors = {name.removeprefix("language_projection."): tensor.float()
+               for name, tensor in read_tensors(folder, lambda name: name.startswith("language_projection."))}
+    if not {"weight", "bias"} <= tensors.keys():
+        raise ValueError(f"{folder}: no projector (language_projection.weight and .bias); is this a whole BLIP-2 checkpoint?")
+    projector = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0], device="meta")
+    assign_tensors(projector, tensors, folder)
+    return projector.requires_grad_(False)
