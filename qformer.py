@@ -199,6 +199,10 @@ class VPG(nn.Module):
         """{name: parameter} of all but the frozen ViT: query tokens, Q-Former, the LayerNorm after the ViT."""
         return {name: parameter for name, parameter in self.named_parameters() if not is_frozen(name)}
 
+    def frozen_parameters(self):
+        """{name: parameter} of the rest: the ViT."""
+        return {name: parameter for name, parameter in self.named_parameters() if is_frozen(name)}
+
     def reset(self):
         """Starts all but the ViT anew, as BERT does (normal, 0.02): the training from scratch that VPGTrans saves."""
         for name, parameter in self.trained_parameters().items():

@@ -1,12 +1,12 @@
-"""Image-text pairs from Debian's Open Clip Art: about 5,000 public-domain drawings with the titles and tags of their
+"""Image-text pairs from Debian's Open Clip Art: 5,642 public-domain drawings with the titles and tags of their
 authors, for trying train.py offline and without a download of gigabytes.
 
     apt-get install openclipart-png openclipart-svg
     python demo/openclipart.py [--root /usr/share/openclipart] [--out datasets/openclipart]
 
 writes OUT/train.jsonl and OUT/val.jsonl (500 held out), a line a pair: {"image": absolute path, "caption": text}. The
-pictures stay where they are and as they are (palettes, transparency, 3 to 4,000 pixels a side); captions are lower case,
-as LAVIS makes every caption. The same packages give the same files, byte for byte.
+pictures stay where they are and as they are (palettes, transparency, 3 to 8,240 pixels a side); captions are lower
+case, as LAVIS makes every caption. The same packages give the same files, byte for byte.
 """
 
 import argparse
@@ -29,14 +29,20 @@ SMALL_SERIES = 25  # only series up to here are held out, or a few would fill th
 
 # Titles that name a collection, not the drawing; there the file name says more.
 COLLECTION = re.compile(
-    r"clip ?arts?\b|collection|theme|icon ?set|etiquette icons|aiga|^card$|gramastar|road signs|map symbols|australian maps"
-    r"|sibmission|^r\d\d |^advertising$|^moons$|sallite|simple arrows|balloons-aj|boating rules|chess pieces|pc connectors", re.I)
+    r"clip ?arts?\b|collection|theme|icon ?set|etiquette icons|aiga|^card$|gramastar|road signs|map symbols"
+    r"|australian maps|sibmission|^r\d\d |^advertising$|^moons$|sallite|simple arrows|balloons-aj|boating rules"
+    r"|chess pieces|pc connectors", re.I)
+NOISE = re.compile(r"\S+@\S+|\bhttps?:\S+|\bwww\.\S+|\bhash_0x\w*|\.(svg|png)\b|\bclip ?art[ _]by[ _].* ?-"
+                   r"|[ -]*rpg map elements", re.I)
+# Where words meet: PointingHand2 -> Pointing Hand 2, but mp3.
+SEAM = re.compile(r"(?<=[a-zà-ÿ])(?=[A-Z][a-z])"
+                  r"|(?<=[A-Za-z]{3})(?=\d)|(?<=[A-Za-z]{2})(?=\d\d)|(?<=\d)(?=[A-Za-z]{3})")
 SUITS = {"c": "clubs", "d": "diamonds", "h": "hearts", "s": "spades"}
 RANKS = {"a": "ace", "j": "jack", "q": "queen", "k": "king"}
-# In file names: what to write for a word ("" drops it). Initials, abbreviations and misspellings, found by reading.
+# In titles and file names: what to write for a word ("" drops it); found by reading.
 WORDS = {
-    **dict.fromkeys("aiga bb ganson zazou md aj bwh 1m 10cm gnome mime fs gtk stock x r clipart cliparts openclipart svg png "
-                    "http www com 14 iconset theme".split(), ""),
+    **dict.fromkeys("aiga bb ganson zazou md aj bwh 1m 10cm gnome mime fs gtk stock x r clipart cliparts openclipart "
+                    "svg png http www com 14 iconset theme".split(), ""),
     "bw": "black and white", "ppl": "people", "ppls": "people", "sm": "stick man", "fc": "flowchart symbol",
     "fldr": "folder", "wrld": "world", "pckg": "package", "trsh": "trash", "mov": "movie", "pingu": "penguin",
     "rnd": "round", "rectg": "rectangle", "elips": "ellipse", "baloon": "balloon", "stappler": "stapler",
@@ -44,17 +50,18 @@ WORDS = {
     "downarrow": "down arrow", "leftarrow": "left arrow", "rightarrow": "right arrow"}
 # In tags: what to write for a tag ("" drops it).
 TAGS = {
-    **dict.fromkeys("unsorted special magick theme hash sign svg vector image picture clipart openclipart media miscellany "
-                    "work activity activities work stuff lumen samples e mo r en and do girlsymbol".split(), ""),
-    **dict.fromkeys(["clip art", "public domain", "lemon theme icon", "united nations member", "signs and symbols", "sing",
-                     "signs and symbols traffic", "webpage", "appicon icon", "shapes", "noze", "skewl"], ""),
+    **dict.fromkeys("unsorted special magick theme hash sign svg vector image picture clipart openclipart media "
+                    "miscellany work activity activities stuff lumen samples e mo r en and do girlsymbol".split(), ""),
+    **dict.fromkeys(["clip art", "public domain", "lemon theme icon", "united nations member", "signs and symbols",
+                     "sing", "signs and symbols traffic", "webpage", "appicon icon", "shapes", "noze", "skewl"], ""),
     "icons": "icon", "appicon": "icon", "mimeicon": "icon", "mapsym": "map symbol", "roadsign": "road sign",
     "mimetypes": "file type", "mime types": "file type", "filesystem": "file system", "signalflag": "signal flag",
     "musicstuff": "music", "musicsym": "music", "arrowshape": "arrow", "bodypart": "body part", "icecream": "ice cream",
-    "weathersym": "weather symbol", "networksym": "network symbol", "northamerica": "north america", "xmas": "christmas",
+    "weathersym": "weather symbol", "networksym": "network symbol", "northamerica": "north america",
     "unitedstates": "united states", "latinamerica": "latin america", "southamerica": "south america",
-    "airtravel": "air travel", "usholiday": "holiday", "vegitable": "vegetable", "transport": "transportation",
-    "festive": "party", "imformation": "information", "stickmen": "stick man", "bullethole": "bullet hole"}
+    "airtravel": "air travel", "usholiday": "holiday", "xmas": "christmas", "vegitable": "vegetable",
+    "transport": "transportation", "festive": "party", "imformation": "information", "stickmen": "stick man",
+    "bullethole": "bullet hole"}
 
 
 def local_name(element):
@@ -78,10 +85,9 @@ def read_metadata(path):
 
 def clean(text):
     """Title or file name -> lower-case words, without addresses, "by author", camel case, underscores and numbering."""
-    text = re.sub(r"\S+@\S+|\bhttps?:\S+|\bwww\.\S+|\bhash_0x\w*|\.(svg|png)\b|\bclip ?art[ _]by[ _].* ?-|[ -]*rpg map elements", " ",
-                  html.unescape(text), flags=re.I)
+    text = re.sub(NOISE, " ", html.unescape(text))
     text = re.sub(r"\bb(lack)? and w(hite)?\b|\bb ?[&/] ?w\b", "black and white", text, flags=re.I)
-    text = re.sub(r"(?<=[a-zà-ÿ])(?=[A-Z][a-z])|(?<=[A-Za-z]{3})(?=\d)|(?<=[A-Za-z]{2})(?=\d\d)|(?<=\d)(?=[A-Za-z]{3})", " ", text)  # PointingHand2 -> Pointing Hand 2
+    text = re.sub(SEAM, " ", text)
     words = " ".join(WORDS.get(w, w) for w in re.findall(r"(?:[^\W_]|(?<=\w)'(?=\w))+", text.lower())).split()
     words = [w for w in words if not re.fullmatch(r"0\d*|v\d+|\d+a\d+", w)]  # "01", "v08", "70a015"
     while words and re.fullmatch(r"\d{1,2}[a-z]?|[1-9]\d\d|bw", words[-1]):
@@ -100,7 +106,7 @@ def name_of(stem, title, authors):
     words = [] if COLLECTION.search(title) else clean(title)
     if not words:
         words = clean(stem)
-        while words and any(author.startswith(words[-1]) for author in authors):  # stems end in the author's name, cut off
+        while words and any(author.startswith(words[-1]) for author in authors):  # it ends in the author's, cut off
             words.pop()
     return words
 
@@ -135,7 +141,7 @@ def picture_hash(path):
 
 
 def read_drawings(root, skipped):
-    """Folder -> [(path of the PNG, name, tags)], each picture once; what is left out is counted by kind in `skipped`."""
+    """Folder -> [(path of the PNG, name, tags)], each picture once; what is left out is counted in `skipped`."""
     drawings, seen = [], set()
     for path in tqdm(sorted((root / "png").rglob("*.png")), desc="drawings", unit=""):
         if path.is_symlink():  # the same drawing in a second category
@@ -161,6 +167,10 @@ def read_drawings(root, skipped):
     return drawings
 
 
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def split(drawings, skipped):
     """Drawings -> train, val, no series on both sides. A series: the names start with the same word, as those of all
     sizes, colours and versions of one drawing do. Its hash decides the side, so that the split is stable."""
@@ -168,11 +178,11 @@ def split(drawings, skipped):
     for drawing in drawings:
         _, name, tags = drawing
         series[next((w for w in name if w not in ("a", "an", "the", "of") and not w.isdigit()), "")].append(drawing)
-    digest = lambda text: hashlib.sha256(str(text).encode()).hexdigest()
     train, val = [], []
     for key in sorted(series, key=digest):
         members = sorted(series[key], key=lambda drawing: digest(drawing[0].stem))
-        skipped[f"more than {LARGE_SERIES} of one series"] += len(members[LARGE_SERIES:])
+        if len(members) > LARGE_SERIES:
+            skipped[f"more than {LARGE_SERIES} of one series"] += len(members) - LARGE_SERIES
         fits = len(members) <= min(SMALL_SERIES, HELD_OUT - len(val))
         (val if fits else train).extend(members[:LARGE_SERIES])
     return sorted(train), sorted(val)
@@ -181,14 +191,14 @@ def split(drawings, skipped):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("/usr/share/openclipart"), help="folder with png/ and svg/")
-    parser.add_argument("--out", type=Path, default=Path("datasets/openclipart"), help="folder for the two .jsonl files")
+    parser.add_argument("--out", type=Path, default=Path("datasets/openclipart"), help="folder of the two .jsonl files")
     args = parser.parse_args()
     if missing := [kind for kind in ("png", "svg") if not (args.root / kind).is_dir()]:
         print(f"No {' and no '.join(str(args.root / kind) for kind in missing)}. Get the drawings with\n"
               "    apt-get install openclipart-png openclipart-svg\n"
               "or name the folder that has png/ and svg/ with --root.", file=sys.stderr)
         sys.exit(2)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # 168 million pixels of apple: not worth their seconds
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # 168 million pixels of apple
     skipped = Counter()
     drawings = read_drawings(args.root.resolve(), skipped)
     frequency = Counter(tag for _, _, tags in drawings for tag in tags)

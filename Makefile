@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test openclipart clean
+
+# The main job on the embedded default: small models, 2,400 pairs, a laptop's CPU. Beside it, the same number of steps from scratch.
+TRANSFER = $(BIN)/python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --val demo/pairs/val.jsonl \
+	--batch-size 64 --micro-batch 64 --lr 1e-3 --augment none --workers 0
+
+demo: .venv/run
+	rm -rf out/demo out/demo-from-scratch
+	$(TRANSFER) --warm-up-steps 60 --steps 240 --out out/demo
+	$(TRANSFER) --from-scratch --steps 300 --out out/demo-from-scratch
+	$(BIN)/python demo/report.py out/demo out/demo-from-scratch
+
+test: .venv/dev
+	$(BIN)/python -m pytest -q
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt -c requirements-dev.txt matplotlib
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,373 @@
+"""Image-text pairs: reading, tokenizing, augmenting, mixing, and sharing them out over ranks and workers.
+
+    tok = load_tokenizer("folder of facebook/opt-6.7b")
+    pairs = read_pairs("coco/annotations/captions_train2017.json")
+    batches = load_batches([pairs], plan([len(pairs)], samples), ...)      # images (B,3,H,W) uint8, prompt_ids, target_ids
+
+What comes when is decided before a stage begins: `plan` says which pair is sample i, for all i. A rank takes its share of
+every batch, a worker its share of that, and a killed run continues at any sample, without a replay.
+
+B batch, P prompt length, T target length, Q query tokens.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer as Encoder
+from tokenizers import decoders, models, pre_tokenizers
+
+IMAGE, HOLE = -1, -100  # in prompts: the place of a soft prompt, and a place to be passed over
+
+# ------------------------------------------------------------------------------------------------------------ tokenizers
+
+
+class Tokenizer:
+    """A tokenizer of the `tokenizers` package, with the ids that a language model needs beside its words."""
+
+    def __init__(self, encoder, bos_id, eos_id, pad_id):
+        self.encoder, self.bos_id, self.eos_id, self.pad_id = encoder, bos_id, eos_id, pad_id
+        newline = encoder.token_to_id("Ċ")  # how byte-level BPE writes "\n"
+        self.end_id = eos_id if newline is None else newline  # ends a caption
+
+    def encode(self, text):
+        """text -> ids, without BOS, EOS or other specials."""
+        return self.encoder.encode(text, add_special_tokens=False).ids
+
+    def encode_all(self, texts):
+        """As encode, for many texts at once and on all cores."""
+        return [e.ids for e in self.encoder.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        """ids -> text, without specials."""
+        return self.encoder.decode(list(ids), skip_special_tokens=True)
+
+    def vocab(self):
+        """{bytes that a token spells: id} without specials: what two tokenizers can be compared by."""
+        byte_of = byte_level_alphabet()
+        specials = {token.content for token in self.encoder.get_added_tokens_decoder().values()}
+        spelled = {piece: id for piece, id in self.encoder.get_vocab().items() if piece not in specials}
+        return {bytes(byte_of[c] for c in piece): id for piece, id in spelled.items() if all(c in byte_of for c in piece)}
+
+
+def byte_level_alphabet():
+    """{character: byte} of byte-level BPE (GPT-2): printable bytes stand for themselves, the rest for 256, 257, ..."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint: tokenizer.json, or vocab.json + merges.txt (facebook/opt-*).
+
+    BOS, EOS and pad ids come from config.json, OPT's where it leaves them out. Byte-level BPE only, as OPT's."""
+    folder = Path(folder)
+    file = folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else folder / "vocab.json"
+    try:
+        if file.name == "tokenizer.json":
+            encoder = Encoder.from_file(str(file))
+        elif file.is_file() and (folder / "merges.txt").is_file():
+            encoder = Encoder(models.BPE.from_file(str(file), str(folder / "merges.txt"), unk_token="</s>"))
+            encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            encoder.decoder = decoders.ByteLevel()
+            encoder.add_special_tokens([t for t in ("<s>", "<pad>", "</s>", "<unk>") if encoder.token_to_id(t) is not None])
+        else:
+            raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt); copy them there")
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # `tokenizers` raises plain Exception
+        raise ValueError(f"{file}: damaged or no tokenizer ({error}); download it again") from error
+    if not isinstance(encoder.decoder, decoders.ByteLevel):
+        raise ValueError(f"{file}: only byte-level BPE tokenizers (OPT, GPT-2) are implemented, this is another kind")
+    encoder.no_truncation(), encoder.no_padding()
+    config = config.get("text_config", config)
+    return Tokenizer(encoder, config.get("bos_token_id", 2), config.get("eos_token_id", 2), config.get("pad_token_id", 1))
+
+
+# ------------------------------------------------------------------------------------------------------------------ text
+
+
+def clean_caption(text, max_words=50):
+    """BLIP's caption clean-up: lower case, punctuation to spaces, single spaces, at most 50 words."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:max_words])
+
+
+def caption_ids(tok, caption, max_tokens=32):
+    """Caption -> its ids and the end mark; a long one loses its last words, never the end mark.
+
+    The end mark's id is appended: newer BPEs would merge a "\\n" in the text with what stands before it."""
+    return tok.encode(caption)[: max_tokens - 1] + [tok.end_id]
+
+
+def prompt_ids(tok, num_query_tokens, text=""):
+    """What the LLM reads before it answers: [IMAGE x Q, BOS, text]. BOS belongs to the prompt, so it is never scored."""
+    bos = [] if tok.bos_id is None else [tok.bos_id]
+    return [IMAGE] * num_query_tokens + bos + (tok.encode(text) if text else [])
+
+
+def pad(rows, value, left=False):
+    """Lists of ids -> (B, longest), filled up with `value` on the right, or on the left (prompts)."""
+    longest = max(map(len, rows))
+    fill = lambda row: [value] * (longest - len(row))
+    return torch.tensor([fill(row) + row if left else row + fill(row) for row in rows])
+
+
+def count_tokens(tok, captions, vocab_size, max_tokens=32):
+    """(V,) how often the captions use each token, end marks included: the weights of the word converter."""
+    ids = [i for row in tok.encode_all(captions) for i in row[: max_tokens - 1] + [tok.end_id]]
+    return torch.bincount(torch.tensor(ids), minlength=vocab_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------- images
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which EVA and BLIP-2 share
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_image(file):
+    """An image file of any mode -> RGB, upright, transparency on white. OSError names a file that cannot be read."""
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+                image = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
+
+
+def resize(image, size):
+    """PIL -> (3,size,size) uint8; the evaluation transform of BLIP: bicubic, aspect ratio not kept."""
+    image = image.resize((size, size), Image.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def random_crop(image, size, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
+    """PIL -> (3,size,size) uint8; the training transform of BLIP: a random part of the area, bicubic, and a random flip."""
+    width, height = image.size
+    box = (0, 0, width, height)
+    for _ in range(10):  # as torchvision's RandomResizedCrop: ten tries, else the whole image
+        area, aspect = width * height * rng.uniform(*scale), np.exp(rng.uniform(*np.log(ratio)))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            box = (x, y, x + w, y + h)
+            break
+    image = image.resize((size, size), Image.BICUBIC, box=box)
+    return torch.from_numpy(np.array(ImageOps.mirror(image) if rng.random() < 0.5 else image)).permute(2, 0, 1)
+
+
+def normalise(images):
+    """(B,3,H,W) uint8 -> float32, CLIP's mean and deviation. Images travel as bytes: a quarter of the traffic."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return (images / 255 - mean) / std
+
+
+# ----------------------------------------------------------------------------------------------------------------- pairs
+
+
+@dataclass
+class Pairs:
+    """One data set: image files and their cleaned captions, one of each a sample."""
+
+    name: str
+    files: list
+    captions: list
+    weight: float | None = None  # its share in a mixture
+    crop: bool = True  # augment by random crops (Visual Genome's regions are only resized)
+    left_out: dict = field(default_factory=dict)  # why annotations were left out -> how many
+
+    def __len__(self):
+        return len(self.files)
+
+    def subset(self, indices):
+        return Pairs(self.name, [self.files[i] for i in indices], [self.captions[i] for i in indices], self.weight, self.crop)
+
+
+def parse_spec(spec):
+    """`[NAME=]FILE[@IMAGES][:WEIGHT]` -> (name, file, images or None, weight)"""
+    name, file, images, weight = re.fullmatch(r"(?:([\w-]+)=)?([^@]+?)(?:@(.+?))?(?::([\d.]+))?", spec).groups()
+    return name or Path(file).parent.name or Path(file).stem, Path(file), images and Path(images), weight and float(weight)
+
+
+def read_rows(file):
+    """(image name, caption) of every annotation of a .jsonl, a list of such objects, or COCO's captions json."""
+    try:
+        if file.suffix == ".jsonl":
+            with open(file, encoding="utf-8") as lines:
+                rows = []
+                for number, line in enumerate(lines, 1):
+                    rows += [json.loads(line)] if line.strip() else []
+        else:
+            number, rows = None, json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: there is no such file of image-text pairs") from None
+    except ValueError as error:
+        raise ValueError(f"{file}{f', line {number}' if number else ''}: not valid JSON ({error})") from error
+    try:
+        if isinstance(rows, dict):  # COCO: captions refer to images by id
+            names = {image["id"]: image["file_name"] for image in rows["images"]}
+            return [(names[a["image_id"]], a["caption"]) for a in rows["annotations"]]
+        return [(row["image"], caption) for row in rows
+                for caption in (row["caption"] if isinstance(row["caption"], list) else [row["caption"]])]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: {error} is missing from an annotation; needed are objects with \"image\" and \"caption\", or "
+                         "COCO's \"images\" and \"annotations\"") from error
+
+
+def image_root(file, images, first):
+    """The folder that the image names of an annotation file are relative to: the one given, or the one that has the first."""
+    split = file.stem.rsplit("_", 1)[-1]  # captions_train2017.json stands beside train2017/, one folder up
+    places = [images] if images else [file.parent, file.parent.parent, file.parent / "images", file.parent.parent / split]
+    for place in places:
+        if (place / first).is_file():
+            return place
+    raise FileNotFoundError(f"{file}: its first image, {first}, is in none of {', '.join(map(str, places))}; say where the "
+                            f"images are: {file}@FOLDER")
+
+
+def read_pairs(spec, crop=True):
+    """`[NAME=]FILE[@IMAGES][:WEIGHT]` -> Pairs. FILE is a .jsonl or .json of {"image", "caption"}, or COCO's captions json.
+
+    Images are found beside the file, in COCO's layout, or in IMAGES. Each annotation is a sample, as the paper counts them.
+    Empty captions are left out and counted. FileNotFoundError and ValueError name file, line and remedy."""
+    name, file, images, weight = parse_spec(spec)
+    rows = read_rows(file)
+    captions = [clean_caption(caption) if isinstance(caption, str) else "" for _, caption in rows]
+    kept = [i for i, caption in enumerate(captions) if caption]
+    if not kept:
+        raise ValueError(f"{file}: {len(rows)} annotations and not one caption; is this the right file?")
+    root = image_root(file, images, rows[kept[0]][0])
+    left_out = {"empty caption": len(rows) - len(kept)} if len(rows) > len(kept) else {}
+    return Pairs(name, [str(root / rows[i][0]) for i in kept], [captions[i] for i in kept], weight, crop, left_out)
+
+
+def hold_out(pairs, most=500, share=0.05):
+    """Splits off validation pairs by image, so that no image is on both sides. -> (training Pairs, validation Pairs)"""
+    images = sorted(set(pairs.files))
+    chosen = set(np.random.default_rng(0).permutation(images)[: max(1, min(most, int(len(images) * share)))].tolist())
+    sides = [[i for i, file in enumerate(pairs.files) if (file in chosen) == side] for side in (False, True)]
+    return pairs.subset(sides[0]), pairs.subset(sides[1])
+
+
+def one_caption_an_image(pairs, most):
+    """The first caption of each of the first `most` images, for validation."""
+    first = {file: i for i, file in reversed(list(enumerate(pairs.files)))}
+    return pairs.subset(sorted(first.values())[:most])
+
+
+# The paper's data (section 4.1), by the names of their folders: where the annotations are, and how to get them.
+PAPER = {
+    "coco": (["coco_karpathy_train.json", "annotations/captions_train2017.json", "annotations/captions_train2014.json"],
+             "train2017.zip and annotations_trainval2017.zip from cocodataset.org, unpacked"),
+    "sbu": (["sbu.json", "sbu.jsonl"], "SBU captions, downloaded with img2dataset, as a list of {image, caption}"),
+    "vg": (["vg_caption.json", "vg.jsonl"], "Visual Genome region descriptions, as LAVIS's vg_caption.json"),
+    "laion": (["laion.jsonl", "laion.json"], "LAION-COCO, 13M pairs will do, as {image, caption} lines"),
+}
+PAPER_VALIDATION = ["coco_karpathy_val.json", "annotations/captions_val2017.json", "annotations/captions_val2014.json"]
+WARM_UP, FINE_TUNE = {"coco": 1.0, "sbu": 1.0}, {"coco": 0.1, "vg": 0.2, "laion": 0.7}
+
+
+def find_paper_data(root):
+    """{name: annotation file} of what lies under `root` in the layout of PAPER, "val" for the validation set included."""
+    first = lambda folder, files: next((folder / file for file in files if (folder / file).is_file()), None)
+    found = {name: first(Path(root) / name, files) for name, (files, _) in PAPER.items()}
+    found["val"] = first(Path(root) / "coco", PAPER_VALIDATION)
+    return {name: file for name, file in found.items() if file}
+
+
+def how_to_get_paper_data(root):
+    """The text for somebody who has no data yet."""
+    lines = [f"  {Path(root) / name / files[0]}  ({how})" for name, (files, how) in PAPER.items()]
+    return "\n".join([f"no data: nothing lies under {root}/. Put there one or more of", *lines,
+                      "(coco alone will do to begin with), name another folder in $VPGTRANS_DATA, or name your own pairs:",
+                      "  --data pairs.jsonl      with lines {\"image\": \"cat.jpg\", \"caption\": \"a cat on a mat\"}"])
+
+
+# -------------------------------------------------------------------------------------------------------- order and batches
+
+
+def plan(sizes, samples, seed, weights=None):
+    """(samples,) int64: which pair is sample i, as an index into the concatenation of data sets of the given sizes.
+
+    Without weights, one permutation of everything after another: every `sum(sizes)` samples are an epoch. With weights,
+    data set d makes up its share of every window: sample i goes where the golden-ratio sequence falls, which is evener
+    than chance; and each data set is permuted anew whenever it has been used up."""
+    def passes(size, count, stream):
+        rngs = (np.random.default_rng((seed, stream, epoch)) for epoch in range(-(-count // size)))
+        return np.concatenate([np.empty(0, np.int64), *(rng.permutation(size) for rng in rngs)])[:count]
+
+    if weights is None:
+        return passes(sum(sizes), samples, 0)
+    golden = (np.arange(samples) * ((5**0.5 - 1) / 2)) % 1
+    which = np.searchsorted(np.cumsum(weights) / sum(weights), golden, side="right").clip(max=len(sizes) - 1)
+    order, starts = np.empty(samples, np.int64), np.cumsum([0, *sizes])
+    for d, size in enumerate(sizes):
+        places = np.flatnonzero(which == d)
+        order[places] = starts[d] + passes(size, len(places), d)
+    return order
+
+
+class Samples(torch.utils.data.Dataset):
+    """Samples by (position in the plan, pair): an image as the ViT wants it, a prompt and a target.
+
+    All randomness is seeded by (seed, position). An unreadable image is replaced by that of the pair after it, and named."""
+
+    def __init__(self, sets, tok, image_size, num_query_tokens, max_tokens=32, augment=True, seed=0):
+        self.sets, self.tok, self.size, self.max_tokens, self.augment, self.seed = sets, tok, image_size, max_tokens, augment, seed
+        self.prompt = prompt_ids(tok, num_query_tokens)
+        self.starts = np.cumsum([0, *map(len, sets)])
+
+    def __getitem__(self, key):
+        position, index = key
+        bad = []
+        while len(bad) < 10:
+            d = int(np.searchsorted(self.starts, index, side="right")) - 1
+            pairs, i = self.sets[d], int(index - self.starts[d])
+            try:
+                image = load_image(pairs.files[i])
+                break
+            except OSError as error:
+                bad.append(str(error))
+                index = (index + 1) % self.starts[-1]
+        else:
+            raise OSError("ten images in a row cannot be read:\n" + "\n".join(bad))
+        if self.augment and pairs.crop:
+            image = random_crop(image, self.size, np.random.default_rng((self.seed, position)))
+        else:
+            image = resize(image, self.size)
+        return image, self.prompt, caption_ids(self.tok, pairs.captions[i], self.max_tokens), pairs.files[i], bad
+
+    @staticmethod
+    def collate(samples):
+        images, prompts, targets, files, bad = zip(*samples)
+        return {"images": torch.stack(images), "prompt_ids": pad(prompts, HOLE, left=True), "target_ids": pad(targets, -100),
+                "files": files, "bad": [message for messages in bad for message in messages]}
+
+
+def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0):
+    """Yields, for every optimizer step from first_step on, this rank's share of the batch as a list of micro-batches.
+
+    Step s takes order[s * batch_size : (s + 1) * batch_size], rank r every world-th of these from r on, so that the union
+    over ranks is the same however many there are; what does not fill the last batch is left out."""
+    steps = range(first_step, len(order) // batch_size)
+
+    def micro_batches():
+        for step in steps:
+            positions = range(step * batch_size + rank, (step + 1) * batch_size, world)
+            for i in range(0, len(positions), micro_batch):
+                yield [(p, int(order[p])) for p in positions[i : i + micro_batch]]
+
+    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=micro_batches(), collate_fn=samples.collate,
+                                              num_workers=workers, pin_memory=torch.cuda.is_available()))
+    per_step = -(-len(range(rank, batch_size, world)) // micro_batch)
+    for _ in steps:
+        yield [next(loader) for _ in range(per_step)]

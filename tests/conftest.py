@@ -1,0 +1,84 @@
+"""A world small enough for tests: a random BLIP-2, a random OPT, tokenizers trained on a few sentences, image-text pairs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, OPTForCausalLM
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
+TEXT = [f"a {colour} {shape} on a {ground} table" for colour in COLOURS for shape in ("square", "circle") for ground in ("brown", "grey")]
+
+VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7)
+QFORMER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, encoder_hidden_size=48, vocab_size=50)
+OPT = dict(ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=2)
+
+
+def randomise(module, seed=0, scale=0.25):
+    """Every tensor random, so that no comparison is vacuous: transformers starts biases and query tokens at zero, norms at one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return module.eval()
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def write_tokenizer(folder, text, vocab_size):
+    """OPT's kind of tokenizer: byte-level BPE, <s> <pad> </s> <unk> as 0 to 3."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+                                                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer.get_vocab_size()
+
+
+def write_source(folder, dropout=0.0, seed=0):
+    """A random BLIP-2 whose LLM is 40 wide, as transformers writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = write_tokenizer(folder, TEXT, 290)
+    config = Blip2Config(vision_config=Blip2VisionConfig(**VISION), num_query_tokens=5, qformer_config=Blip2QFormerConfig(
+        **QFORMER, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout),
+        text_config=OPTConfig(**OPT, vocab_size=size, hidden_size=40, word_embed_proj_dim=40))
+    model = randomise(Blip2ForConditionalGeneration._from_config(config, attn_implementation="eager"), seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def write_target(folder, seed=1):
+    """A random OPT, 32 wide, whose tokenizer shares most but not all tokens with the source's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = write_tokenizer(folder, [*TEXT, "some quite different words were read here"], 320)
+    config = OPTConfig(**OPT, vocab_size=size, hidden_size=32, word_embed_proj_dim=32)
+    model = randomise(OPTForCausalLM._from_config(config, attn_implementation="eager"), seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def write_pairs(folder, count=24, unequal=True):
+    """Plain coloured images and captions of unequal lengths, as pairs.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    with open(folder / "pairs.jsonl", "w") as lines:
+        for i in range(count):
+            colour = list(COLOURS)[i % len(COLOURS)]
+            pixels = np.clip(np.full((36, 40, 3), COLOURS[colour]) + rng.integers(-30, 30, (36, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+            caption = f"A {colour} square." if unequal and i % 3 else f"a {colour} circle on a brown table"
+            lines.write(json.dumps({"image": f"{i}.png", "caption": caption}) + "\n")
+    return folder / "pairs.jsonl"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """(source folder, target folder, pairs.jsonl)"""
+    folder = tmp_path_factory.mktemp("world")
+    write_source(folder / "source"), write_target(folder / "target")
+    return folder / "source", folder / "target", write_pairs(folder / "pairs")

@@ -1,0 +1,183 @@
+"""Facts about vpgtrans.py: the word converter, the merged projector, the model's loss, and what trains in each stage."""
+
+import pytest
+import torch
+from torch import nn
+
+import vpgtrans
+from conftest import relative_error
+from llm import load_llm
+from qformer import load_projector, load_vpg
+from vpgtrans import HOLE, IMAGE, STAGES, VisualLLM, enter_stage, fit_word_converter, learning_rate, merge, parameter_groups, shared_tokens
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def model(world):
+    source, target, _ = world
+    return VisualLLM(load_vpg(source, dtype=torch.float32), nn.Linear(32, 32), load_llm(target, dtype=torch.float32))
+
+
+# ------------------------------------------------------------------------------------------------ converter and merge
+
+
+def test_shared_tokens_are_those_spelled_alike():
+    src, tgt = shared_tokens({b" cat": 5, b"dog": 4, b"red": 9}, {b"red": 1, b" cat": 7, b" dog": 2})
+    assert src.tolist() == [5, 9] and tgt.tolist() == [7, 1]
+
+
+def float64_solution(src, tgt, weight, ridge):
+    """Weighted ridge regression with a bias by the normal equations of the augmented problem, all in float64."""
+    weight = weight.double() / weight.double().sum()
+    ones = torch.ones(len(src), 1, dtype=torch.float64)
+    X = torch.cat([src.double(), ones], 1)
+    centred = src.double() - weight @ src.double()
+    penalty = torch.eye(src.shape[1] + 1, dtype=torch.float64) * ridge * (weight @ centred**2).mean()
+    penalty[-1, -1] = 0
+    solution = torch.linalg.solve(X.T @ (weight[:, None] * X) + penalty, X.T @ (weight[:, None] * tgt.double()))
+    return solution[:-1].T, solution[-1]
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1e-1])
+def test_converter_is_the_weighted_ridge_regression(ridge):
+    """Embeddings with a common mean and very unequal weights, as real ones have; more tokens than one block."""
+    src = random(5000, 700) * 0.05 + 0.3 * random(700, seed=1)
+    tgt = src @ random(700, 90, seed=2) + 0.1 * random(5000, 90, seed=3) - 1.0
+    weight = torch.rand(5000, generator=torch.Generator().manual_seed(4)) ** 8 * 1000
+    converter = fit_word_converter(src, tgt, weight, ridge=ridge)
+    W, b = float64_solution(src, tgt, weight, ridge)
+    assert relative_error(converter.weight.double(), W) < 1e-4 and relative_error(converter.bias.double(), b) < 1e-4
+
+
+def test_converter_recovers_a_linear_map_and_heeds_weights():
+    src, W, b = random(400, 20), random(30, 20, seed=1), random(30, seed=2)
+    tgt = src @ W.T + b
+    converter = fit_word_converter(src, tgt, ridge=1e-7)
+    assert relative_error(converter.weight, W) < 1e-4 and relative_error(converter.bias, b) < 1e-4
+    tgt[200:] = random(200, 30, seed=3)  # nonsense, which no caption uses
+    weight = torch.cat([torch.ones(200), torch.zeros(200)])
+    assert relative_error(fit_word_converter(src, tgt, weight, ridge=1e-7).weight, W) < 1e-4
+    assert relative_error(fit_word_converter(src, tgt, ridge=1e-7).weight, W) > 0.1
+
+
+@pytest.mark.parametrize("src, tgt, weight", [(random(5, 3), random(6, 3), None), (random(5, 3), random(5, 3), torch.zeros(5)),
+                                              (random(5, 3), random(5, 3), -torch.ones(5)), (random(0, 3), random(0, 3), None)])
+def test_converter_refuses_what_it_cannot_fit(src, tgt, weight):
+    with pytest.raises(ValueError, match="word converter needs"):
+        fit_word_converter(src, tgt, weight)
+
+
+def test_merged_projector_is_projector_then_converter():
+    projector, converter, x = nn.Linear(8, 6), nn.Linear(6, 10), random(4, 8)
+    assert relative_error(merge(projector, converter)(x), converter(projector(x))) < 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+def test_loss_equals_transformers_blip2(world, tmp_path):
+    """The whole source model: soft prompts, BOS, caption; the loss and its gradient at the query tokens."""
+    import conftest
+
+    theirs = conftest.write_source(tmp_path / "source")
+    folder = tmp_path / "source"
+    ours = VisualLLM(load_vpg(folder, dtype=torch.float32), load_projector(folder), load_llm(folder, dtype=torch.float32))
+    ours.vpg.query_tokens.requires_grad_()
+    images, target = random(2, 3, 28, 28), torch.randint(4, 280, (2, 6), generator=torch.Generator().manual_seed(1))
+    target[1, 4:] = -100
+    prompt = torch.tensor([[IMAGE] * 5 + [2]] * 2)
+    loss, tokens = ours(prompt, target, images=images)
+    loss.backward()
+
+    image = theirs.vision_model(images).last_hidden_state
+    queries = theirs.qformer(query_embeds=theirs.query_tokens.expand(2, -1, -1), encoder_hidden_states=image).last_hidden_state
+    words = theirs.language_model.get_input_embeddings()(torch.cat([torch.full((2, 1), 2), target.clamp(min=0)], dim=1))
+    logits = theirs.language_model(inputs_embeds=torch.cat([theirs.language_projection(queries), words], dim=1)).logits
+    reference = nn.functional.cross_entropy(logits[:, 5:-1].flatten(0, 1), target.flatten(), reduction="sum")
+    reference.backward()
+    assert tokens == 10 and relative_error(loss, reference) < 2e-5
+    assert relative_error(ours.vpg.query_tokens.grad, theirs.query_tokens.grad) < 1e-4
+
+
+def test_images_features_and_queries_give_one_loss(model):
+    images, target, prompt = random(2, 3, 28, 28), torch.tensor([[5, 6], [7, 8]]), torch.tensor([[IMAGE] * 5 + [2]] * 2)
+    features = model.vpg.features(images)
+    losses = [model(prompt, target, **x)[0] for x in ({"images": images}, {"features": features}, {"queries": model.vpg.query(features)})]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_soft_prompts_may_stand_anywhere_and_holes_change_nothing(model):
+    """[BOS, 9, IMAGE x 5, 8] with holes strewn in gives what it gives without them."""
+    images, target = random(1, 3, 28, 28), torch.tensor([[5, 6, 7]])
+    plain = model(torch.tensor([[2, 9] + [IMAGE] * 5 + [8]]), target, images=images)[0]
+    holes = model(torch.tensor([[HOLE, 2, 9, HOLE] + [IMAGE] * 3 + [HOLE] + [IMAGE] * 2 + [8, HOLE]]), target, images=images)[0]
+    elsewhere = model(torch.tensor([[IMAGE] * 5 + [2, 9, 8]]), target, images=images)[0]
+    assert relative_error(holes, plain) < 1e-5 < relative_error(elsewhere, plain)
+
+
+def test_a_prompt_with_too_few_places_is_refused(model):
+    with pytest.raises(ValueError, match="5 IMAGE places"):
+        model(torch.tensor([[IMAGE] * 4 + [2]]), torch.tensor([[5]]), images=random(1, 3, 28, 28))
+
+
+def test_a_projector_of_another_width_is_refused(model):
+    with pytest.raises(ValueError, match="must be 32 -> 32"):
+        VisualLLM(model.vpg, nn.Linear(32, 40), model.llm)
+
+
+# ---------------------------------------------------------------------------------------------------------- the stages
+
+EXPECTED = {"warm-up": r"projector\.", "fine-tune": r"projector\.|vpg\.query_tokens|vpg\.qformer\.|vpg\.vision_model\.post_layernorm\."}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_exactly_the_intended_parameters_train(model, name):
+    """In the table, in the optimizer, and by what really changes in a step."""
+    import re
+
+    expected = {n for n, _ in model.named_parameters() if re.match(EXPECTED[name], n)}
+    table = enter_stage(model, STAGES[name])
+    optimizer = torch.optim.AdamW(parameter_groups(model, STAGES[name]), lr=0.01)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for group in optimizer.param_groups for p in group["params"]} == expected
+    assert sum(trainable for _, _, trainable, _ in table) == sum(p.numel() for n, p in model.named_parameters() if n in expected)
+    assert sum(total for _, total, _, _ in table) == sum(p.numel() for p in model.parameters())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model(torch.tensor([[IMAGE] * 5 + [2]]), torch.tensor([[5, 6]]), images=random(1, 3, 28, 28))[0].backward()
+    optimizer.step()
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == expected
+
+
+def test_frozen_parts_are_in_eval_mode_and_only_they(model):
+    modes = lambda: {part for part, module in (("vit", model.vpg.vision_model), ("qformer", model.vpg.qformer), ("llm", model.llm),
+                     ("norm", model.vpg.vision_model.post_layernorm), ("projector", model.projector)) if module.training}
+    enter_stage(model, STAGES["fine-tune"])
+    assert modes() == {"qformer", "norm", "projector"} and all(m.training for m in model.vpg.qformer.modules())
+    enter_stage(model, STAGES["warm-up"])
+    assert modes() == {"projector"} and not any(m.training for m in model.vpg.modules())
+
+
+def test_weight_decay_spares_biases_and_norms(model):
+    enter_stage(model, STAGES["fine-tune"])
+    decayed, spared = parameter_groups(model, STAGES["fine-tune"])
+    assert decayed["weight_decay"] == 0.05 and all(p.ndim > 1 for p in decayed["params"])
+    assert spared["weight_decay"] == 0.0 and all(p.ndim == 1 for p in spared["params"]) and spared["params"]
+
+
+def test_rates_are_the_papers():
+    rate = lambda name, step, steps: learning_rate(STAGES[name], step, steps)
+    assert rate("warm-up", 0, 800) == rate("warm-up", 799, 800) == 5 * rate("fine-tune", 0, 45000) == 5e-4
+    assert rate("fine-tune", 44999, 45000) == pytest.approx(5e-5) and rate("fine-tune", 22500, 45000) == pytest.approx(7.5e-5, rel=1e-3)
+    assert rate("from-scratch", 0, 30000) == 1e-6 and rate("from-scratch", 2000, 30000) == 1e-4
+    assert rate("from-scratch", 29999, 30000) == pytest.approx(1e-5)
+
+
+def test_saved_names_are_those_of_blip2(model, world):
+    from safetensors import safe_open
+
+    with safe_open(world[0] / "model.safetensors", framework="pt") as source:
+        blip2 = {n for n in source.keys() if not n.startswith("language_model.") and (not n.startswith("vision_model.") or "post_layernorm" in n)}
+    assert set(vpgtrans.blip2_names(model)) == blip2

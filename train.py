@@ -1,0 +1,593 @@
+"""Move the visual prompt generator of one vision-language model to another language model.
+
+    torchrun --nproc-per-node 8 train.py --src opt-2.7b --tgt opt-6.7b     # the paper's run, on what lies under datasets/
+    python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --batch-size 64 --steps 240
+
+and the paper's baselines with the same loop: --no-warm-up (VPG inheritance), --init random (no word converter),
+--from-scratch (TFS). A run writes OUT/: model.safetensors, config.json, metrics.jsonl, curves.png, and resume.safetensors,
+from which --resume continues a killed one with the same losses. --src takes such a folder, so that transfers chain.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+import data
+import hub
+import llm as language_models
+import qformer
+import vpgtrans
+from vpgtrans import STAGES
+
+# ------------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = parser.add_argument_group("models: a short name (opt-2.7b), a Hub id, a folder, or a run of ours")
+    models.add_argument("--src", required=True, help="the vision-language model whose VPG moves, such as BLIP-2")
+    models.add_argument("--tgt", required=True, help="the language model that it moves to")
+    models.add_argument("--out", type=Path, help="folder of this run (default: out/<src>-to-<tgt>)")
+    method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
+    method.add_argument("--init", choices=("converter", "random"), default="converter", help="start of the projector: the "
+                        "source's, merged with the word converter, or random (default: %(default)s)")
+    method.add_argument("--no-warm-up", action="store_true", help="skip stage 1: VPG inheritance alone")
+    method.add_argument("--from-scratch", nargs="?", const="", metavar="VPG", help="baseline: a random Q-Former (or that of "
+                        "VPG, a first-stage BLIP-2) and a random projector, trained jointly; the ViT is still the source's")
+    method.add_argument("--stage", choices=("warm-up", "fine-tune"), help="run one stage alone")
+    pairs = parser.add_argument_group("data: without --data, the paper's sets and mixture, from datasets/ or $VPGTRANS_DATA")
+    spec = "[NAME=]FILE[@IMAGES][:WEIGHT]"
+    pairs.add_argument("--data", action="append", metavar=spec, help="image-text pairs: .jsonl or .json of {image, caption}, or "
+                       "COCO captions; may be given several times, and is mixed by WEIGHT where that is given")
+    pairs.add_argument("--warm-up-data", action="append", metavar=spec, help="other pairs for stage 1 (default: as --data)")
+    pairs.add_argument("--val", metavar=spec, help="validation pairs (default: 5%% of the images, 500 at most, are held out)")
+    pairs.add_argument("--val-samples", type=int, default=500, help="validation images at most (default: %(default)s)")
+    pairs.add_argument("--augment", choices=("crop", "none"), default="crop", help="random crops of 50-100%% and flips, or plain "
+                       "resizing (default: %(default)s)")
+    pairs.add_argument("--max-tokens", type=int, default=32, help="of a caption, its end mark included (default: %(default)s)")
+    pairs.add_argument("--max-bad", type=float, default=0.01, help="stop when more than this share of images cannot be read "
+                       "(default: %(default)s)")
+    length = parser.add_argument_group("length and rate: the defaults are the paper's")
+    length.add_argument("--batch-size", type=int, help="samples an optimizer step, over all GPUs (default: 1728 in stage 1 and "
+                        "from scratch, 288 in stage 2)")
+    length.add_argument("--warm-up-steps", type=int, help="optimizer steps of stage 1 (default: one epoch)")
+    length.add_argument("--steps", type=int, help="optimizer steps of stage 2, or from scratch (default: 13M samples with the "
+                        "paper's data, at most 10 epochs of --data; from scratch 10 epochs)")
+    length.add_argument("--lr", type=float, help="peak rate of stage 2, or from scratch (default: 1e-4)")
+    length.add_argument("--warm-up-lr", type=float, help="rate of stage 1 (default: 5 x --lr)")
+    length.add_argument("--seed", type=int, default=0, help="a run is a function of its arguments and this (default: %(default)s)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--micro-batch", type=int, default=36, help="samples at a time on one GPU; lower it when memory runs "
+                         "out, the result stays the same (default: %(default)s)")
+    machine.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of frozen weights and of the arithmetic; "
+                         "trained weights are always float32 (default: %(default)s)")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                         help="torch.compile the repeated blocks (default: on GPUs)")
+    machine.add_argument("--workers", type=int, default=min(8, os.cpu_count() // 2), help="processes that read images, for each "
+                         "GPU (default: %(default)s)")
+    machine.add_argument("--resume", action="store_true", help="continue the run in --out where it stands")
+    log = parser.add_argument_group("log")
+    log.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
+    log.add_argument("--val-every", type=int, metavar="STEPS", help="(default: ten times a stage)")
+    log.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    for one, other in (("from_scratch", "no_warm_up"), ("from_scratch", "stage"), ("no_warm_up", "stage")):
+        if getattr(args, one) not in (None, False) and getattr(args, other):
+            parser.error(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} exclude each other")
+    for name in ("steps", "warm_up_steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    args.out = args.out or Path("out") / f"{Path(args.src).name}-to-{Path(args.tgt).name}"
+    return args
+
+
+# What a run's result does not depend on, so that --resume may change it.
+FREE = {"out", "micro_batch", "compile", "workers", "resume", "log_every", "val_every", "save_every", "max_bad"}
+
+
+def plan_stages(args):
+    """The stages of this run, by name, with the arguments' rates and batch sizes in the place of the paper's."""
+    if args.from_scratch is not None:
+        names = ["from-scratch"]
+    else:
+        names = [args.stage] if args.stage else ["fine-tune"] if args.no_warm_up else ["warm-up", "fine-tune"]
+    stages = {}
+    for name in names:
+        stage, warm_up = STAGES[name], name == "warm-up"
+        lr = (args.warm_up_lr or (5 * args.lr if args.lr else None)) if warm_up else args.lr
+        if lr:
+            stage = dataclasses.replace(stage, lr=lr, final_lr=lr * stage.final_lr / stage.lr)
+        stages[name] = dataclasses.replace(stage, batch_size=args.batch_size or stage.batch_size)
+    return stages
+
+
+# -------------------------------------------------------------------------------------------------------------- processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This process among its peers: one a GPU under torchrun, else a single one."""
+
+    rank: int
+    world: int
+    device: torch.device
+    precision: str
+
+    @classmethod
+    def start(cls, precision):
+        rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, world, device, precision)
+
+    def say(self, text):
+        """Prints on the first process only."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+
+    def sum(self, *numbers):
+        """The sums of some numbers over all processes, as floats."""
+        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def autocast(self):
+        """bf16 arithmetic around float32 trained weights; torch keeps losses and norms in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+# -------------------------------------------------------------------------------------------------------------------- data
+
+
+def find_data(args, stages, say):
+    """-> ({stage: (data sets, weights or None)}, validation Pairs), and says what was found and what is left out."""
+    root = Path(os.environ.get("VPGTRANS_DATA", "datasets"))
+    if args.data:
+        specs = {name: args.warm_up_data or args.data if name == "warm-up" else args.data for name in stages}
+        val = data.read_pairs(args.val) if args.val else None
+    else:
+        found = data.find_paper_data(root)
+        if not found.keys() & data.PAPER.keys():
+            raise FileNotFoundError(data.how_to_get_paper_data(root))
+        shares = {name: data.FINE_TUNE if name == "fine-tune" else data.WARM_UP for name in stages}
+        specs = {name: [f"{d}={found[d]}" + (f":{w}" if name == "fine-tune" else "") for d, w in share.items() if d in found]
+                 for name, share in shares.items()}
+        for name, share in shares.items():
+            missing = [d for d in share if d not in found]
+            if not specs[name]:
+                raise FileNotFoundError(f"stage {name} needs one of {', '.join(share)} under {root}/:\n" + data.how_to_get_paper_data(root))
+            if missing:
+                say(f"stage {name}: not under {root}/ and left out: {', '.join(missing)}")
+        val = data.read_pairs(args.val or f"val={found['val']}") if args.val or "val" in found else None
+    distinct = {spec: data.read_pairs(spec, crop=not spec.startswith("vg=")) for spec in {s for ss in specs.values() for s in ss}}
+    if val is None:
+        source = specs[list(stages)[-1]][0]
+        image_set = distinct[source]
+        distinct[source], val = data.hold_out(image_set, args.val_samples)
+        say(f"validation: {len(set(val.files))} images of {image_set.name} held out")
+    for spec, pairs in distinct.items():
+        notes = "".join(f", {count:,} left out: {why}" for why, count in pairs.left_out.items())
+        say(f"data: {pairs.name}, {len(pairs):,} pairs, {len(set(pairs.files)):,} images{notes} ({spec})")
+    sets = {}
+    for name in stages:
+        chosen = [distinct[spec] for spec in specs[name]]
+        weights = [pairs.weight for pairs in chosen]
+        sets[name] = chosen, (weights if any(w is not None for w in weights) else None)
+    return sets, data.one_caption_an_image(val, args.val_samples)
+
+
+def plan_length(args, name, stage, pairs, world):
+    """The number of optimizer steps of a stage over so many pairs."""
+    if stage.batch_size % world:
+        raise ValueError(f"--batch-size {stage.batch_size} must be a multiple of the {world} processes")
+    steps = args.warm_up_steps if name == "warm-up" else args.steps
+    if not steps:
+        samples = stage.epochs * pairs or (min(stage.samples, 10 * pairs) if args.data else stage.samples)
+        steps = samples // stage.batch_size
+    if steps < 1:
+        raise ValueError(f"{pairs:,} pairs do not fill one batch of {stage.batch_size:,}; lower --batch-size or set --steps")
+    return steps
+
+
+# ------------------------------------------------------------------------------------------------------------------ models
+
+
+def convert_projector(projector, src, tgt, captions, say):
+    """Stage 1, initialisation: the source's projector followed by the word converter. -> nn.Linear(Dq, D of the target)"""
+    src_tok, tgt_tok = data.load_tokenizer(src.llm), data.load_tokenizer(tgt.llm)
+    src_words, tgt_words = language_models.read_word_embeddings(src.llm), language_models.read_word_embeddings(tgt.llm)
+    if projector.out_features != src_words.shape[1]:
+        raise ValueError(f"{src.folder}: the projector's output is {projector.out_features} wide, but the word embeddings of its LLM "
+                         f"({src.llm}) are {src_words.shape[1]} wide, and the target's {tgt_words.shape[1]}; it belongs to another LLM")
+    src_ids, tgt_ids = vpgtrans.shared_tokens(src_tok.vocab(), tgt_tok.vocab())
+    if len(src_ids) == 0:
+        raise ValueError(f"the tokenizers of {src.llm} and {tgt.llm} share no token; use --init random")
+    counts = data.count_tokens(src_tok, captions, len(src_words))[src_ids]
+    began = time.time()
+    # + 1: a token that these captions happen not to use still counts a little
+    converter = vpgtrans.fit_word_converter(src_words[src_ids], tgt_words[tgt_ids], weight=counts + 1)
+    used, mean = counts > 0, lambda x: (x * counts[:, None]).sum(0) / counts.sum()
+    error = tgt_words[tgt_ids] - converter(src_words[src_ids])
+    explained = 1 - mean(error**2).sum() / mean((tgt_words[tgt_ids] - mean(tgt_words[tgt_ids])) ** 2).sum()
+    say(f"word converter: {src_words.shape[1]} -> {tgt_words.shape[1]}, fitted on {len(src_ids):,} shared tokens, {used.sum():,} of them in "
+        f"the captions; explains {explained:.1%} of the target embeddings' variance there ({time.time() - began:.1f} s)")
+    return vpgtrans.merge(projector, converter)
+
+
+def build_model(args, src, tgt, captions, processes):
+    """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the target's LLM."""
+    device, say = processes.device, processes.say
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    vpg = qformer.load_vpg(src.folder, dtype=dtype, device=device, vit_folder=src.vit)
+    hub.check_belongs(src, vit=vpg.frozen_parameters())
+    llm = language_models.load_llm(tgt.llm, dtype=dtype, device=device)
+    torch.manual_seed(args.seed)
+    projector = nn.Linear(vpg.dim, llm.dim)
+    if args.from_scratch:
+        first_stage = qformer.load_vpg(hub.resolve(args.from_scratch, "VPG").folder, dtype=dtype, device=device)
+        for parameter, given in zip(vpg.trained_parameters().values(), first_stage.trained_parameters().values(), strict=True):
+            parameter.data = given.data
+        say(f"from scratch: Q-Former of {args.from_scratch}, random projector")
+    elif args.from_scratch is not None:
+        vpg.reset()
+        say("from scratch: random Q-Former, random projector")
+    elif src.llm.resolve() == tgt.llm.resolve():
+        projector = qformer.load_projector(src.folder)
+        say("source and target are the same LLM: the projector stays as it is")
+    elif args.init == "converter" and processes.rank == 0:
+        projector = convert_projector(qformer.load_projector(src.folder), src, tgt, captions, say)
+    elif args.init == "random":
+        say("projector: random")
+    model = vpgtrans.VisualLLM(vpg, projector.to(device), llm)
+    if processes.world > 1:
+        for parameter in vpgtrans.blip2_names(model).values():
+            dist.broadcast(parameter.data, src=0)
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------- a run's folder
+
+
+def run_config(args, src, tgt, model):
+    """config.json of a run: what its weights are, and which ViT and LLM belong to them."""
+    source = json.loads((src.folder / "config.json").read_text())
+    parts = {key: source[key] for key in ("vision_config", "qformer_config", "num_query_tokens") if key in source}
+    vit = source["vit"]["name"] if source.get("model_type") == "vpgtrans" else hub.lasting_name(args.src)
+    return {"model_type": "vpgtrans", **parts, "vit": {"name": vit, "fingerprint": hub.fingerprint(model.vpg.frozen_parameters())},
+            "llm": {"name": hub.lasting_name(args.tgt), "fingerprint": hub.fingerprint(dict(model.llm.named_parameters()))}, "arguments": arguments(args)}
+
+
+def arguments(args):
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def write(file, save):
+    """Writes a file under another name first, so that a kill or a full disk leaves the old one whole."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(out, model):
+    """OUT/model.safetensors: what VPGTrans trains, under the names of a BLIP-2 checkpoint."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in vpgtrans.blip2_names(model).items()}
+    write(out / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+
+
+def save_state(out, model, optimizer, state):
+    """OUT/resume.safetensors: weights, AdamW's moments, and as metadata where the run stands; no pickle."""
+    tensors = {f"model.{name}": p.detach() for name, p in vpgtrans.blip2_names(model).items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write(out / "resume.safetensors", lambda file: save_file(tensors, file, metadata={"state": json.dumps(state)}))
+
+
+def load_state(out, args):
+    """-> (state, tensors) of OUT/resume.safetensors, after making sure that it is a run with these arguments."""
+    file = out / "resume.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: nothing to resume; start without --resume")
+    try:
+        with safe_open(file, framework="pt") as saved:
+            state = json.loads(saved.metadata()["state"])
+            tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+    except Exception as error:
+        raise ValueError(f"{file}: damaged ({error}); start anew with another --out") from error
+    now, then = arguments(args), state["arguments"]
+    other = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in now if key not in FREE and now[key] != then.get(key)]
+    if other:
+        raise ValueError(f"{out}: --resume with other arguments would be another run: {'; '.join(other)}")
+    return state, tensors
+
+
+def restore(model, optimizer, tensors):
+    """Puts the tensors of load_state into the model and, where they are of this stage, the optimizer."""
+    with torch.no_grad():
+        for name, parameter in vpgtrans.blip2_names(model).items():
+            parameter.copy_(tensors[f"model.{name}"])
+    moments = {}
+    for name in (name for name in tensors if name.startswith("optimizer.")):
+        _, i, key = name.split(".")
+        moments.setdefault(int(i), {})[key] = tensors[name]
+    if moments:
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Log:
+    """OUT/metrics.jsonl, an object a logged step, and the curves drawn from it; written by the first process alone."""
+
+    def __init__(self, out, rank):
+        self.file, self.png, self.rank, self.seconds = out / "metrics.jsonl", out / "curves.png", rank, 0.0
+
+    def continue_from(self, stages, state):
+        """Forgets what a killed run logged after the state that it resumes from."""
+        self.seconds, at = state["seconds"], (stages.index(state["stage"]), state["step"])
+        if self.rank == 0:
+            kept = [row for row in self.rows() if (stages.index(row["stage"]), row["step"]) <= at]
+            write(self.file, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+
+    def rows(self):
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    def add(self, **row):
+        if self.rank == 0:
+            with open(self.file, "a") as lines:
+                lines.write(json.dumps(row | {"seconds": round(self.seconds, 3)}) + "\n")
+
+    def draw(self):
+        """Training loss, and validation loss with matched and with shuffled images, over all stages."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        rows, offset, figure = self.rows(), 0, Figure(figsize=(9, 4.5), layout="tight")
+        axes = figure.subplots()
+        looks = {"loss": ("training", "0.65", "-"), "val_loss": ("validation", "C0", "o-"),
+                 "val_loss_shuffled": ("validation, shuffled images", "C3", "o-")}
+        for stage in dict.fromkeys(row["stage"] for row in rows):
+            of_stage = [row for row in rows if row["stage"] == stage]
+            for key, (label, colour, line) in looks.items():
+                points = [(offset + row["step"], row[key]) for row in of_stage if key in row]
+                axes.plot([x for x, _ in points], [y for _, y in points], line, color=colour, label=None if offset else label, markersize=3)
+            axes.axvline(offset, color="0.8", linewidth=0.8)
+            axes.text(offset, 1.01, f" {stage}", transform=axes.get_xaxis_transform(), fontsize=9)
+            offset += of_stage[-1]["step"]
+        axes.set(xlabel="optimizer step", ylabel="cross-entropy a token")
+        axes.legend(frameon=False)
+        write(self.png, lambda file: figure.savefig(file, format="png", dpi=130))
+
+
+# -------------------------------------------------------------------------------------------------------------- validation
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode, and afterwards the modes that were."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    yield
+    for module in training:
+        module.training = True
+
+
+class Validation:
+    """The loss on held-out pairs with their own and with other pairs' images: the difference is what the LLM sees."""
+
+    def __init__(self, samples, micro_batch, processes):
+        self.tok, self.processes, count = samples.tok, processes, samples.starts[-1]
+        chunks = torch.arange(count).tensor_split(-(-count // max(2, micro_batch)))[processes.rank :: processes.world]
+        self.batches = [samples.collate([samples[i, i] for i in chunk.tolist()]) for chunk in chunks]
+
+    @torch.no_grad()
+    def losses(self, model):
+        """-> cross-entropy a token with matched images, and with shuffled ones."""
+        sums, device = torch.zeros(3, dtype=torch.float64), self.processes.device
+        for batch in self.batches:
+            prompts, targets = batch["prompt_ids"], batch["target_ids"].to(device)
+            with evaluating(model), self.processes.autocast():
+                queries = model.vpg(data.normalise(batch["images"].to(device)))
+                matched, tokens = model(prompts, targets, queries=queries)
+                shuffled, _ = model(prompts, targets, queries=queries.roll(len(queries) // 2, dims=0))
+            sums += torch.stack([matched, shuffled, tokens]).double().cpu()
+        matched, shuffled, tokens = self.processes.sum(*sums)
+        return matched / tokens, shuffled / tokens
+
+    def examples(self, model, count):
+        """Lines with captions of the first validation images, as people wrote them and as the model does."""
+        batch, device = self.batches[0], self.processes.device
+        with evaluating(model), self.processes.autocast():
+            ids = model.generate(batch["prompt_ids"][:count], images=data.normalise(batch["images"][:count].to(device)),
+                                 stop=((self.tok.end_id,), (self.tok.eos_id,)))
+        for file, truth, answer in zip(batch["files"], batch["target_ids"].tolist(), ids):
+            truth = self.tok.decode(i for i in truth if i >= 0)
+            yield f"    {Path(file).name}: {self.tok.decode(answer).strip()}  (people: {truth.strip()})"
+
+
+# -------------------------------------------------------------------------------------------------------------------- loop
+
+stop_asked = threading.Event()  # by SIGTERM or SIGINT: the run is saved after the step at hand
+
+
+@dataclasses.dataclass
+class Run:
+    """What the stages of a run share."""
+
+    args: argparse.Namespace
+    processes: Processes
+    model: vpgtrans.VisualLLM
+    validation: Validation
+    log: Log
+
+    def validate(self, at):
+        """Logs, prints and draws how the model does at a step."""
+        matched, shuffled = self.validation.losses(self.model)
+        self.log.add(**at, val_loss=matched, val_loss_shuffled=shuffled)
+        self.processes.say(f"step {at['step']:>6,}  validation loss {matched:.3f}, with shuffled images {shuffled:.3f}")
+        if self.processes.rank == 0:
+            self.processes.say("\n".join(self.validation.examples(self.model, 2)))
+            self.log.draw()
+
+    def save(self, optimizer, at):
+        if self.processes.rank == 0:
+            save_state(self.args.out, self.model, optimizer, {**at, "seconds": self.log.seconds, "arguments": arguments(self.args)})
+
+    def check(self, loss, bad, seen, at):
+        """Stops a run whose loss is no number any more, or too many of whose images cannot be read."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss at step {at['step']} of stage {at['stage']} is {loss}; {self.args.out} holds the last good state")
+        if bad > self.args.max_bad * max(seen, 1000):
+            raise ValueError(f"{bad:.0f} of {seen:.0f} images could not be read, more than --max-bad {self.args.max_bad:g}; see above")
+
+
+def optimizer_step(trained, micro_batches, optimizer, processes):
+    """Forward, backward and update for one batch, of which this process has some micro-batches.
+
+    Each token counts alike, whichever process and micro-batch it is in: -> (their number in all, this process's loss sum, has
+    any process been asked to stop)."""
+    tokens, stop = processes.sum(sum((micro["target_ids"] != -100).sum() for micro in micro_batches), stop_asked.is_set())
+    loss_sum = torch.zeros((), device=processes.device)
+    for i, micro in enumerate(micro_batches):
+        more = i < len(micro_batches) - 1
+        with trained.no_sync() if more and processes.world > 1 else contextlib.nullcontext(), processes.autocast():
+            images = data.normalise(micro["images"].to(processes.device, non_blocking=True))
+            targets = micro["target_ids"].to(processes.device, non_blocking=True)
+            loss, _ = trained(micro["prompt_ids"], targets, images=images)
+            (loss * (processes.world / tokens)).backward()  # times world: DDP takes the mean over processes
+        loss_sum += loss.detach()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return tokens, loss_sum, bool(stop)
+
+
+def train_stage(run, name, stage, steps, samples, order, resumed=None):
+    """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state, stands."""
+    args, processes, model, log = run.args, run.processes, run.model, run.log
+    table = vpgtrans.enter_stage(model, stage)
+    processes.say(f"\nstage {name}: {steps:,} steps of {stage.batch_size:,} = {steps * stage.batch_size:,} samples, "
+                  f"{steps * stage.batch_size / samples.starts[-1]:.2g} epochs; rate {stage.lr:g} -> {stage.final_lr:g}")
+    processes.say(f"  {'part':24} {'parameters':>14} {'trainable':>14}  mode")
+    for part, total, trainable, mode in table:
+        processes.say(f"  {part:24} {total:14,} {trainable:14,}  {mode}")
+    optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=stage.lr, betas=stage.betas, fused=True)
+    if resumed:
+        restore(model, optimizer, resumed[1])
+    first = resumed[0]["step"] if resumed else 0
+    trained = nn.parallel.DistributedDataParallel(model, init_sync=False) if processes.world > 1 else model
+    batches = data.load_batches(samples, order, stage.batch_size, args.micro_batch, processes.rank, processes.world, first, args.workers)
+    val_every = args.val_every or max(1, steps // 10)
+    at = lambda step: {"stage": name, "step": step, "samples": step * stage.batch_size}
+    if first == 0:
+        run.validate(at(0))
+    losses, tokens, bad, all_bad, logged, since = [], 0, 0, 0, first, time.time()
+    with tqdm(total=steps, initial=first, desc=name, unit="step", disable=None if processes.rank == 0 else True) as bar:
+        for step in range(first, steps):
+            micro_batches, lr = next(batches), vpgtrans.learning_rate(stage, step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # dropout is a function of seed, stage, step and rank, so that a resumed run draws what it would have drawn
+            torch.manual_seed(hash((args.seed, list(STAGES).index(name), step, processes.rank)))
+            step_tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes)
+            losses.append(loss)
+            tokens += step_tokens
+            for message in (message for micro in micro_batches for message in micro["bad"]):
+                tqdm.write(f"left out: {message}", file=sys.stderr)
+                bad += 1
+            done = at(step + 1)
+            if done["step"] % args.log_every == 0 or done["step"] == steps or stop:
+                loss, all_bad = processes.sum(sum(losses), bad)
+                seconds, samples_seen = time.time() - since, (done["step"] - logged) * stage.batch_size
+                log.seconds += seconds
+                log.add(**done, loss=loss / tokens, lr=lr, samples_per_second=samples_seen / seconds, peak_memory=peak_memory(), bad_samples=int(all_bad))
+                run.check(loss, all_bad, done["samples"] - first * stage.batch_size, done)
+                bar.set_postfix(loss=f"{loss / tokens:.3f}", samples_per_second=f"{samples_seen / seconds:.0f}")
+                losses, tokens, logged, since = [], 0, done["step"], time.time()
+            bar.update()
+            if done["step"] % val_every == 0 or done["step"] == steps:
+                pause = time.time()
+                run.validate(done)
+                since += time.time() - pause
+            if done["step"] % args.save_every == 0 or done["step"] == steps or stop:
+                run.save(optimizer, done)
+            if stop:
+                processes.say(f"stopped at step {done['step']:,} of stage {name}; the same command with --resume continues")
+                sys.exit(130)
+    if processes.rank == 0:
+        save_model(args.out, model)
+
+
+def peak_memory():
+    """Bytes: of the GPU, or without one of this process."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    stages = plan_stages(args)
+    try:
+        if int(os.environ.get("RANK", 0)) == 0:  # before others wait: what the first process alone looks at, fetches and makes
+            if not args.resume and (args.out / "config.json").exists():
+                raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
+            hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
+            args.out.mkdir(parents=True, exist_ok=True)
+        processes = Processes.start(args.precision)
+        src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
+        sets, val = find_data(args, stages, processes.say)
+        steps = {name: plan_length(args, name, stage, sum(map(len, sets[name][0])), processes.world) for name, stage in stages.items()}
+        state, tensors = load_state(args.out, args) if args.resume else (None, None)
+        captions = [caption for pairs, _ in sets.values() for p in pairs for caption in p.captions]
+        model = build_model(args, src, tgt, captions, processes)
+        config, tok = run_config(args, src, tgt, model), data.load_tokenizer(tgt.llm)
+        new_samples = lambda pairs, augment: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, augment, args.seed)
+        validation = Validation(new_samples([val], False), args.micro_batch, processes)
+    except (OSError, ValueError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    if args.compile:
+        for block in [*model.vpg.layers, *model.llm.layers]:
+            block.compile()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop_asked.set())
+    names, log = list(stages), Log(args.out, processes.rank)
+    if state:
+        log.continue_from(names, state)
+    elif processes.rank == 0:
+        write(log.file, lambda file: file.write_text(""))
+        write(args.out / "config.json", lambda file: file.write_text(json.dumps(config, indent=2)))
+    run = Run(args, processes, model, validation, log)
+    for name in names[names.index(state["stage"]) if state else 0 :]:
+        pairs, weights = sets[name]
+        order = data.plan([len(p) for p in pairs], steps[name] * stages[name].batch_size, args.seed, weights)
+        resumed = (state, tensors) if state and state["stage"] == name else None
+        train_stage(run, name, stages[name], steps[name], new_samples(pairs, args.augment == "crop"), order, resumed)
+    processes.say(f"\n{args.src} -> {args.tgt}: {', then '.join(f'{name} {steps[name]:,} steps' for name in names)}, {log.seconds:.0f} s of "
+                  f"training.\nWeights, metrics and curves are in {args.out}/. Try: python sample.py IMAGE --model {args.out}")
+    if processes.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
