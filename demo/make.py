@@ -334,14 +334,14 @@ def make_llms(args):
         initialise(llm)
         steps = args.llm_steps[name]
         rng = np.random.default_rng(SEEDS["llms"])
-        mixed = zip(batches(general, 8, steps, rng), batches(documents, 40, steps, rng))
+        mixed = zip(batches(general, 6, steps, rng), batches(documents, 40, steps, rng))
         index = [np.concatenate([a, general + b]) for a, b in mixed]
 
         def step_loss(step):
             batch = rows[index[step]]
             length = (batch != IGNORE).sum(1)
             total = count = 0
-            for part in (batch[:8], batch[8:, : int(length[8:].max())]):
+            for part in (batch[:6], batch[6:, : int(length[6:].max())]):
                 s, n = llm.loss(llm.embed(part[:, :1].clamp(min=0)), part[:, 1:])
                 total, count = total + s, count + n
             return total / count
@@ -481,7 +481,7 @@ def main():
     parser.add_argument("--quick", type=float, default=1.0, help="share of the steps, for a trial")
     args = parser.parse_args()
     args.vit_steps, args.vit_rate = int(args.quick * 3000), 1e-3
-    args.llm_steps = dict(source=int(args.quick * 3000), target=int(args.quick * 2400))
+    args.llm_steps = dict(source=int(args.quick * 2400), target=int(args.quick * 1800))
     args.llm_rate = dict(source=2e-3, target=1.5e-3)
     args.source_steps, args.source_rate = int(args.quick * 5000), 1e-3
     args.work.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,268 @@
+"""Facts about train.py: the command runs from end to end, resumes, agrees across processes, and refuses bad input untouched."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import conftest
+import sample
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+def arguments(world, out, *more):
+    source, target, pairs = world
+    return ["--src", str(source), "--tgt", str(target), "--data", str(pairs), "--out", str(out), "--batch-size", "8", "--steps", "6",
+            "--warm-up-steps", "3", "--lr", "1e-3", "--log-every", "1", "--val-every", "3", "--workers", "0", "--precision", "fp32", *more]
+
+
+def rows(out, *keys):
+    return [tuple(row[key] for key in keys) for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if set(keys) <= row.keys()]
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """One run of VPGTrans from end to end, in bf16, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(world, out, "--precision", "bf16", "--micro-batch", "3")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+
+def test_a_run_leaves_weights_metrics_and_curves(finished, world):
+    out, printed = finished
+    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json", "metrics.jsonl", "curves.png", "resume.safetensors"}
+    with safe_open(world[0] / "model.safetensors", framework="pt") as source:
+        for name, tensor in load_file(out / "model.safetensors").items():
+            assert name in source.keys() and (name.startswith("language_projection") or source.get_slice(name).get_shape() == list(tensor.shape))
+    assert [s for s, _ in rows(out, "stage", "loss")] == ["warm-up"] * 3 + ["fine-tune"] * 6
+    assert rows(out, "stage", "step", "val_loss_shuffled")[0][:2] == ("warm-up", 0) and rows(out, "step", "val_loss")[-1][0] == 6
+    assert {"stage", "step", "samples", "loss", "lr", "seconds", "samples_per_second", "peak_memory"} <= json.loads(
+        (out / "metrics.jsonl").read_text().splitlines()[1]).keys()
+    assert "stage warm-up: 3 steps of 8 = 24 samples" in printed and "word converter: 40 -> 32" in printed and "(people: " in printed
+
+
+def test_the_tables_printed_say_what_trains(finished):
+    trainable = [line.split()[-2] for line in finished[1].splitlines() if line.endswith(("  train", "  eval"))]
+    assert trainable == ["0", "0", "0", "0", "1,056", "0"] + ["0", "96", "160", "44,864", "1,056", "0"]
+
+
+def test_the_warm_up_trains_only_the_projector(world, tmp_path):
+    train.main(arguments(world, tmp_path / "run", "--stage", "warm-up"))
+    trained, source = load_file(tmp_path / "run" / "model.safetensors"), load_file(world[0] / "model.safetensors")
+    changed = {name for name in trained if name not in source or not torch.equal(trained[name], source[name])}
+    assert changed == {"language_projection.weight", "language_projection.bias"}
+
+
+def test_the_loss_falls(world, tmp_path):
+    train.main(arguments(world, tmp_path / "run", "--steps", "60", "--lr", "1e-2"))
+    losses = [loss for loss, in rows(tmp_path / "run", "loss")]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("options, stages, says", [
+    (["--no-warm-up"], ["fine-tune"], "word converter"), (["--init", "random"], ["warm-up", "fine-tune"], "projector: random"),
+    (["--from-scratch"], ["from-scratch"], "random Q-Former"), (["--stage", "fine-tune"], ["fine-tune"], "word converter")])
+def test_the_papers_baselines_run(world, tmp_path, capsys, options, stages, says):
+    train.main(arguments(world, tmp_path / "run", *options))
+    assert list(dict.fromkeys(s for s, in rows(tmp_path / "run", "stage"))) == stages and says in capsys.readouterr().out
+
+
+def test_from_scratch_can_start_from_a_given_vpg(world, tmp_path):
+    other = tmp_path / "first-stage"
+    conftest.write_source(other, seed=5)
+    train.main(arguments(world, tmp_path / "given", "--from-scratch", str(other), "--lr", "1e-9"))
+    ours, given = load_file(tmp_path / "given" / "model.safetensors"), load_file(other / "model.safetensors")
+    assert torch.allclose(ours["query_tokens"], given["query_tokens"], atol=1e-5)
+    assert not torch.allclose(ours["query_tokens"], load_file(world[0] / "model.safetensors")["query_tokens"], atol=1e-2)
+
+
+def test_transfers_chain(finished, world, tmp_path):
+    """A run as the source of the next one; towards the same LLM its projector stays, towards another it is converted."""
+    run, printed = finished[0], []
+    train.main(arguments((run, world[1], world[2]), tmp_path / "same", "--lr", "1e-9", "--stage", "fine-tune"))
+    ours, before = load_file(tmp_path / "same" / "model.safetensors"), load_file(run / "model.safetensors")
+    assert torch.allclose(ours["language_projection.weight"], before["language_projection.weight"], atol=1e-5)
+    conftest.write_target(tmp_path / "other", seed=9)
+    train.main(arguments((run, tmp_path / "other", world[2]), tmp_path / "chained"))
+    assert json.loads((tmp_path / "chained" / "config.json").read_text())["vit"]["name"] == str(world[0])
+
+
+def test_without_data_the_papers_layout_is_used(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VPGTRANS_DATA", str(tmp_path))
+    source, target, pairs = world
+    args = ["--src", str(source), "--tgt", str(target), "--out", str(tmp_path / "run"), "--batch-size", "8", "--steps", "2", "--warm-up-steps", "2", "--workers", "0"]
+    with pytest.raises(SystemExit):
+        train.main(args)
+    said = capsys.readouterr().err
+    assert "annotations" in said and "cocodataset.org" in said and "--data" in said
+    shutil.copytree(pairs.parent, tmp_path / "vg")
+    (tmp_path / "vg" / "pairs.jsonl").rename(tmp_path / "vg" / "vg.jsonl")
+    shutil.copytree(pairs.parent, tmp_path / "sbu")
+    (tmp_path / "sbu" / "pairs.jsonl").rename(tmp_path / "sbu" / "sbu.jsonl")
+    train.main(args)
+    said = capsys.readouterr().out
+    assert "stage warm-up: not under" in said and "left out: coco" in said and "left out: coco, laion" in said
+
+
+# ------------------------------------------------------------------------------------------------------ resume, processes
+
+
+@pytest.mark.parametrize("at", ["warm-up 2", "fine-tune 3"])
+def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, at):
+    """Killed by SIGKILL while it writes the log, with dropout on, resumed with another --micro-batch for good measure."""
+    conftest.write_source(tmp_path / "source", dropout=0.1)
+    world = (tmp_path / "source", *world[1:])
+    train.main(arguments(world, tmp_path / "whole", "--save-every", "1"))
+    stage, step = at.split()
+    killer = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train; add = train.Log.add\n"
+              f"def kill(log, **row):\n    add(log, **row)\n    if (row['stage'], row['step']) == ({stage!r}, {step}): os.kill(os.getpid(), signal.SIGKILL)\n"
+              "train.Log.add = kill; train.main(sys.argv[1:])")
+    killed = subprocess.run([sys.executable, "-c", killer, *arguments(world, tmp_path / "killed", "--save-every", "1")], capture_output=True)
+    assert killed.returncode == -9
+    train.main(arguments(world, tmp_path / "killed", "--save-every", "1", "--resume"))
+    assert rows(tmp_path / "killed", "stage", "step", "loss") == rows(tmp_path / "whole", "stage", "step", "loss")
+    assert rows(tmp_path / "killed", "step", "val_loss") == rows(tmp_path / "whole", "step", "val_loss")
+
+
+def test_other_arguments_are_not_a_resume(finished, world, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(world, finished[0], "--resume", "--lr", "2e-3", "--precision", "bf16"))
+    assert stop.value.code == 2 and "--lr was 0.001, is 0.002" in capsys.readouterr().err
+
+
+def test_micro_batches_give_the_whole_batch(world, tmp_path):
+    """Caption lengths are unequal: a mean over micro-batches instead of tokens would show."""
+    train.main(arguments(world, tmp_path / "one"))
+    train.main(arguments(world, tmp_path / "three", "--micro-batch", "3"))
+    for (a,), (b,) in zip(rows(tmp_path / "one", "loss"), rows(tmp_path / "three", "loss"), strict=True):
+        assert abs(a - b) < 1e-5
+
+
+def test_two_processes_equal_one(world, tmp_path):
+    train.main(arguments(world, tmp_path / "one", "--steps", "12"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
+               *arguments(world, tmp_path / "two", "--steps", "12")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for key in ("loss", "val_loss", "val_loss_shuffled"):
+        for a, b in zip(rows(tmp_path / "one", "stage", "step", key), rows(tmp_path / "two", "stage", "step", key), strict=True):
+            assert a[:2] == b[:2] and abs(a[2] - b[2]) < 1e-5, key
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, argv, *says):
+    """The command ends with exit code 2 and says all that; and nothing was written."""
+    out = Path(argv[argv.index("--out") + 1])
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*")} if out.is_dir() else {}
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and all(text in said for text in says), said
+    assert before == ({file: file.stat().st_mtime_ns for file in out.glob("*")} if out.is_dir() else {})
+
+
+def broken(folder, copy, **changes):
+    """A copy of a checkpoint with tensors of its file replaced, or removed where the change is None."""
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors") | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, copy / "model.safetensors")
+    return copy
+
+
+def test_bad_checkpoints_are_refused_by_file_and_tensor(world, tmp_path, capsys):
+    source, target, pairs = world
+    out = tmp_path / "run"
+    with_source = lambda folder: arguments((folder, target, pairs), out)
+    with_target = lambda folder: arguments((source, folder, pairs), out)
+    refused(capsys, with_source(broken(source, tmp_path / "a", **{"query_tokens": None})), str(tmp_path / "a"), "1 tensors missing", "query_tokens")
+    refused(capsys, with_source(broken(source, tmp_path / "b", **{"qformer.layernorm.bias": torch.zeros(7)})), "qformer.layernorm.bias is (7,)", "(32,)")
+    refused(capsys, with_target(broken(target, tmp_path / "c", **{"model.decoder.layers.1.fc1.bias": None})), "model.decoder.layers.1.fc1.bias")
+    refused(capsys, with_source(broken(source, tmp_path / "d", **{"language_projection.weight": torch.zeros(33, 32), "language_projection.bias": torch.zeros(33)})),
+            "33 wide", "40 wide", "32")
+    shutil.copytree(target, tmp_path / "e")
+    content = (tmp_path / "e" / "model.safetensors").read_bytes()
+    (tmp_path / "e" / "model.safetensors").write_bytes(content[: len(content) // 2])
+    refused(capsys, with_target(tmp_path / "e"), "e/model.safetensors", "download or copy it again")
+    (tmp_path / "e" / "model.safetensors").unlink()
+    refused(capsys, with_target(tmp_path / "e"), str(tmp_path / "e"), "no weights")
+    (tmp_path / "e" / "config.json").write_text(json.dumps({"model_type": "gpt_neox"}))
+    refused(capsys, with_target(tmp_path / "e"), "e/config.json", "'gpt_neox' is not implemented")
+    (tmp_path / "e" / "config.json").write_text("{")
+    refused(capsys, with_target(tmp_path / "e"), "e/config.json", "not valid JSON")
+    refused(capsys, with_source(target), "has no Q-Former")
+    refused(capsys, with_target(tmp_path / "nowhere"), "nowhere: no such folder")
+
+
+def test_bad_data_is_refused(world, tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    for pairs, says in ((tmp_path / "empty.jsonl", "not one caption"), (tmp_path / "none.jsonl", "there is no such file")):
+        refused(capsys, arguments((*world[:2], pairs), tmp_path / "run"), pairs.name, says)
+    argv = arguments(world, tmp_path / "run", "--stage", "warm-up", "--batch-size", "1000")
+    del argv[argv.index("--warm-up-steps") : argv.index("--warm-up-steps") + 2]
+    refused(capsys, argv, "do not fill one batch of 1,000", "--batch-size")
+
+
+def test_out_that_holds_a_run_or_cannot_be_written_is_refused(finished, world, tmp_path, capsys):
+    refused(capsys, arguments(world, finished[0]), str(finished[0]), "--resume", "--out")
+    (tmp_path / "file").write_text("")
+    refused(capsys, arguments(world, tmp_path / "file" / "run"), "file")
+
+
+def test_unreadable_images_are_named_and_too_many_stop_the_run(world, tmp_path, capsys):
+    pairs = conftest.write_pairs(tmp_path / "pairs", 24)
+    (tmp_path / "pairs" / "5.png").write_bytes(b"<html>")
+    argv = arguments((*world[:2], pairs), tmp_path / "run", "--val", str(world[2]))
+    train.main(argv)
+    assert "5.png" in capsys.readouterr().err and max(bad for bad, in rows(tmp_path / "run", "bad_samples")) > 0
+    with pytest.raises(ValueError, match="could not be read"):
+        train.main(arguments((*world[:2], pairs), tmp_path / "strict", "--val", str(world[2]), "--max-bad", "0"))
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    file = tmp_path / "weights"
+    train.write(file, lambda f: f.write_text("old"))
+
+    def fail(f):
+        f.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        train.write(file, fail)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+# ---------------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_sampling_captions_and_answers(finished, world, capsys):
+    image = str(world[2].parent / "0.png")
+    for argv in ([image], [image, "--prompt", "a red", "--num-beams", "1"], [image, "--num-beams", "1", "--temperature", "0.7", "--top-p", "0.9"]):
+        sample.main([*argv, "--model", str(finished[0])])
+        assert capsys.readouterr().out.startswith(f"{image}: ")
+
+
+def test_a_run_whose_llm_changed_is_refused(finished, world, tmp_path, capsys):
+    config = json.loads((finished[0] / "config.json").read_text())
+    shutil.copytree(finished[0], tmp_path / "run")
+    conftest.write_target(tmp_path / "changed", seed=4)
+    config["llm"]["name"] = str(tmp_path / "changed")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as stop:
+        sample.main([str(world[2].parent / "0.png"), "--model", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "fingerprint" in capsys.readouterr().err
