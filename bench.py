@@ -1,23 +1,20 @@
 """Speed and memory of training and generation, side by side with transformers' BLIP-2.
 
-    python bench.py                                          # a small model in a minute or two, also on a laptop
-    python bench.py --size opt-2.7b --batch-size 32 --compile    # the paper's source, with random weights, on one GPU
-    python bench.py --size small --precision fp32 --repeats 15
+    python bench.py                                              # a small model, minutes on a laptop
+    python bench.py --size opt-2.7b --batch-size 32 --compile    # the paper's source with random weights, on one GPU
 
-Ours and transformers run in one process, on the same random weights (each tensor exists once), images and captions, with
-the same parts frozen, in the same precisions, and take turns. Before anything is timed they must agree: in the loss and in
-the projector's gradient (and in float32 in the generated ids), else the run stops. Prints two Markdown tables:
+Ours and transformers' two kinds of attention run in one process, on the same random weights (each tensor exists once) and
+the same batch, with the same parts frozen, and take turns. They are timed only if they agree: in the loss and in the
+projector's gradient, and with fp32 in the generated ids. Prints two Markdown tables, to be pasted as they are:
 
-    a training step   forward, backward and AdamW of both stages. "of the limit" is the share of the time that the step's
-                      arithmetic alone would take at the speed of one large matrix product, measured here in that precision
-    generation        30 tokens behind 33 soft prompts and words, greedy and with 5 beams, in which nothing ends early
+    training      forward, backward and AdamW, in both stages. "of the limit" is the time that the arithmetic alone would
+                  take, at the speed of one large matrix product measured here, over the time it took
+    generation    30 tokens behind 33 embeddings, greedy and with 5 beams; nothing ends early, and nothing is compiled
 
-A ratio above 1 means that ours is faster than the better of transformers' two kinds of attention. Figures mean something
-only on a machine that does nothing else: look at the spread.
+A ratio above 1: ours is faster than the better of the two. Figures mean something on an otherwise idle machine only.
 """
 
 import argparse
-import contextlib
 import platform
 import statistics
 import subprocess
@@ -38,109 +35,107 @@ try:
 except ImportError:
     transformers = None
 
-EVA = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16, image_size=224, patch_size=14)
-SIZES = {  # ViT, layers of the Q-Former, OPT
-    "small": (dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=14),
-              6, dict(hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12)),
-    "opt-2.7b": (EVA, 12, dict(hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32)),
-    "opt-6.7b": (EVA, 12, dict(hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32)),
+shape = lambda **sizes: {"num_hidden_layers": 12, **sizes}
+EVA = shape(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16)
+SIZES = {  # ViT, Q-Former, OPT
+    "small": (shape(hidden_size=384, intermediate_size=1536, num_attention_heads=6), shape(num_hidden_layers=6),
+              shape(hidden_size=768, ffn_dim=3072, num_attention_heads=12)),
+    "opt-2.7b": (EVA, shape(), shape(hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32)),
+    "opt-6.7b": (EVA, shape(), shape(hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32)),
 }
-VOCAB, BOS, IMAGE_ID, NEW_TOKENS = 50272, 2, 50265, 30  # IMAGE_ID is transformers' stand-in for a soft prompt
-# The greatest differences between ours and transformers: of the losses, and (relative) of the projector's gradient.
-TOLERANCE = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 0.25)}
-
+BOS, IMAGE_ID, NEW_TOKENS = 2, 50265, 30  # IMAGE_ID stands for a soft prompt in transformers' prompts
+# The greatest differences allowed: of mean losses, and (relative, by norm) of the projector's gradients. The latter jump a
+# little where rounding puts an input of one of OPT's ReLUs on the other side of zero.
+TOLERANCE = {"fp32": (1e-4, 1e-2), "bf16": (2e-2, 0.25)}
 
 # ---------------------------------------------------------------------------------------------------------------- models
 
 
 def blank_peer(size, attention):
-    """transformers' BLIP-2 of a size, without weights (on the meta device); attention is "eager" or "sdpa"."""
-    vit, layers, opt = SIZES[size]
+    """transformers' BLIP-2 without weights (on the meta device); attention is "eager" or "sdpa"."""
+    vit, former, opt = SIZES[size]
     config = transformers.Blip2Config(
-        vision_config=transformers.Blip2VisionConfig(**vit), num_query_tokens=32, image_token_index=IMAGE_ID,
-        qformer_config=transformers.Blip2QFormerConfig(num_hidden_layers=layers, encoder_hidden_size=vit["hidden_size"]),
-        # without use_cache=False transformers would keep keys and values in training, for nothing
-        text_config=transformers.OPTConfig(**opt, vocab_size=VOCAB, word_embed_proj_dim=opt["hidden_size"], use_cache=False))
+        vision_config=transformers.Blip2VisionConfig(**vit, image_size=224, patch_size=14), num_query_tokens=32, image_token_index=IMAGE_ID,
+        qformer_config=transformers.Blip2QFormerConfig(**former, encoder_hidden_size=vit["hidden_size"]),
+        # use_cache=False: else transformers keeps keys and values in training, for nothing
+        text_config=transformers.OPTConfig(**opt, vocab_size=50272, word_embed_proj_dim=opt["hidden_size"], use_cache=False))
     with torch.device("meta"):
-        return transformers.Blip2ForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+        return transformers.Blip2ForConditionalGeneration._from_config(config, attn_implementation=attention)
 
 
 def random_tensors(shapes, dtype, device):
-    """{name: tensor on the meta device} -> random ones on the device: the ViT's and the LLM's in dtype, the others float32."""
+    """{name: meta tensor} -> random ones: ViT and LLM in dtype, the rest float32. None is zero or one, and hidden states keep
+    their scale through the layers, so that the loss depends on every tensor."""
     torch.manual_seed(0)
     tensors = {}
     for name, like in shapes.items():
-        # nothing is zero or one, and hidden states keep their scale, so that the losses depend on every tensor
-        scale = 0.1 if like.ndim < 2 else like.flatten(1).shape[1] ** -0.5 if like.shape[0] > 1 else like.shape[-1] ** -0.5
+        scale = 0.1 if like.ndim == 1 else (like.shape[-1] if like.shape[0] == 1 else like[0].numel()) ** -0.5
         frozen = qformer.is_frozen(name) or name.startswith("language_model.")
-        tensor = torch.randn(like.shape, dtype=dtype if frozen else torch.float32, device=device).mul_(scale)
-        tensors[name] = tensor.add_(1) if "norm" in name.lower() and name.endswith("weight") else tensor
-    tensors["language_model.lm_head.weight"] = tensors["language_model.model.decoder.embed_tokens.weight"]
-    return tensors
+        tensors[name] = torch.randn(like.shape, dtype=dtype if frozen else torch.float32, device=device).mul_(scale)
+        if "norm" in name.lower() and name.endswith("weight"):
+            tensors[name] += 1
+    return tensors | {"language_model.lm_head.weight": tensors["language_model.model.decoder.embed_tokens.weight"]}
 
 
 def build_models(size, dtype, device):
-    """-> ours, {"eager": transformers' BLIP-2, "sdpa": the same}, all three around the same tensors."""
-    peers = {attention: blank_peer(size, attention) for attention in ("eager", "sdpa")}
-    tensors = random_tensors(peers["sdpa"].state_dict(), dtype, device)
-    for attention, peer in peers.items():
-        peer.load_state_dict(tensors, strict=True, assign=True)
-        assert {m.config._attn_implementation for m in (peer.vision_model, peer.qformer, peer.language_model)} == {attention}
-    config = peers["sdpa"].config.to_dict()
+    """{name: model}, ours first, around the same tensors."""
+    peers = {f"transformers, {attention}": blank_peer(size, attention) for attention in ("eager", "sdpa")}
+    config, tensors = (peer := peers["transformers, sdpa"]).config.to_dict(), random_tensors(peer.state_dict(), dtype, device)
+    for peer in peers.values():
+        peer.load_state_dict(tensors, assign=True)
+        peer.language_model.generation_config.eos_token_id = None  # as our stop=(): nothing ends a text
     with torch.device("meta"):
         vpg, llm = qformer.VPG(config), language_models.OPT(config["text_config"])
         ours = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm)
-    part = lambda beginning: {name.removeprefix(beginning): tensor for name, tensor in tensors.items() if name.startswith(beginning)}
-    vpg.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("language_")}, assign=True)
-    ours.projector.load_state_dict(part("language_projection."), assign=True)
-    llm.load_state_dict({name: tensor for name, tensor in part("language_model.").items() if name != "lm_head.weight"}, assign=True)
-    return ours.eval(), peers
+    names = {"language_projection.": "projector.", "language_model.": "llm."}
+    rename = lambda name: next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), "vpg." + name)
+    ours.load_state_dict({rename(name): tensor for name, tensor in tensors.items() if "lm_head" not in name}, assign=True)
+    return {"ours": ours, **peers}
 
 
-def enter_stage(ours, peers, stage):
-    """Makes the same parts trainable, and the same Q-Former drop out, in ours and in transformers."""
-    vpgtrans.enter_stage(ours, stage)
-    trained = {name for name, parameter in vpgtrans.blip2_names(ours).items() if parameter.requires_grad}
-    for peer in peers.values():
+def enter_stage(models, stage):
+    """The same parts train in all models, and the same Q-Former drops out."""
+    vpgtrans.enter_stage(models["ours"], stage)
+    trained = {name for name, parameter in vpgtrans.blip2_names(models["ours"]).items() if parameter.requires_grad}
+    for peer in list(models.values())[1:]:
+        peer.eval().qformer.train(models["ours"].vpg.qformer.training)
         for name, parameter in peer.named_parameters():
             parameter.requires_grad_(name in trained)
-        peer.eval().qformer.train(ours.vpg.qformer.training)
-        assert sum(p.requires_grad for p in peer.parameters()) == len(trained)
 
 
-def mean_losses(ours, peers, batch_size, target_tokens, device):
-    """{name: function that returns the mean loss of one and the same batch}."""
-    images = torch.randn(batch_size, 3, ours.vpg.image_size, ours.vpg.image_size, device=device)
-    target_ids = torch.randint(4, IMAGE_ID, (batch_size, target_tokens), device=device)
-    head = lambda image: torch.tensor([image] * ours.vpg.num_query_tokens + [BOS]).expand(batch_size, -1)
-    # transformers reads the caption's last token as well, which predicts nothing; the tokens that count are the same
-    ids = torch.cat([head(IMAGE_ID).to(device), target_ids], dim=1)
-    labels = torch.cat([head(0).to(device) * 0 - 100, target_ids], dim=1)
+def mean_losses(models, B, T, device):
+    """{name: function that returns the mean loss a token of the one batch}"""
+    ours = models["ours"]
+    images = torch.randn(B, 3, ours.vpg.image_size, ours.vpg.image_size, device=device)
+    target_ids = torch.randint(4, IMAGE_ID, (B, T), device=device)
+    prompt = lambda image: torch.tensor([image] * ours.vpg.num_query_tokens + [BOS]).expand(B, -1)
+    # transformers reads [image, BOS, caption], its last token too, which predicts nothing: the tokens that count are the same
+    input_ids = torch.cat([prompt(IMAGE_ID).to(device), target_ids], dim=1)
+    labels = input_ids.clone()
+    labels[:, :-T] = -100
 
     def our_loss():
-        loss, tokens = ours(head(vpgtrans.IMAGE), target_ids, images=images)
+        loss, tokens = ours(prompt(vpgtrans.IMAGE), target_ids, images=images)
         return loss / tokens
 
-    return {"ours": our_loss} | {f"transformers, {attention}": lambda peer=peer: peer(pixel_values=images, input_ids=ids, labels=labels).loss
-                                 for attention, peer in peers.items()}
+    their_loss = lambda peer: peer(pixel_values=images, input_ids=input_ids, labels=labels).loss
+    return {name: our_loss if model is ours else partial(their_loss, model) for name, model in models.items()}
 
 
-def check_agreement(ours, peers, losses, autocast, tolerance):
-    """Stops unless losses and gradients agree, without dropout. -> the greatest differences (absolute, relative)"""
-    found = []
-    for model, loss in zip((ours, *peers.values()), losses.values(), strict=True):
-        model.eval()
+def check_agreement(models, losses, autocast, tolerance):
+    """Raises ValueError unless losses and gradients agree (without dropout). -> the greatest differences"""
+    values, grads = [], []
+    for name, model in models.items():
+        model.eval().zero_grad()
         with autocast():
-            loss = loss()
-            loss.backward()
-        projector = model.projector if model is ours else model.language_projection
-        found.append((loss.item(), projector.weight.grad.clone()))
-        model.zero_grad(set_to_none=True)
-    (loss, grad), *others = found
-    apart = max(abs(other - loss) for other, _ in others), max(((other - grad).norm() / grad.norm()).item() for _, other in others)
-    if not all(a <= t for a, t in zip(apart, tolerance)):  # not(<=) also catches nan
-        raise ValueError(f"ours and transformers compute different things: their losses are {', '.join(f'{l:.6f}' for l, _ in found)}, "
-                         f"their projectors' gradients {apart[1]:.2g} apart; at most {tolerance[0]:g} and {tolerance[1]:g} are allowed")
+            (loss := losses[name]()).backward()
+        values.append(loss.item())
+        grads.append((model.projector if name == "ours" else model.language_projection).weight.grad)
+        model.zero_grad()
+    apart = max(abs(v - values[0]) for v in values), max(((g - grads[0]).norm() / grads[0].norm()).item() for g in grads)
+    if not (apart[0] <= tolerance[0] and apart[1] <= tolerance[1]):  # nan, too, is no agreement
+        raise ValueError(f"ours and transformers compute different things: losses {values}, projector gradients {apart[1]:.2g} apart "
+                         f"(relative); at most {tolerance[0]:g} and {tolerance[1]:g} are allowed")
     return apart
 
 
@@ -148,48 +143,39 @@ def check_agreement(ours, peers, losses, autocast, tolerance):
 
 
 def step_flops(model, stage, B, T):
-    """Floating-point operations that one training step cannot do without; the same for every implementation.
-
-    Forward: 2 x parameters x tokens, and 2 x 2 x queries x keys x width for attention (half of it where causal). Backward:
-    as much again for the gradient to the activations, and for the one to weights that train. Hence 2 x for the ViT, 4 x for
-    the LLM (frozen, but gradients pass through it), 2 x or 6 x for the Q-Former, 4 x or 6 x for the projector."""
+    """Floating-point operations that a training step cannot do without: forward 2 x parameters x tokens, backward as much
+    for gradients to activations, and as much for those to weights. So 2 x for the ViT; 4 x for the LLM, frozen, but gradients
+    pass through it; 2 x, then 6 x for the Q-Former; 4 x, then 6 x for the projector. Below in multiply-adds."""
     matrices = lambda module, only="": sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and only in name)
-    vit, former, layers = model.vpg.vision_model, model.vpg.qformer, model.llm.layers
-    N, Q = vit.embeddings.position_embedding.shape[1], model.vpg.num_query_tokens
-    S, joint = Q + T, "Q-Former" in stage.trains  # S = P + T - 1 with P = Q + 1, the BOS
-    patches, at_image = matrices(vit.embeddings.patch_embedding), matrices(former, "crossattention.attention.key") * 2
-    crossings = sum(hasattr(layer, "crossattention") for layer in former.encoder["layer"])
-    vit_forward = matrices(vit.encoder) * N + patches * (N - 1) + 2 * len(vit.encoder["layers"]) * N * N * vit.post_layernorm.weight.numel()
-    former_forward = ((matrices(former) - at_image) * Q + at_image * N
-                      + 2 * Q * (len(former.encoder["layer"]) * Q + crossings * N) * model.vpg.dim)
-    llm_linear, llm_attention = matrices(layers) * S + model.llm.vocab_size * model.llm.dim * T, len(layers) * S * S * model.llm.dim
-    return 2 * B * (vit_forward + (3 if joint else 1) * former_forward + (3 if joint else 2) * matrices(model.projector) * Q
-                    + 2 * llm_linear + 3 * llm_attention)  # attention's two products have two gradients each
-
-
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    vit, former, llm = model.vpg.vision_model, model.vpg.qformer, model.llm
+    blocks, joint = former.encoder["layer"], "Q-Former" in stage.trains
+    N, Q, S = vit.embeddings.position_embedding.shape[1], model.vpg.num_query_tokens, model.vpg.num_query_tokens + T  # S = P + T - 1
+    crossings, on_image = sum(hasattr(b, "crossattention") for b in blocks), 2 * matrices(former, "crossattention.attention.key")  # and value
+    see = (matrices(vit.encoder) * N + matrices(vit.embeddings.patch_embedding) * (N - 1)
+           + 2 * len(vit.encoder["layers"]) * N * N * vit.post_layernorm.weight.numel())  # attention: scores, then weighted sums
+    query = (matrices(former) - on_image) * Q + on_image * N + 2 * Q * (len(blocks) * Q + crossings * N) * model.vpg.dim
+    read = 2 * (matrices(llm.layers) * S + llm.vocab_size * llm.dim * T) + 3 * len(llm.layers) * S * S * llm.dim  # causal: half
+    return 2 * B * (see + (3 if joint else 1) * query + (3 if joint else 2) * matrices(model.projector) * Q + read)
 
 
 def take_turns(functions, repeats, device):
     """{name: function} -> {name: seconds of each call}: one call each in turn, so that a disturbance meets all alike."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     seconds = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            synchronise(device)
-            began = time.perf_counter()
-            function()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - began)
+    for name, function in list(functions.items()) * repeats:
+        wait()
+        began = time.perf_counter()
+        function()
+        wait()
+        seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
 def matrix_product_speed(dtype, device):
-    """FLOP/s of one large matrix product, the best of several: what this device can do at all."""
+    """FLOP/s of one large matrix product, the best of a dozen."""
     size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
-    return 2 * size**3 / min(take_turns({"": lambda: a @ b}, 12, device)[""])
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / min(take_turns({"product": lambda: a @ b}, 12, device)["product"])
 
 
 def train_step(loss, optimizer, autocast):
@@ -199,76 +185,74 @@ def train_step(loss, optimizer, autocast):
     optimizer.zero_grad(set_to_none=True)
 
 
-def time_training(ours, peers, stage, losses, autocast, repeats, device):
-    """-> {name: seconds of each step}, {name: peak GiB or None}.
+def time_training(models, stage, losses, autocast, repeats, device):
+    """-> {name: seconds of each step}, {name: peak GiB}. The rate is 0: the same work, but the shared weights stay.
 
-    The rate is 0: the same arithmetic, but the shared weights stay as they are. Memory is taken before the turns, with one
-    optimizer at a time: the weights, and one implementation's activations, gradients and moments."""
-    peak, steps = {}, {}
-    for keep in (False, True):
-        for (name, loss), model in zip(losses.items(), (ours, *peers.values()), strict=True):
-            optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=0.0, betas=stage.betas, fused=True)
-            step = partial(train_step, loss, optimizer, autocast)
-            if keep:
-                steps[name] = step
-            step()  # compiles, allocates the moments
-            if not keep and device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                step()
-                peak[name] = torch.cuda.max_memory_allocated(device) / 2**30
-    return take_turns(steps, repeats, device), peak
+    Memory (GPUs only) is taken before the turns, while one optimizer exists: all weights, once, and the activations,
+    gradients and moments of one implementation."""
+    def new_step(name):
+        optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(models[name], stage), lr=0.0, betas=stage.betas, fused=True)
+        step = partial(train_step, losses[name], optimizer, autocast)
+        step()  # compiles, allocates the moments
+        return step
+
+    peak = {}
+    for name in models if device.type == "cuda" else ():
+        step = new_step(name)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        peak[name] = torch.cuda.max_memory_allocated(device) / 2**30
+        del step
+    return take_turns({name: new_step(name) for name in models}, repeats, device), peak
 
 
-def time_generation(ours, peers, batch_size, beams, repeats, device, exact):
-    """-> {name: seconds of each batch}, share of equal ids. Stops if `exact` and they are not all equal."""
-    prefix = torch.randn(batch_size, ours.vpg.num_query_tokens + 1, ours.llm.dim, device=device).to(ours.llm.embed(torch.tensor([BOS], device=device)).dtype)
-    mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=device)
-    functions = {"ours": partial(ours.llm.generate, prefix, max_new_tokens=NEW_TOKENS, num_beams=beams, stop=())}
-    for attention, peer in peers.items():
-        peer.language_model.generation_config.eos_token_id = None  # as stop=(): nothing ends a text
-        functions[f"transformers, {attention}"] = partial(peer.language_model.generate, inputs_embeds=prefix, attention_mask=mask, use_cache=True,
-                                                          max_new_tokens=NEW_TOKENS, num_beams=beams, do_sample=False, pad_token_id=1)
-    mine, *theirs = (torch.as_tensor(function()).cpu() for function in functions.values())  # (B, 30) each; a warm-up, too
-    equal = min((mine == ids).float().mean().item() for ids in theirs)
+def time_generation(models, B, beams, repeats, device, exact):
+    """-> {name: seconds of each batch}, share of ids that are equal; ValueError if `exact` and some are not."""
+    llm = models["ours"].llm
+    prefix = torch.randn(B, 33, llm.dim, device=device).to(llm.decoder.embed_tokens.weight.dtype)
+    functions = {name: partial(model.language_model.generate, inputs_embeds=prefix, attention_mask=torch.ones(B, 33, device=device).long(),
+                               use_cache=True, max_new_tokens=NEW_TOKENS, num_beams=beams, do_sample=False, pad_token_id=1)
+                 for name, model in models.items() if name != "ours"}
+    functions = {"ours": partial(llm.generate, prefix, max_new_tokens=NEW_TOKENS, num_beams=beams, stop=())} | functions
+    ids = [torch.as_tensor(function()).cpu() for function in functions.values()]  # (B, 30) each; also warms up
+    equal = min((ids[0] == theirs).float().mean().item() for theirs in ids)
     if exact and equal < 1:
-        raise ValueError(f"ours and transformers generate different ids with {beams} beam(s): {equal:.1%} are equal")
+        raise ValueError(f"with {beams} beam(s) only {equal:.1%} of the ids that ours and transformers generate are equal")
     return take_turns(functions, repeats, device), equal
 
 
 # ---------------------------------------------------------------------------------------------------------------- report
 
 
-def rows(what, seconds, batch_size, further=lambda name, median: ""):
-    """Lines of a Markdown table: medians, their spread, samples a second, ratio to the better peer."""
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    better = min(median for name, median in medians.items() if name != "ours")
-    for name, median in medians.items():
-        ms = [1e3 * t for t in (median, min(seconds[name]), max(seconds[name]))]
-        yield (f"| {what} | {name} | {ms[0]:,.1f} | {ms[1]:,.1f} - {ms[2]:,.1f} | {batch_size / median:,.1f} | {better / median:.2f} |" + further(name, median))
+def table(header, results, B):
+    """Markdown: a row for each result (what, {name: seconds}, function that makes further cells of name and median)."""
+    yield from (f"\n| {header} |", "|---" * (header.count("|") + 1) + "|")
+    for what, seconds, further in results:
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        better = min(median for name, median in medians.items() if name != "ours")
+        for name, median in medians.items():
+            spread = f"{min(seconds[name]) * 1e3:,.1f} - {max(seconds[name]) * 1e3:,.1f}"
+            yield f"| {what} | {name} | {median * 1e3:,.1f} | {spread} | {B / median:,.1f} | {better / median:.2f} | {further(name, median)} |"
 
 
 def machine(device):
-    """What the figures were measured on, and by which code."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-        name = next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.machine())
-        name += f", {torch.get_num_threads()} threads"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return f"{name}; torch {torch.__version__}, transformers {transformers.__version__}; commit {git.stdout.strip() or 'unknown'}"
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else f"model name: {platform.processor()}\n"
+    cpu = info.partition("model name")[2].partition("\n")[0].strip("\t :") + f", {torch.get_num_threads()} threads"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return (f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu}; torch {torch.__version__}, "
+            f"transformers {transformers.__version__}; commit {commit or 'unknown'}")
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small", help="small: ViT 12 x 384, Q-Former 6 x 768, OPT-125M; the others: "
-                        "EVA ViT-g, Q-Former 12 x 768 and that OPT, in bf16 about 8 and 16 GiB of weights (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images a step, or captions generated at a time (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="small", help="small: ViT 12 x 384, Q-Former 6 x 768, OPT-125M; the others: EVA "
+                        "ViT-g, Q-Former 12 x 768 and that OPT, 8 and 16 GB of weights in bf16 (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images a step, captions generated at a time (default: %(default)s)")
     parser.add_argument("--target-tokens", type=int, default=16, help="of each caption (default: %(default)s)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of ViT and LLM; what trains is float32, with bf16 "
-                        "under autocast (default: %(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of ViT, LLM and the arithmetic (autocast); what "
+                        "trains is always float32 (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="timed turns of each (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks of all, in training")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks, of all, in training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     args = parser.parse_args(argv)
     if min(args.batch_size, args.target_tokens, args.repeats) < 1:
@@ -279,40 +263,41 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     if transformers is None:
-        sys.exit("bench.py: transformers is missing, and ours is measured beside it: pip install -r requirements-dev.txt")
+        sys.exit("bench.py: measures ours beside transformers, which is missing: pip install -r requirements-dev.txt")
     transformers.logging.set_verbosity_error()
-    device, dtype = torch.device(args.device), torch.bfloat16 if args.precision == "bf16" else torch.float32
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    ours, peers = build_models(args.size, dtype, device)
-    losses = mean_losses(ours, peers, args.batch_size, args.target_tokens, device)
-    speed = matrix_product_speed(dtype, device)
-    training, generation = [], []
+    device, low, B = torch.device(args.device), args.precision == "bf16", args.batch_size
+    dtype, autocast = torch.bfloat16 if low else torch.float32, partial(torch.autocast, device.type, torch.bfloat16, enabled=low)
+    models = build_models(args.size, dtype, device)
+    for model in models.values():
+        model.eval()
+    generation, training, notes = [], [], []
     for beams in (1, 5):  # before anything is compiled: a cache that grows would be compiled again and again
-        seconds, equal = time_generation(ours, peers, args.batch_size, beams, args.repeats, device, args.precision == "fp32")
-        generation += rows("greedy" if beams == 1 else f"{beams} beams", seconds, args.batch_size, lambda *_: f" {equal:.0%} |")
+        seconds, equal = time_generation(models, B, beams, args.repeats, device, exact=not low)
+        generation.append(("greedy" if beams == 1 else f"{beams} beams", seconds, lambda name, median, equal=equal: f"{equal:.1%}"))
     if args.compile:
-        for peer in peers.values():
-            for block in [*peer.vision_model.encoder.layers, *peer.qformer.encoder.layer, *peer.language_model.model.decoder.layers]:
-                block.compile()
-        for block in [*ours.vpg.layers, *ours.llm.layers]:
+        torch._dynamo.config.recompile_limit = 64  # all of transformers' blocks share one function; past 8 variants, they run eagerly
+        peers = [peer for name, peer in models.items() if name != "ours"]
+        for block in [*models["ours"].vpg.layers, *models["ours"].llm.layers, *(block for peer in peers for block in (
+                *peer.vision_model.encoder.layers, *peer.qformer.encoder.layer, *peer.language_model.model.decoder.layers))]:
             block.compile()
-    notes = []
-    for name, stage in ((name, vpgtrans.STAGES[name]) for name in ("warm-up", "fine-tune")):
-        enter_stage(ours, peers, stage)
-        apart = check_agreement(ours, peers, losses, autocast, TOLERANCE[args.precision])
-        enter_stage(ours, peers, stage)
-        seconds, peak = time_training(ours, peers, stage, losses, autocast, args.repeats, device)
-        flops = step_flops(ours, stage, args.batch_size, args.target_tokens)
-        training += rows(name, seconds, args.batch_size, lambda implementation, median: f" {peak.get(implementation, float('nan')):.2f} | "
-                         f"{flops / speed / median:.0%} |".replace("nan", "-"))
-        notes.append(f"{name}: {flops / 1e12:.3g} TFLOP a step, at best {1e3 * flops / speed:,.1f} ms; losses at most {apart[0]:.1e}, projector "
-                     f"gradients {apart[1]:.1e} (relative) from transformers'")
-    print(f"`python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}`: {args.size}, {args.precision}, batch {args.batch_size}, "
-          f"{args.target_tokens} target tokens, medians of {args.repeats}\n{machine(device)}\n")
-    print("| a training step | implementation | ms | min - max | samples/s | ratio | peak GiB | of the limit |\n|---|---|---|---|---|---|---|---|")
-    print("\n".join(training), "\n\nLimit: a large matrix product in", args.precision, f"does {speed / 1e12:.3g} TFLOP/s.", *notes, sep="\n")
-    print("\n| 30 tokens | implementation | ms | min - max | captions/s | ratio | equal ids |\n|---|---|---|---|---|---|---|")
-    print("\n".join(generation))
+    speed = matrix_product_speed(dtype, device)
+    losses = mean_losses(models, B, args.target_tokens, device)
+    for what in ("warm-up", "fine-tune"):
+        stage = vpgtrans.STAGES[what]
+        enter_stage(models, stage)
+        apart = check_agreement(models, losses, autocast, TOLERANCE[args.precision])
+        enter_stage(models, stage)  # the check has switched dropout off
+        seconds, peak = time_training(models, stage, losses, autocast, args.repeats, device)
+        best = step_flops(models["ours"], stage, B, args.target_tokens) / speed
+        training.append((what, seconds, lambda name, median, peak=peak, best=best:
+                         (f"{peak[name]:.2f}" if peak else "-") + f" | {best / median:.0%}"))
+        notes.append(f"{what}: {best * speed / 1e12:.3g} TFLOP a step, at best {best * 1e3:,.1f} ms; losses within {apart[0]:.1e}, projector "
+                     f"gradients within {apart[1]:.1e} of transformers'")
+    print(f"`python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}`: {args.size}, {args.precision}, batch {B}, "
+          f"{args.target_tokens} target tokens, medians of {args.repeats}\n{machine(device)}")
+    print(*table("training | implementation | ms | min - max | samples/s | ratio | peak GiB | of the limit", training, B), sep="\n")
+    print(f"\nThe limit: a large matrix product in {args.precision} runs at {speed / 1e12:.3g} TFLOP/s", *notes, sep="\n")
+    print(*table(f"{NEW_TOKENS} tokens | implementation | ms | min - max | captions/s | ratio | equal ids", generation, B), sep="\n")
 
 
 if __name__ == "__main__":

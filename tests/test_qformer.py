@@ -1,41 +1,19 @@
 """Facts about qformer.py, established against transformers on small random models in which every tensor is random."""
 
 import copy
+import shutil
 
 import pytest
 import torch
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
+from safetensors.torch import load_file, save_file
 
+from conftest import relative_error, write_source
 from qformer import load_projector, load_vpg
-
-VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7)
-QFORMER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, encoder_hidden_size=48, vocab_size=50)
-TEXT = dict(vocab_size=120, hidden_size=40, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
-            word_embed_proj_dim=40)
-
-
-def random_blip2(seed=0):
-    """A small Blip2 of transformers; every tensor random: it starts query tokens at zero, and the ViT near it."""
-    config = Blip2Config(vision_config=Blip2VisionConfig(**VISION), qformer_config=Blip2QFormerConfig(**QFORMER),
-                         text_config=OPTConfig(**TEXT), num_query_tokens=5)
-    model = Blip2ForConditionalGeneration._from_config(config, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-    return model.eval()
-
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
 
 @pytest.fixture(scope="module")
 def blip2(tmp_path_factory):
-    theirs = random_blip2()
     folder = tmp_path_factory.mktemp("blip2")
-    theirs.save_pretrained(folder)
-    return theirs, folder
+    return write_source(folder), folder
 
 
 def test_features_queries_and_soft_prompts_equal_transformers(blip2):
@@ -71,3 +49,32 @@ def test_gradients_equal_transformers(blip2):
             continue
         assert relative_error(parameter.grad, references[name].grad) < 2e-5, name
     assert all(p.grad is None for n, p in vpg.named_parameters() if n not in trained)
+
+
+def test_dropout_is_active_in_train_mode_alone(tmp_path):
+    write_source(tmp_path, dropout=0.5)
+    vpg, images = load_vpg(tmp_path, dtype=torch.float32), torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(vpg(images), vpg(images))
+    vpg.qformer.train()
+    assert not torch.allclose(vpg(images), vpg(images), atol=1e-2)
+
+
+def test_a_first_stage_checkpoint_loads_without_its_text_branch(blip2, tmp_path):
+    """Salesforce/blip2-itm-vit-g has no LLM, no projector, and a Q-Former that also reads text."""
+    tensors = {name: tensor for name, tensor in load_file(blip2[1] / "model.safetensors").items() if not name.startswith("language_")}
+    extra = ["embeddings.word_embeddings.weight", "qformer.encoder.layer.0.intermediate.dense.weight", "qformer.encoder.layer.0.output.LayerNorm.bias",
+             "itm_head.weight", "vision_projection.bias", "text_projection.weight", "embeddings.position_ids"]
+    save_file(tensors | {name: torch.zeros(3) for name in extra}, tmp_path / "model.safetensors")
+    shutil.copy(blip2[1] / "config.json", tmp_path)
+    reference = load_vpg(blip2[1]).state_dict()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in load_vpg(tmp_path).state_dict().items())
+    with pytest.raises(ValueError, match="no projector"):
+        load_projector(tmp_path)
+    save_file(tensors | {"qformer.surprise": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="unknown tensors, the first: qformer.surprise"):
+        load_vpg(tmp_path)
+
+
+def test_images_of_another_size_are_refused(blip2):
+    with pytest.raises(ValueError, match="28, 28"):
+        load_vpg(blip2[1], dtype=torch.float32)(torch.zeros(1, 3, 30, 30))

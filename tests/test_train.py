@@ -123,7 +123,7 @@ def test_without_data_the_papers_layout_is_used(world, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("at", ["warm-up 2", "fine-tune 3"])
 def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, at):
-    """Killed by SIGKILL while it writes the log, with dropout on, resumed with another --micro-batch for good measure."""
+    """Killed by SIGKILL after a line of the log, with dropout on: a resumed run draws what it would have drawn."""
     conftest.write_source(tmp_path / "source", dropout=0.1)
     world = (tmp_path / "source", *world[1:])
     train.main(arguments(world, tmp_path / "whole", "--save-every", "1"))
