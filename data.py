@@ -12,7 +12,7 @@ B batch, P prompt length, T target length, Q query tokens.
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +119,11 @@ def pad(rows, value, left=False):
 
 def count_tokens(tok, captions, vocab_size, max_tokens=32):
     """(V,) how often the captions use each token, end marks included: the weights of the word converter."""
-    ids = [i for row in tok.encode_all(captions) for i in row[: max_tokens - 1] + [tok.end_id]]
-    return torch.bincount(torch.tensor(ids), minlength=vocab_size)
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for start in range(0, len(captions), 10_000):
+        ids = [i for row in tok.encode_all(captions[start : start + 10_000]) for i in row[: max_tokens - 1] + [tok.end_id]]
+        counts += torch.bincount(torch.tensor(ids), minlength=vocab_size)
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------- images
@@ -181,7 +184,6 @@ class Pairs:
     name: str
     files: list
     captions: list
-    weight: float | None = None  # its share in a mixture
     crop: bool = True  # augment by random crops (Visual Genome's regions are only resized)
     left_out: dict = field(default_factory=dict)  # why annotations were left out -> how many
 
@@ -189,49 +191,53 @@ class Pairs:
         return len(self.files)
 
     def subset(self, indices):
-        return Pairs(self.name, [self.files[i] for i in indices], [self.captions[i] for i in indices], self.weight, self.crop)
+        return replace(self, files=[self.files[i] for i in indices], captions=[self.captions[i] for i in indices])
 
 
 def parse_spec(spec):
-    """`[NAME=]FILE[@IMAGES][:WEIGHT]` -> (name, file, images or None, weight)"""
-    name, file, images, weight = re.fullmatch(r"(?:([\w-]+)=)?([^@]+?)(?:@(.+?))?(?::([\d.]+))?", spec).groups()
+    """`[NAME=]FILE[@IMAGES][:WEIGHT]` -> (name, file, images or None, weight or None)"""
+    parts = re.fullmatch(r"(?:([\w-]+)=)?([^@]+?)(?:@(.+?))?(?::(\d+(?:\.\d+)?))?", spec)
+    if not parts:
+        raise ValueError(f"{spec!r} does not read [NAME=]FILE[@IMAGES][:WEIGHT]")
+    name, file, images, weight = parts.groups()
     return name or Path(file).parent.name or Path(file).stem, Path(file), images and Path(images), weight and float(weight)
 
 
 def read_rows(file):
     """(image name, caption) of every annotation of a .jsonl, a list of such objects, or COCO's captions json."""
+    number = 0  # of the line, in a .jsonl
     try:
         if file.suffix == ".jsonl":
+            rows = []
             with open(file, encoding="utf-8") as lines:
-                rows = []
                 for number, line in enumerate(lines, 1):
                     rows += [json.loads(line)] if line.strip() else []
         else:
-            number, rows = None, json.loads(file.read_text(encoding="utf-8"))
+            rows = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: there is no such file of image-text pairs") from None
     except ValueError as error:
-        raise ValueError(f"{file}{f', line {number}' if number else ''}: not valid JSON ({error})") from error
+        raise ValueError(f"{file}{f', line {number}' if number else ''}: not valid JSON in UTF-8 ({error})") from error
     try:
         if isinstance(rows, dict):  # COCO: captions refer to images by id
             names = {image["id"]: image["file_name"] for image in rows["images"]}
-            return [(names[a["image_id"]], a["caption"]) for a in rows["annotations"]]
-        return [(row["image"], caption) for row in rows
+            return [(str(names[a["image_id"]]), a["caption"]) for a in rows["annotations"]]
+        return [(str(row["image"]), caption) for row in rows
                 for caption in (row["caption"] if isinstance(row["caption"], list) else [row["caption"]])]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: {error} is missing from an annotation; needed are objects with \"image\" and \"caption\", or "
-                         "COCO's \"images\" and \"annotations\"") from error
+        raise ValueError(f"{file}: an annotation lacks {error}; needed are objects with \"image\" and \"caption\", or COCO's "
+                         "\"images\" and \"annotations\"") from error
 
 
-def image_root(file, images, first):
-    """The folder that the image names of an annotation file are relative to: the one given, or the one that has the first."""
+def image_root(file, images, names):
+    """The folder that the image names of an annotation file are relative to: the one given, or one that has some of them."""
     split = file.stem.rsplit("_", 1)[-1]  # captions_train2017.json stands beside train2017/, one folder up
     places = [images] if images else [file.parent, file.parent.parent, file.parent / "images", file.parent.parent / split]
     for place in places:
-        if (place / first).is_file():
+        if any((place / name).is_file() for name in names[:100]):
             return place
-    raise FileNotFoundError(f"{file}: its first image, {first}, is in none of {', '.join(map(str, places))}; say where the "
-                            f"images are: {file}@FOLDER")
+    raise FileNotFoundError(f"{file}: its first images, {names[0]} and so on, are in none of {', '.join(map(str, places))}; say "
+                            f"where the images are: {file}@FOLDER")
 
 
 def read_pairs(spec, crop=True):
@@ -239,23 +245,21 @@ def read_pairs(spec, crop=True):
 
     Images are found beside the file, in COCO's layout, or in IMAGES. Each annotation is a sample, as the paper counts them.
     Empty captions are left out and counted. FileNotFoundError and ValueError name file, line and remedy."""
-    name, file, images, weight = parse_spec(spec)
+    name, file, images, _ = parse_spec(spec)
     rows = read_rows(file)
     captions = [clean_caption(caption) if isinstance(caption, str) else "" for _, caption in rows]
     kept = [i for i, caption in enumerate(captions) if caption]
     if not kept:
         raise ValueError(f"{file}: {len(rows)} annotations and not one caption; is this the right file?")
-    root = image_root(file, images, rows[kept[0]][0])
+    root = image_root(file, images, [rows[i][0] for i in kept])
     left_out = {"empty caption": len(rows) - len(kept)} if len(rows) > len(kept) else {}
-    return Pairs(name, [str(root / rows[i][0]) for i in kept], [captions[i] for i in kept], weight, crop, left_out)
+    return Pairs(name, [str(root / rows[i][0]) for i in kept], [captions[i] for i in kept], crop, left_out)
 
 
 def hold_out(pairs, most=500, share=0.05):
-    """Splits off validation pairs by image, so that no image is on both sides. -> (training Pairs, validation Pairs)"""
+    """The images to hold out for validation, at least two: a set of files."""
     images = sorted(set(pairs.files))
-    chosen = set(np.random.default_rng(0).permutation(images)[: max(1, min(most, int(len(images) * share)))].tolist())
-    sides = [[i for i, file in enumerate(pairs.files) if (file in chosen) == side] for side in (False, True)]
-    return pairs.subset(sides[0]), pairs.subset(sides[1])
+    return set(np.random.default_rng(0).permutation(images)[: max(2, min(most, int(len(images) * share)))].tolist())
 
 
 def one_caption_an_image(pairs, most):
@@ -319,7 +323,7 @@ def plan(sizes, samples, seed, weights=None):
 class Samples(torch.utils.data.Dataset):
     """Samples by (position in the plan, pair): an image as the ViT wants it, a prompt and a target.
 
-    All randomness is seeded by (seed, position). An unreadable image is replaced by that of the pair after it, and named."""
+    All randomness is seeded by (seed, position). A pair with an unreadable image is named and gives way to the pair after it."""
 
     def __init__(self, sets, tok, image_size, num_query_tokens, max_tokens=32, augment=True, seed=0):
         self.sets, self.tok, self.size, self.max_tokens, self.augment, self.seed = sets, tok, image_size, max_tokens, augment, seed

@@ -44,8 +44,8 @@ def read_config(folder):
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; {folder} is neither a checkpoint in Hugging Face layout nor one of our runs")
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); download or copy it again") from error
 
 
@@ -58,6 +58,8 @@ def resolve(name, role):
         run = read_config(folder)
         if run.get("model_type") != "vpgtrans":
             return Place(name, folder, folder, folder)
+        if not {"vit", "llm"} <= run.keys():
+            raise ValueError(f"{folder / 'config.json'}: does not name the run's ViT and LLM; it is damaged")
         llm = resolve(run["llm"]["name"], "target").llm
         return Place(name, folder, folder if role == "target" else resolve(run["vit"]["name"], "VPG").vit, llm)
     names = TARGETS if role == "target" else SOURCES
@@ -122,7 +124,10 @@ def shards(index, starts):
     """The files that hold the tensors whose names begin with one of `starts`, by an index file; none if it is no index."""
     if not index.name.endswith(".index.json"):
         return []
-    weight_map = json.loads(index.read_text())["weight_map"]
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{index}: damaged ({error}); delete it, and it is fetched again") from error
     return sorted({file for name, file in weight_map.items() if name.startswith(starts)})
 
 

@@ -26,8 +26,8 @@ from torch import nn
 def attention(q, k, v, mask=None):
     """Softmax attention over (B,H,S,hd). `mask` (B,1,Sq,Sk) is True where a query may look; None means causal."""
     causal = mask is None and q.shape[2] > 1
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        # the backward of CPU scaled_dot_product_attention costs about twice these four lines (docs/notes.md)
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.requires_grad):
+        # on CPUs these lines beat scaled_dot_product_attention in bf16, and in its backward (docs/notes.md)
         if causal:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Sq, Sk)
@@ -66,7 +66,7 @@ class Cache:
     def __init__(self, layers, heads, head_dim, size, prefix, prefix_mask):
         B, P, _ = prefix.shape
         self.k, self.v = prefix.new_empty(2, layers, B, heads, size, head_dim)
-        self.length = 0
+        self.prefix, self.length = P, 0
         self.keep = None  # (B, size) bool where some rows have padding
         self.positions = torch.full((B,), P, device=prefix.device)  # of the next token in each row
         if prefix_mask is not None:
@@ -80,11 +80,16 @@ class Cache:
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def repeat(self, K):
+        """K beams in the place of every row."""
+        self.k, self.v = self.k.repeat_interleave(K, dim=1), self.v.repeat_interleave(K, dim=1)
+        self.positions = self.positions.repeat_interleave(K)
+        self.keep = None if self.keep is None else self.keep.repeat_interleave(K, dim=0)
+
     def reorder(self, rows):
-        """Row i continues what row rows[i] has read (beam search)."""
-        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
-        self.positions = self.positions[rows]
-        self.keep = None if self.keep is None else self.keep[rows]
+        """Beam i continues beam rows[i], which has the same prefix: only what came after that is copied."""
+        for cache in (self.k, self.v):
+            cache[:, :, :, self.prefix : self.length] = cache[:, rows, :, self.prefix : self.length]
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -144,7 +149,7 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
     counts), and a row is done when no running beam, at its present length, beats its K finished ones. -> (B, n) ids"""
     B, V = logits.shape
     row = torch.arange(B, device=logits.device)
-    cache.reorder(row.repeat_interleave(K))
+    cache.repeat(K)
     logits = logits.repeat_interleave(K, dim=0)
     beams = torch.empty(B, K, 0, dtype=torch.long, device=logits.device)  # (B, K, n) the running ones
     scores = torch.tensor([0.0] + [-1e9] * (K - 1), device=logits.device).repeat(B, 1)  # (B, K): all start from beam 0
@@ -307,7 +312,7 @@ class OPT(Generates, nn.Module):
             keep = F.pad(prefix_mask, (0, T - 1), value=True)  # (B, S)
             positions, mask = (keep.cumsum(1) - 1).clamp(min=0), causal_mask(keep)
         x = self.read(torch.cat([prefix, read_targets], dim=1), positions, mask)
-        return self.head(x[:, P - 1 :])
+        return self.head(x[:, P - 1 :].contiguous())  # a strided matrix product would first copy the whole head
 
     def loss(self, prefix, target_ids, prefix_mask=None):
         """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not count."""
@@ -365,7 +370,10 @@ def checkpoint_files(folder):
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
         if index.is_file():
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            try:
+                return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{index}: damaged ({error}); download it again") from error
         if single.is_file():
             return {name: single for name, _ in read_file(single, lambda name: False)}
     raise FileNotFoundError(f"{folder}: no weights (model.safetensors, pytorch_model.bin, or shards with their index)")
@@ -413,8 +421,8 @@ def read_config(folder):
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; {folder} is not a checkpoint in Hugging Face layout")
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
+        config = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
     config, prefix = (config["text_config"], "language_model.") if "text_config" in config else (config, "")
     if config.get("model_type") not in ARCHITECTURES:

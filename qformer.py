@@ -23,8 +23,8 @@ from torch import nn
 
 def attention(q, k, v, dropout=0.0):
     """Softmax attention over (B,H,S,hd); nothing is masked: every query may look at everything."""
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        # the backward of CPU scaled_dot_product_attention costs about twice these three lines (docs/notes.md)
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.requires_grad):
+        # on CPUs these lines beat scaled_dot_product_attention in bf16, and in its backward (docs/notes.md)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Sq, Sk)
         weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout)
         return weights @ v
@@ -232,7 +232,10 @@ def checkpoint_files(folder):
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
         if index.is_file():
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            try:
+                return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{index}: damaged ({error}); download it again") from error
         if single.is_file():
             return {name: single for name, _ in read_file(single, lambda name: False)}
     raise FileNotFoundError(f"{folder}: no weights (model.safetensors, pytorch_model.bin, or shards with their index)")
@@ -280,8 +283,8 @@ def read_config(folder):
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; {folder} is not a checkpoint in Hugging Face layout")
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
+        config = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
     if "qformer_config" not in config:
         raise ValueError(f"{file}: model_type {config.get('model_type')!r} has no Q-Former (no qformer_config): a source must be "

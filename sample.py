@@ -51,9 +51,11 @@ def main(argv=None):
     options = {key: getattr(args, key) for key in ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "temperature", "top_p")}
     try:
         images = [data.load_image(file) for file in args.images]
+        if args.max_new_tokens < 1:
+            raise ValueError("--max-new-tokens must be at least 1")
         model, tok = load_model(args.model, torch.bfloat16 if args.precision == "bf16" else torch.float32, device)
         images = torch.stack([data.resize(image, model.vpg.image_size) for image in images])
-        answers = answer(model, tok, images, args.prompt, **options)
+        answers = [text for batch in images.split(16) for text in answer(model, tok, batch, args.prompt, **options)]
     except (OSError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,14 +3,15 @@
     torchrun --nproc-per-node 8 train.py --src opt-2.7b --tgt opt-6.7b     # the paper's run, on what lies under datasets/
     python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --batch-size 64 --steps 240
 
-and the paper's baselines with the same loop: --no-warm-up (VPG inheritance), --init random (no word converter),
---from-scratch (TFS). A run writes OUT/: model.safetensors, config.json, metrics.jsonl, curves.png, and resume.safetensors,
+and the paper's baselines with the same loop: --init random (no word converter), --no-warm-up --init random (VPG
+inheritance alone), --from-scratch (TFS). A run writes OUT/: model.safetensors, config.json, metrics.jsonl, curves.png, and resume.safetensors,
 from which --resume continues a killed one with the same losses. --src takes such a folder, so that transfers chain.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -47,7 +48,8 @@ def parse_arguments(argv=None):
     method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
     method.add_argument("--init", choices=("converter", "random"), default="converter", help="start of the projector: the "
                         "source's, merged with the word converter, or random (default: %(default)s)")
-    method.add_argument("--no-warm-up", action="store_true", help="skip stage 1: VPG inheritance alone")
+    method.add_argument("--no-warm-up", action="store_true", help="skip the training of stage 1; with --init random, this is the paper's "
+                        "VPG inheritance")
     method.add_argument("--from-scratch", nargs="?", const="", metavar="VPG", help="baseline: a random Q-Former (or that of "
                         "VPG, a first-stage BLIP-2) and a random projector, trained jointly; the ViT is still the source's")
     method.add_argument("--stage", choices=("warm-up", "fine-tune"), help="run one stage alone")
@@ -64,8 +66,7 @@ def parse_arguments(argv=None):
     pairs.add_argument("--max-bad", type=float, default=0.01, help="stop when more than this share of images cannot be read "
                        "(default: %(default)s)")
     length = parser.add_argument_group("length and rate: the defaults are the paper's")
-    length.add_argument("--batch-size", type=int, help="samples an optimizer step, over all GPUs (default: 1728 in stage 1 and "
-                        "from scratch, 288 in stage 2)")
+    length.add_argument("--batch-size", type=int, help="samples an optimizer step, over all GPUs (default: 1728)")
     length.add_argument("--warm-up-steps", type=int, help="optimizer steps of stage 1 (default: one epoch)")
     length.add_argument("--steps", type=int, help="optimizer steps of stage 2, or from scratch (default: 13M samples with the "
                         "paper's data, at most 10 epochs of --data; from scratch 10 epochs)")
@@ -74,7 +75,7 @@ def parse_arguments(argv=None):
     length.add_argument("--seed", type=int, default=0, help="a run is a function of its arguments and this (default: %(default)s)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--micro-batch", type=int, default=36, help="samples at a time on one GPU; lower it when memory runs "
-                         "out, the result stays the same (default: %(default)s)")
+                         "out; but for the draws of dropout, the result stays the same (default: %(default)s)")
     machine.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of frozen weights and of the arithmetic; "
                          "trained weights are always float32 (default: %(default)s)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
@@ -93,11 +94,16 @@ def parse_arguments(argv=None):
     for name in ("steps", "warm_up_steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, least in (("lr", 0), ("warm_up_lr", 0), ("max_tokens", 1)):
+        if getattr(args, name) is not None and not getattr(args, name) > least:
+            parser.error(f"--{name.replace('_', '-')} must be above {least}")
+    if args.warm_up_data and not args.data:
+        parser.error("--warm-up-data needs --data, for the other stage")
     args.out = args.out or Path("out") / f"{Path(args.src).name}-to-{Path(args.tgt).name}"
     return args
 
 
-# What a run's result does not depend on, so that --resume may change it.
+# What a run's result does not depend on, or by the draws of dropout alone, so that --resume may change it.
 FREE = {"out", "micro_batch", "compile", "workers", "resume", "log_every", "val_every", "save_every", "max_bad"}
 
 
@@ -136,7 +142,7 @@ class Processes:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
         return cls(rank, world, device, precision)
 
     def say(self, text):
@@ -145,8 +151,8 @@ class Processes:
             tqdm.write(text, file=sys.stdout)
 
     def sum(self, *numbers):
-        """The sums of some numbers over all processes, as floats."""
-        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64, device=self.device)
+        """The sums of some numbers over all processes, as floats; on the CPU, so that no GPU has to be waited for."""
+        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -159,40 +165,47 @@ class Processes:
 # -------------------------------------------------------------------------------------------------------------------- data
 
 
+def name_data(args, stages, say):
+    """-> {stage: specs of its data sets}, spec of the validation set or None: as the arguments say, or the paper's choice."""
+    if args.data:
+        return {name: args.warm_up_data or args.data if name == "warm-up" else args.data for name in stages}, args.val
+    root = Path(os.environ.get("VPGTRANS_DATA", "datasets"))
+    found, specs = data.find_paper_data(root), {}
+    for name in stages:
+        shares = data.FINE_TUNE if name == "fine-tune" else data.WARM_UP
+        specs[name] = [f"{d}={found[d]}" + (f":{share}" if name == "fine-tune" else "") for d, share in shares.items() if d in found]
+        missing = [d for d in shares if d not in found]
+        if not specs[name]:
+            raise FileNotFoundError(f"stage {name} needs {' or '.join(shares)}\n{data.how_to_get_paper_data(root)}")
+        if missing:
+            say(f"stage {name}: not under {root}/ and left out: {', '.join(missing)}")
+    return specs, args.val or (f"val={found['val']}" if "val" in found else None)
+
+
 def find_data(args, stages, say):
     """-> ({stage: (data sets, weights or None)}, validation Pairs), and says what was found and what is left out."""
-    root = Path(os.environ.get("VPGTRANS_DATA", "datasets"))
-    if args.data:
-        specs = {name: args.warm_up_data or args.data if name == "warm-up" else args.data for name in stages}
-        val = data.read_pairs(args.val) if args.val else None
+    specs, val_spec = name_data(args, stages, say)
+    place = lambda spec: data.parse_spec(spec)[1:3]  # (file, images): what a stage weights is read once
+    pairs = {place(spec): data.read_pairs(spec, crop=not spec.startswith("vg=")) for spec in sum(specs.values(), [])}
+    if val_spec:
+        val = data.read_pairs(val_spec)
     else:
-        found = data.find_paper_data(root)
-        if not found.keys() & data.PAPER.keys():
-            raise FileNotFoundError(data.how_to_get_paper_data(root))
-        shares = {name: data.FINE_TUNE if name == "fine-tune" else data.WARM_UP for name in stages}
-        specs = {name: [f"{d}={found[d]}" + (f":{w}" if name == "fine-tune" else "") for d, w in share.items() if d in found]
-                 for name, share in shares.items()}
-        for name, share in shares.items():
-            missing = [d for d in share if d not in found]
-            if not specs[name]:
-                raise FileNotFoundError(f"stage {name} needs one of {', '.join(share)} under {root}/:\n" + data.how_to_get_paper_data(root))
-            if missing:
-                say(f"stage {name}: not under {root}/ and left out: {', '.join(missing)}")
-        val = data.read_pairs(args.val or f"val={found['val']}") if args.val or "val" in found else None
-    distinct = {spec: data.read_pairs(spec, crop=not spec.startswith("vg=")) for spec in {s for ss in specs.values() for s in ss}}
-    if val is None:
-        source = specs[list(stages)[-1]][0]
-        image_set = distinct[source]
-        distinct[source], val = data.hold_out(image_set, args.val_samples)
-        say(f"validation: {len(set(val.files))} images of {image_set.name} held out")
-    for spec, pairs in distinct.items():
-        notes = "".join(f", {count:,} left out: {why}" for why, count in pairs.left_out.items())
-        say(f"data: {pairs.name}, {len(pairs):,} pairs, {len(set(pairs.files)):,} images{notes} ({spec})")
+        whole = pairs[place(specs[list(stages)[-1]][0])]
+        held = data.hold_out(whole, args.val_samples)
+        val = whole.subset([i for i, file in enumerate(whole.files) if file in held])
+        pairs = {key: p.subset([i for i, file in enumerate(p.files) if file not in held]) for key, p in pairs.items()}
+        say(f"validation: {len(held)} images of {whole.name} held out")
+    for (file, _), p in pairs.items():
+        notes = "".join(f", {count:,} left out: {why}" for why, count in p.left_out.items())
+        say(f"data: {p.name}, {len(p):,} pairs, {len(set(p.files)):,} images{notes} ({file})")
+        if not len(p):
+            raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
     sets = {}
     for name in stages:
-        chosen = [distinct[spec] for spec in specs[name]]
-        weights = [pairs.weight for pairs in chosen]
-        sets[name] = chosen, (weights if any(w is not None for w in weights) else None)
+        weights = [data.parse_spec(spec)[3] for spec in specs[name]]
+        if any(weights) and not all(weights):
+            raise ValueError(f"give each of {', '.join(specs[name])} a :WEIGHT above 0, or none of them")
+        sets[name] = [pairs[place(spec)] for spec in specs[name]], weights if any(weights) else None
     return sets, data.one_caption_an_image(val, args.val_samples)
 
 
@@ -222,15 +235,14 @@ def convert_projector(projector, src, tgt, captions, say):
     src_ids, tgt_ids = vpgtrans.shared_tokens(src_tok.vocab(), tgt_tok.vocab())
     if len(src_ids) == 0:
         raise ValueError(f"the tokenizers of {src.llm} and {tgt.llm} share no token; use --init random")
-    counts = data.count_tokens(src_tok, captions, len(src_words))[src_ids]
-    began = time.time()
-    # + 1: a token that these captions happen not to use still counts a little
-    converter = vpgtrans.fit_word_converter(src_words[src_ids], tgt_words[tgt_ids], weight=counts + 1)
-    used, mean = counts > 0, lambda x: (x * counts[:, None]).sum(0) / counts.sum()
-    error = tgt_words[tgt_ids] - converter(src_words[src_ids])
-    explained = 1 - mean(error**2).sum() / mean((tgt_words[tgt_ids] - mean(tgt_words[tgt_ids])) ** 2).sum()
-    say(f"word converter: {src_words.shape[1]} -> {tgt_words.shape[1]}, fitted on {len(src_ids):,} shared tokens, {used.sum():,} of them in "
-        f"the captions; explains {explained:.1%} of the target embeddings' variance there ({time.time() - began:.1f} s)")
+    src_words, tgt_words = src_words[src_ids], tgt_words[tgt_ids]
+    counts, began = data.count_tokens(src_tok, captions, max(src_tok.vocab().values()) + 1)[src_ids].float(), time.time()
+    # tokens that these captions happen not to use count a little too: a hundredth of the average
+    converter = vpgtrans.fit_word_converter(src_words, tgt_words, weight=counts + 0.01 * counts.mean())
+    variance = lambda x: (counts @ (x - counts @ x / counts.sum()) ** 2).sum()
+    explained = 1 - variance(tgt_words - converter(src_words)) / variance(tgt_words)
+    say(f"word converter: {src_words.shape[1]} -> {tgt_words.shape[1]}, fitted on {len(src_ids):,} shared tokens, {(counts > 0).sum():,} of them "
+        f"in the captions; explains {explained:.1%} of the target embeddings' variance there ({time.time() - began:.1f} s)")
     return vpgtrans.merge(projector, converter)
 
 
@@ -238,26 +250,23 @@ def build_model(args, src, tgt, captions, processes):
     """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the target's LLM."""
     device, say = processes.device, processes.say
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    vpg = qformer.load_vpg(src.folder, dtype=dtype, device=device, vit_folder=src.vit)
+    q_former = hub.resolve(args.from_scratch, "VPG") if args.from_scratch else src
+    vpg = qformer.load_vpg(q_former.folder, dtype=dtype, device=device, vit_folder=src.vit)
     hub.check_belongs(src, vit=vpg.frozen_parameters())
     llm = language_models.load_llm(tgt.llm, dtype=dtype, device=device)
     torch.manual_seed(args.seed)
     projector = nn.Linear(vpg.dim, llm.dim)
-    if args.from_scratch:
-        first_stage = qformer.load_vpg(hub.resolve(args.from_scratch, "VPG").folder, dtype=dtype, device=device)
-        for parameter, given in zip(vpg.trained_parameters().values(), first_stage.trained_parameters().values(), strict=True):
-            parameter.data = given.data
-        say(f"from scratch: Q-Former of {args.from_scratch}, random projector")
-    elif args.from_scratch is not None:
-        vpg.reset()
-        say("from scratch: random Q-Former, random projector")
+    if args.from_scratch is not None:
+        say(f"from scratch: {f'Q-Former of {args.from_scratch}' if args.from_scratch else 'random Q-Former'}, random projector")
+        if not args.from_scratch:
+            vpg.reset()
+    elif args.init == "random":
+        say("projector: random")
     elif src.llm.resolve() == tgt.llm.resolve():
         projector = qformer.load_projector(src.folder)
         say("source and target are the same LLM: the projector stays as it is")
-    elif args.init == "converter" and processes.rank == 0:
+    elif processes.rank == 0:
         projector = convert_projector(qformer.load_projector(src.folder), src, tgt, captions, say)
-    elif args.init == "random":
-        say("projector: random")
     model = vpgtrans.VisualLLM(vpg, projector.to(device), llm)
     if processes.world > 1:
         for parameter in vpgtrans.blip2_names(model).values():
@@ -287,6 +296,8 @@ def write(file, save):
     try:
         save(temporary)
         os.replace(temporary, file)
+    except Exception as error:  # safetensors has its own kind
+        raise OSError(f"{file}: cannot be written ({error}); what was there before still is") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -351,7 +362,8 @@ class Log:
             write(self.file, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in kept)))
 
     def rows(self):
-        return [json.loads(line) for line in self.file.read_text().splitlines()]
+        """All rows but one that a kill has cut in the middle."""
+        return [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
 
     def add(self, **row):
         if self.rank == 0:
@@ -389,18 +401,25 @@ def evaluating(model):
     """Eval mode, and afterwards the modes that were."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    yield
-    for module in training:
-        module.training = True
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class Validation:
     """The loss on held-out pairs with their own and with other pairs' images: the difference is what the LLM sees."""
 
     def __init__(self, samples, micro_batch, processes):
-        self.tok, self.processes, count = samples.tok, processes, samples.starts[-1]
-        chunks = torch.arange(count).tensor_split(-(-count // max(2, micro_batch)))[processes.rank :: processes.world]
-        self.batches = [samples.collate([samples[i, i] for i in chunk.tolist()]) for chunk in chunks]
+        self.tok, self.processes, count = samples.tok, processes, int(samples.starts[-1]) // 2 * 2
+        if count < 2:
+            raise ValueError("validation needs at least two images; see --val")
+        # neighbours lend each other their images: pairs that no chunk separates, whatever its size and rank
+        chunks = torch.arange(count).view(-1, 2).tensor_split(-(-count // max(2, micro_batch)))[processes.rank :: processes.world]
+        self.batches = [samples.collate([samples[i, i] for i in chunk.flatten().tolist()]) for chunk in chunks if len(chunk)]
+        for message in (message for batch in self.batches for message in batch["bad"]):
+            print(f"validation, left out: {message}", file=sys.stderr)
 
     @torch.no_grad()
     def losses(self, model):
@@ -411,7 +430,7 @@ class Validation:
             with evaluating(model), self.processes.autocast():
                 queries = model.vpg(data.normalise(batch["images"].to(device)))
                 matched, tokens = model(prompts, targets, queries=queries)
-                shuffled, _ = model(prompts, targets, queries=queries.roll(len(queries) // 2, dims=0))
+                shuffled, _ = model(prompts, targets, queries=queries.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
             sums += torch.stack([matched, shuffled, tokens]).double().cpu()
         matched, shuffled, tokens = self.processes.sum(*sums)
         return matched / tokens, shuffled / tokens
@@ -419,7 +438,7 @@ class Validation:
     def examples(self, model, count):
         """Lines with captions of the first validation images, as people wrote them and as the model does."""
         batch, device = self.batches[0], self.processes.device
-        with evaluating(model), self.processes.autocast():
+        with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):  # too short to compile for
             ids = model.generate(batch["prompt_ids"][:count], images=data.normalise(batch["images"][:count].to(device)),
                                  stop=((self.tok.end_id,), (self.tok.eos_id,)))
         for file, truth, answer in zip(batch["files"], batch["target_ids"].tolist(), ids):
@@ -429,7 +448,13 @@ class Validation:
 
 # -------------------------------------------------------------------------------------------------------------------- loop
 
-stop_asked = threading.Event()  # by SIGTERM or SIGINT: the run is saved after the step at hand
+stop_asked = threading.Event()
+
+
+def ask_to_stop(number, _):
+    """On SIGTERM or SIGINT: the run is saved after the step at hand; a second signal ends it at once."""
+    stop_asked.set()
+    signal.signal(number, signal.SIG_DFL)
 
 
 @dataclasses.dataclass
@@ -453,14 +478,15 @@ class Run:
 
     def save(self, optimizer, at):
         if self.processes.rank == 0:
+            save_model(self.args.out, self.model)
             save_state(self.args.out, self.model, optimizer, {**at, "seconds": self.log.seconds, "arguments": arguments(self.args)})
 
     def check(self, loss, bad, seen, at):
         """Stops a run whose loss is no number any more, or too many of whose images cannot be read."""
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss at step {at['step']} of stage {at['stage']} is {loss}; {self.args.out} holds the last good state")
+            fail(f"the loss at step {at['step']} of stage {at['stage']} is {loss}; {self.args.out} holds the last good state")
         if bad > self.args.max_bad * max(seen, 1000):
-            raise ValueError(f"{bad:.0f} of {seen:.0f} images could not be read, more than --max-bad {self.args.max_bad:g}; see above")
+            fail(f"{bad:.0f} of {seen:.0f} images could not be read, more than --max-bad {self.args.max_bad:g}; see above")
 
 
 def optimizer_step(trained, micro_batches, optimizer, processes):
@@ -483,7 +509,7 @@ def optimizer_step(trained, micro_batches, optimizer, processes):
     return tokens, loss_sum, bool(stop)
 
 
-def train_stage(run, name, stage, steps, samples, order, resumed=None):
+def train_stage(run, name, stage, samples, order, steps, resumed=None):
     """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state, stands."""
     args, processes, model, log = run.args, run.processes, run.model, run.log
     table = vpgtrans.enter_stage(model, stage)
@@ -502,7 +528,7 @@ def train_stage(run, name, stage, steps, samples, order, resumed=None):
     at = lambda step: {"stage": name, "step": step, "samples": step * stage.batch_size}
     if first == 0:
         run.validate(at(0))
-    losses, tokens, bad, all_bad, logged, since = [], 0, 0, 0, first, time.time()
+    losses, tokens, bad, logged, since = [], 0, 0, first, time.time()
     with tqdm(total=steps, initial=first, desc=name, unit="step", disable=None if processes.rank == 0 else True) as bar:
         for step in range(first, steps):
             micro_batches, lr = next(batches), vpgtrans.learning_rate(stage, step, steps)
@@ -517,7 +543,8 @@ def train_stage(run, name, stage, steps, samples, order, resumed=None):
                 tqdm.write(f"left out: {message}", file=sys.stderr)
                 bad += 1
             done = at(step + 1)
-            if done["step"] % args.log_every == 0 or done["step"] == steps or stop:
+            save = done["step"] % args.save_every == 0 or done["step"] == steps or stop
+            if done["step"] % args.log_every == 0 or save:  # no state is saved whose loss was not looked at
                 loss, all_bad = processes.sum(sum(losses), bad)
                 seconds, samples_seen = time.time() - since, (done["step"] - logged) * stage.batch_size
                 log.seconds += seconds
@@ -530,13 +557,11 @@ def train_stage(run, name, stage, steps, samples, order, resumed=None):
                 pause = time.time()
                 run.validate(done)
                 since += time.time() - pause
-            if done["step"] % args.save_every == 0 or done["step"] == steps or stop:
+            if save:
                 run.save(optimizer, done)
             if stop:
                 processes.say(f"stopped at step {done['step']:,} of stage {name}; the same command with --resume continues")
                 sys.exit(130)
-    if processes.rank == 0:
-        save_model(args.out, model)
 
 
 def peak_memory():
@@ -544,48 +569,72 @@ def peak_memory():
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def fail(error):
+    """Ends the command with a message for people and exit code 2."""
+    print(f"train.py: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def prepare(args, stages):
+    """Everything that can be wrong with arguments, files and folders, before anything long begins.
+
+    -> (the Run, {stage: (samples, order, steps)}, the state to resume from or None)"""
+    if int(os.environ.get("RANK", 0)) == 0:  # before others wait: what the first process alone looks at, fetches and makes
+        if not args.resume and any((args.out / file).exists() for file in ("resume.safetensors", "model.safetensors")):
+            raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
+        hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
+        made = not args.out.exists()
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(args.out / "writable", lambda file: file.touch())
+        (args.out / "writable").unlink(), args.out.rmdir() if made else None
+    processes = Processes.start(args.precision)
+    src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
+    sets, val = find_data(args, stages, processes.say)
+    steps = {name: plan_length(args, name, stage, sum(map(len, sets[name][0])), processes.world) for name, stage in stages.items()}
+    resumed = load_state(args.out, args) if args.resume else None
+    captions = [caption for pairs in sets[list(stages)[0]][0] for caption in pairs.captions]
+    model, tok = build_model(args, src, tgt, captions, processes), data.load_tokenizer(tgt.llm)
+    new_samples = lambda pairs, augment: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, augment, args.seed)
+    validation, log = Validation(new_samples([val], False), args.micro_batch, processes), Log(args.out, processes.rank)
+    jobs = {}
+    for name, (pairs, weights) in sets.items():
+        order = data.plan([len(p) for p in pairs], steps[name] * stages[name].batch_size, args.seed, weights)
+        jobs[name] = new_samples(pairs, args.augment == "crop"), order, steps[name]
+    if resumed:
+        log.continue_from(list(stages), resumed[0])
+    elif processes.rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(args.out / "config.json", lambda file: file.write_text(json.dumps(run_config(args, src, tgt, model), indent=2)))
+        write(log.file, lambda file: file.write_text(""))
+    return Run(args, processes, model, validation, log), jobs, resumed
+
+
 def main(argv=None):
     args = parse_arguments(argv)
     stages = plan_stages(args)
     try:
-        if int(os.environ.get("RANK", 0)) == 0:  # before others wait: what the first process alone looks at, fetches and makes
-            if not args.resume and (args.out / "config.json").exists():
-                raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
-            hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
-            args.out.mkdir(parents=True, exist_ok=True)
-        processes = Processes.start(args.precision)
-        src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
-        sets, val = find_data(args, stages, processes.say)
-        steps = {name: plan_length(args, name, stage, sum(map(len, sets[name][0])), processes.world) for name, stage in stages.items()}
-        state, tensors = load_state(args.out, args) if args.resume else (None, None)
-        captions = [caption for pairs, _ in sets.values() for p in pairs for caption in p.captions]
-        model = build_model(args, src, tgt, captions, processes)
-        config, tok = run_config(args, src, tgt, model), data.load_tokenizer(tgt.llm)
-        new_samples = lambda pairs, augment: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, augment, args.seed)
-        validation = Validation(new_samples([val], False), args.micro_batch, processes)
+        run, jobs, resumed = prepare(args, stages)
     except (OSError, ValueError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     if args.compile:
-        for block in [*model.vpg.layers, *model.llm.layers]:
+        torch._dynamo.config.recompile_limit = 64  # all layers share it: train and eval, both stages, odd last batches
+        for block in [*run.model.vpg.layers, *run.model.llm.layers]:
             block.compile()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop_asked.set())
-    names, log = list(stages), Log(args.out, processes.rank)
-    if state:
-        log.continue_from(names, state)
-    elif processes.rank == 0:
-        write(log.file, lambda file: file.write_text(""))
-        write(args.out / "config.json", lambda file: file.write_text(json.dumps(config, indent=2)))
-    run = Run(args, processes, model, validation, log)
-    for name in names[names.index(state["stage"]) if state else 0 :]:
-        pairs, weights = sets[name]
-        order = data.plan([len(p) for p in pairs], steps[name] * stages[name].batch_size, args.seed, weights)
-        resumed = (state, tensors) if state and state["stage"] == name else None
-        train_stage(run, name, stages[name], steps[name], new_samples(pairs, args.augment == "crop"), order, resumed)
-    processes.say(f"\n{args.src} -> {args.tgt}: {', then '.join(f'{name} {steps[name]:,} steps' for name in names)}, {log.seconds:.0f} s of "
-                  f"training.\nWeights, metrics and curves are in {args.out}/. Try: python sample.py IMAGE --model {args.out}")
-    if processes.world > 1:
+    stop_asked.clear()
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for name in list(stages)[list(stages).index(resumed[0]["stage"]) if resumed else 0 :]:
+            train_stage(run, name, stages[name], *jobs[name], resumed)
+            resumed = None
+    except OSError as error:
+        fail(error)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    lengths = ", then ".join(f"{name} {steps:,} steps" for name, (_, _, steps) in jobs.items())
+    run.processes.say(f"\n{args.src} -> {args.tgt}: {lengths}, {run.log.seconds:.0f} s of training.\n"
+                      f"Weights, metrics and curves are in {args.out}/. Try: python sample.py IMAGE --model {args.out}")
+    if run.processes.world > 1:
         dist.destroy_process_group()
 
 

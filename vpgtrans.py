@@ -37,7 +37,7 @@ def shared_tokens(src_vocab, tgt_vocab):
     return torch.tensor([src_vocab[t] for t in shared]), torch.tensor([tgt_vocab[t] for t in shared])
 
 
-def fit_word_converter(src, tgt, weight=None, ridge=1e-3, block=4096):
+def fit_word_converter(src, tgt, weight=None, ridge=1e-3, block=8192):
     """The linear map that best turns source word embeddings into target word embeddings of the same tokens.
 
     src (N,Ds), tgt (N,Dt) float32; weight (N,) >= 0, say how often captions use each token -> nn.Linear(Ds, Dt).
@@ -57,11 +57,10 @@ def fit_word_converter(src, tgt, weight=None, ridge=1e-3, block=4096):
     src_mean, tgt_mean = (sum((b[0] @ b[i]).double() for b in blocks) for i in (1, 2))
     A, C = torch.zeros(Ds, Ds, dtype=torch.float64), torch.zeros(Dt, Ds, dtype=torch.float64)
     for w, s, t in blocks:
-        s, t = s - src_mean.float(), t - tgt_mean.float()
-        weighted = s * w[:, None]
-        C += t.T @ weighted
-        for i in range(0, Ds, 512):  # A is symmetric: the panels on and below its diagonal will do
-            A[i : i + 512, : i + 512] += weighted[:, i : i + 512].T @ s[:, : i + 512]
+        s, t = (s - src_mean.float()).mul_(w.sqrt()[:, None]), (t - tgt_mean.float()).mul_(w.sqrt()[:, None])
+        C += t.T @ s
+        for i in range(0, Ds, 256):  # A is symmetric: the panels on and below its diagonal will do
+            A[i : i + 256, : i + 256] += s[:, i : i + 256].T @ s[:, : i + 256]
     A.diagonal().add_(ridge * A.diagonal().mean())
     converter = nn.Linear(Ds, Dt)
     W = torch.cholesky_solve(C.T, torch.linalg.cholesky(A)).T  # reads the lower triangle of A
@@ -153,7 +152,7 @@ class Stage:
 
 STAGES = {
     "warm-up": Stage(trains=("projector",), lr=5e-4, final_lr=5e-4, batch_size=1728, epochs=1),
-    "fine-tune": Stage(trains=JOINTLY, lr=1e-4, final_lr=5e-5, batch_size=288, samples=12_960_000),
+    "fine-tune": Stage(trains=JOINTLY, lr=1e-4, final_lr=5e-5, batch_size=1728, samples=12_960_000),
     "from-scratch": Stage(trains=JOINTLY, lr=1e-4, final_lr=1e-5, batch_size=1728, epochs=10, rise=2000),  # the baseline, TFS
 }
 

@@ -69,6 +69,7 @@ def save_bf16(file, tensors):
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}, file,
               metadata={"format": "pt"})
+    file.chmod(0o644)
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -483,7 +484,7 @@ def main():
     args.vit_steps, args.vit_rate = int(args.quick * 3000), 1e-3
     args.llm_steps = dict(source=int(args.quick * 2400), target=int(args.quick * 1800))
     args.llm_rate = dict(source=2e-3, target=1.5e-3)
-    args.source_steps, args.source_rate = int(args.quick * 5000), 1e-3
+    args.source_steps, args.source_rate = int(args.quick * 2000), 1e-3
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     for stage in STAGES if "all" in args.stages else [s for s in STAGES if s in args.stages]:

@@ -1,6 +1,7 @@
 """Facts about data.py: tokenizers, captions, images, files of pairs, the order of samples."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,7 +142,8 @@ def test_coco_annotations_find_their_images_and_every_caption(tmp_path):
     for i in (7, 9):
         save(tmp_path / "train2017" / f"{i:012d}.jpg", "RGB", "red")
     pairs = data.read_pairs(f"coco={file}:0.5")
-    assert (pairs.name, pairs.weight, pairs.captions, pairs.left_out) == ("coco", 0.5, ["a cat", "a dog", "the same cat"], {"empty caption": 1})
+    assert (pairs.name, pairs.captions, pairs.left_out) == ("coco", ["a cat", "a dog", "the same cat"], {"empty caption": 1})
+    assert data.parse_spec(f"coco={file}:0.5") == ("coco", file, None, 0.5) and data.parse_spec("a/b.jsonl@c") == ("a", Path("a/b.jsonl"), Path("c"), None)
     assert pairs.files[0] == pairs.files[2] == str(tmp_path / "train2017" / "000000000007.jpg")
     assert data.one_caption_an_image(pairs, 10).captions == ["a cat", "a dog"]
 
@@ -155,16 +157,16 @@ def test_a_list_in_json_and_images_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [('{"image": "1.png", "caption": "a"}\n{"image": "1.p', "line 2"), ('{"picture": "1.png"}', "caption"),
-                                        ('{"image": "1.png", "caption": ""}', "not one caption"), ("", "not one caption")])
+                                        ('{"image": "1.png", "caption": ""}', "not one caption"), ("", "not one caption"), ("[1]", "lacks"), ("7", "lacks")])
 def test_bad_files_of_pairs_say_what_is_wrong(tmp_path, text, says):
     with pytest.raises(ValueError, match=says):
         data.read_pairs(str(write(tmp_path / "pairs.jsonl", text)))
 
 
-def test_held_out_images_are_in_no_training_pair():
+def test_whole_images_are_held_out_always_the_same():
     pairs = data.Pairs("x", [f"{i // 5}.png" for i in range(500)], [str(i) for i in range(500)])
-    train, val = data.hold_out(pairs, most=500, share=0.05)
-    assert len(val) == 25 and len(train) == 475 and not set(train.files) & set(val.files)
+    held = data.hold_out(pairs, most=500, share=0.05)
+    assert len(held) == 5 and held < set(pairs.files) and data.hold_out(pairs) == held and len(data.hold_out(pairs, most=3)) == 3
 
 
 def test_the_papers_data_is_found_where_it_lies(tmp_path):

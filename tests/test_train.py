@@ -73,12 +73,49 @@ def test_the_loss_falls(world, tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.parametrize("options", [["--lr", "0"], ["--steps", "0"], ["--max-tokens", "1"], ["--from-scratch", "--no-warm-up"], ["--data"]])
+def test_arguments_out_of_range_are_refused(world, tmp_path, options):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(world, tmp_path / "run", *options))
+    assert stop.value.code == 2
+
+
 @pytest.mark.parametrize("options, stages, says", [
     (["--no-warm-up"], ["fine-tune"], "word converter"), (["--init", "random"], ["warm-up", "fine-tune"], "projector: random"),
     (["--from-scratch"], ["from-scratch"], "random Q-Former"), (["--stage", "fine-tune"], ["fine-tune"], "word converter")])
 def test_the_papers_baselines_run(world, tmp_path, capsys, options, stages, says):
     train.main(arguments(world, tmp_path / "run", *options))
     assert list(dict.fromkeys(s for s, in rows(tmp_path / "run", "stage"))) == stages and says in capsys.readouterr().out
+
+
+def test_from_scratch_forgets_the_q_former_but_not_the_vit(world, tmp_path):
+    """BERT's initialisation: weights of deviation 0.02, biases 0, norms 1."""
+    train.main(arguments(world, tmp_path / "run", "--from-scratch", "--lr", "1e-9"))
+    ours = load_file(tmp_path / "run" / "model.safetensors")
+    weight = ours["qformer.encoder.layer.1.intermediate_query.dense.weight"]
+    assert 0.015 < weight.std() < 0.025 and 0.01 < ours["query_tokens"].std() < 0.03
+    assert torch.allclose(ours["vision_model.post_layernorm.weight"], torch.ones(48), atol=1e-5)
+    assert torch.allclose(ours["qformer.encoder.layer.1.output_query.dense.bias"], torch.zeros(32), atol=1e-5)
+
+
+def test_the_converter_heeds_how_often_captions_use_a_token(world):
+    """Its fit is better on what the captions say than on the rest, and says so."""
+    import hub
+
+    source, target, said = hub.resolve(str(world[0]), "source"), hub.resolve(str(world[1]), "target"), []
+    projectors = [train.convert_projector(train.qformer.load_projector(world[0]), source, target, captions, said.append)
+                  for captions in (["a red square"], ["a blue circle on a table"])]
+    assert not torch.allclose(projectors[0].weight, projectors[1].weight, atol=1e-2)
+    assert "4 of them in the captions" in said[0] and (projectors[0].in_features, projectors[0].out_features) == (32, 32)
+
+
+def test_no_validation_image_is_trained_on_in_any_stage(world, tmp_path):
+    """Also where the stages name the same file with other weights."""
+    args = train.parse_arguments(["--src", "a", "--tgt", "b", "--data", f"{world[2]}:0.5", "--warm-up-data", str(world[2])])
+    sets, val = train.find_data(args, train.plan_stages(args), lambda text: None)
+    assert len(val) == 2 and sets["fine-tune"][1] == [0.5] and sets["warm-up"][1] is None
+    for pairs, _ in sets.values():
+        assert len(pairs[0]) == 22 and not set(pairs[0].files) & set(val.files)
 
 
 def test_from_scratch_can_start_from_a_given_vpg(world, tmp_path):
@@ -121,18 +158,20 @@ def test_without_data_the_papers_layout_is_used(world, tmp_path, monkeypatch, ca
 # ------------------------------------------------------------------------------------------------------ resume, processes
 
 
-@pytest.mark.parametrize("at", ["warm-up 2", "fine-tune 3"])
-def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, at):
-    """Killed by SIGKILL after a line of the log, with dropout on: a resumed run draws what it would have drawn."""
+@pytest.mark.parametrize("stage, step, signal, code", [("warm-up", 2, "SIGKILL", -9), ("fine-tune", 3, "SIGKILL", -9), ("fine-tune", 2, "SIGTERM", 130)])
+def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, stage, step, signal, code):
+    """Killed after a line of the log, with dropout on: a resumed run draws what it would have drawn. The log's last line
+    is cut in the middle, as a kill may leave it."""
     conftest.write_source(tmp_path / "source", dropout=0.1)
     world = (tmp_path / "source", *world[1:])
     train.main(arguments(world, tmp_path / "whole", "--save-every", "1"))
-    stage, step = at.split()
     killer = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train; add = train.Log.add\n"
-              f"def kill(log, **row):\n    add(log, **row)\n    if (row['stage'], row['step']) == ({stage!r}, {step}): os.kill(os.getpid(), signal.SIGKILL)\n"
+              f"def kill(log, **row):\n    add(log, **row)\n    if (row['stage'], row['step']) == ({stage!r}, {step}): os.kill(os.getpid(), signal.{signal})\n"
               "train.Log.add = kill; train.main(sys.argv[1:])")
     killed = subprocess.run([sys.executable, "-c", killer, *arguments(world, tmp_path / "killed", "--save-every", "1")], capture_output=True)
-    assert killed.returncode == -9
+    assert killed.returncode == code
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as log:
+        log.write('{"stage": "warm-up", "st')
     train.main(arguments(world, tmp_path / "killed", "--save-every", "1", "--resume"))
     assert rows(tmp_path / "killed", "stage", "step", "loss") == rows(tmp_path / "whole", "stage", "step", "loss")
     assert rows(tmp_path / "killed", "step", "val_loss") == rows(tmp_path / "whole", "step", "val_loss")
@@ -169,12 +208,13 @@ def test_two_processes_equal_one(world, tmp_path):
 def refused(capsys, argv, *says):
     """The command ends with exit code 2 and says all that; and nothing was written."""
     out = Path(argv[argv.index("--out") + 1])
-    before = {file: file.stat().st_mtime_ns for file in out.glob("*")} if out.is_dir() else {}
+    files = lambda: {file: file.stat().st_mtime_ns for file in out.glob("*")} if out.is_dir() else None
+    before = files()
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and all(text in said for text in says), said
-    assert before == ({file: file.stat().st_mtime_ns for file in out.glob("*")} if out.is_dir() else {})
+    assert before == files()
 
 
 def broken(folder, copy, **changes):
@@ -205,6 +245,11 @@ def test_bad_checkpoints_are_refused_by_file_and_tensor(world, tmp_path, capsys)
     refused(capsys, with_target(tmp_path / "e"), "e/config.json", "'gpt_neox' is not implemented")
     (tmp_path / "e" / "config.json").write_text("{")
     refused(capsys, with_target(tmp_path / "e"), "e/config.json", "not valid JSON")
+    (tmp_path / "e" / "config.json").write_text("[1]")
+    refused(capsys, with_target(tmp_path / "e"), "e/config.json", "not valid JSON")
+    shutil.copytree(target, tmp_path / "f")
+    (tmp_path / "f" / "model.safetensors.index.json").write_text('{"weight')
+    refused(capsys, with_target(tmp_path / "f"), "f/model.safetensors.index.json", "damaged")
     refused(capsys, with_source(target), "has no Q-Former")
     refused(capsys, with_target(tmp_path / "nowhere"), "nowhere: no such folder")
 
@@ -213,6 +258,11 @@ def test_bad_data_is_refused(world, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     for pairs, says in ((tmp_path / "empty.jsonl", "not one caption"), (tmp_path / "none.jsonl", "there is no such file")):
         refused(capsys, arguments((*world[:2], pairs), tmp_path / "run"), pairs.name, says)
+    for spec, says in (("", "does not read"), (f"{world[2]}:1.2.3", "does not read"), (f"{world[2]}@", "no such file")):
+        refused(capsys, arguments((*world[:2], spec), tmp_path / "run"), says)
+    refused(capsys, arguments(world, tmp_path / "run", "--data", f"{world[2]}:0.5"), "give each of", ":WEIGHT")
+    one = conftest.write_pairs(tmp_path / "one", 1)
+    refused(capsys, arguments((*world[:2], one), tmp_path / "run"), "no pair is left to train on", "--val")
     argv = arguments(world, tmp_path / "run", "--stage", "warm-up", "--batch-size", "1000")
     del argv[argv.index("--warm-up-steps") : argv.index("--warm-up-steps") + 2]
     refused(capsys, argv, "do not fill one batch of 1,000", "--batch-size")
@@ -230,8 +280,9 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(world, tmp_path, 
     argv = arguments((*world[:2], pairs), tmp_path / "run", "--val", str(world[2]))
     train.main(argv)
     assert "5.png" in capsys.readouterr().err and max(bad for bad, in rows(tmp_path / "run", "bad_samples")) > 0
-    with pytest.raises(ValueError, match="could not be read"):
+    with pytest.raises(SystemExit) as stop:
         train.main(arguments((*world[:2], pairs), tmp_path / "strict", "--val", str(world[2]), "--max-bad", "0"))
+    assert stop.value.code == 2 and "could not be read" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):

@@ -44,9 +44,9 @@ def float64_solution(src, tgt, weight, ridge):
 @pytest.mark.parametrize("ridge", [1e-3, 1e-1])
 def test_converter_is_the_weighted_ridge_regression(ridge):
     """Embeddings with a common mean and very unequal weights, as real ones have; more tokens than one block."""
-    src = random(5000, 700) * 0.05 + 0.3 * random(700, seed=1)
-    tgt = src @ random(700, 90, seed=2) + 0.1 * random(5000, 90, seed=3) - 1.0
-    weight = torch.rand(5000, generator=torch.Generator().manual_seed(4)) ** 8 * 1000
+    src = random(9000, 700) * 0.05 + 0.3 * random(700, seed=1)
+    tgt = src @ random(700, 90, seed=2) + 0.1 * random(9000, 90, seed=3) - 1.0
+    weight = torch.rand(9000, generator=torch.Generator().manual_seed(4)) ** 8 * 1000
     converter = fit_word_converter(src, tgt, weight, ridge=ridge)
     W, b = float64_solution(src, tgt, weight, ridge)
     assert relative_error(converter.weight.double(), W) < 1e-4 and relative_error(converter.bias.double(), b) < 1e-4
@@ -169,8 +169,8 @@ def test_weight_decay_spares_biases_and_norms(model):
 
 def test_rates_are_the_papers():
     rate = lambda name, step, steps: learning_rate(STAGES[name], step, steps)
-    assert rate("warm-up", 0, 800) == rate("warm-up", 799, 800) == 5 * rate("fine-tune", 0, 45000) == 5e-4
-    assert rate("fine-tune", 44999, 45000) == pytest.approx(5e-5) and rate("fine-tune", 22500, 45000) == pytest.approx(7.5e-5, rel=1e-3)
+    assert rate("warm-up", 0, 800) == rate("warm-up", 799, 800) == 5 * rate("fine-tune", 0, 7500) == 5e-4
+    assert rate("fine-tune", 7499, 7500) == pytest.approx(5e-5) and rate("fine-tune", 3750, 7500) == pytest.approx(7.5e-5, rel=1e-3)
     assert rate("from-scratch", 0, 30000) == 1e-6 and rate("from-scratch", 2000, 30000) == 1e-4
     assert rate("from-scratch", 29999, 30000) == pytest.approx(1e-5)
 
