@@ -5,7 +5,7 @@ BIN = .venv/bin
 
 # The main job on the embedded default: small models, 2,400 pairs, a laptop's CPU. Beside it, the same number of steps from scratch.
 TRANSFER = $(BIN)/python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --val demo/pairs/val.jsonl \
-	--batch-size 64 --micro-batch 64 --lr 1e-3 --augment none --workers 0
+	--batch-size 64 --micro-batch 64 --lr 1e-3 --warm-up-lr 1e-3 --augment none --workers 0
 
 demo: .venv/run
 	rm -rf out/demo out/demo-from-scratch

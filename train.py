@@ -509,15 +509,18 @@ def optimizer_step(trained, micro_batches, optimizer, processes):
     return tokens, loss_sum, bool(stop)
 
 
+def describe_stage(name, stage, steps, pairs, table):
+    """What is printed on entering a stage: its length and rate, and the table of what trains."""
+    samples = steps * stage.batch_size
+    head = (f"\nstage {name}: {steps:,} steps of {stage.batch_size:,} = {samples:,} samples, {samples / pairs:.2g} epochs; "
+            f"rate {stage.lr:g} -> {stage.final_lr:g}\n  {'part':24} {'parameters':>14} {'trainable':>14}  mode")
+    return "\n".join([head, *(f"  {part:24} {total:14,} {trainable:14,}  {mode}" for part, total, trainable, mode in table)])
+
+
 def train_stage(run, name, stage, samples, order, steps, resumed=None):
     """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state, stands."""
     args, processes, model, log = run.args, run.processes, run.model, run.log
-    table = vpgtrans.enter_stage(model, stage)
-    processes.say(f"\nstage {name}: {steps:,} steps of {stage.batch_size:,} = {steps * stage.batch_size:,} samples, "
-                  f"{steps * stage.batch_size / samples.starts[-1]:.2g} epochs; rate {stage.lr:g} -> {stage.final_lr:g}")
-    processes.say(f"  {'part':24} {'parameters':>14} {'trainable':>14}  mode")
-    for part, total, trainable, mode in table:
-        processes.say(f"  {part:24} {total:14,} {trainable:14,}  {mode}")
+    processes.say(describe_stage(name, stage, steps, samples.starts[-1], vpgtrans.enter_stage(model, stage)))
     optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=stage.lr, betas=stage.betas, fused=True)
     if resumed:
         restore(model, optimizer, resumed[1])
@@ -534,8 +537,8 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
             micro_batches, lr = next(batches), vpgtrans.learning_rate(stage, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            # dropout is a function of seed, stage, step and rank, so that a resumed run draws what it would have drawn
-            torch.manual_seed(hash((args.seed, list(STAGES).index(name), step, processes.rank)))
+            # dropout is a function of the stage's seed, step and rank, so that a resumed run draws what it would have drawn
+            torch.manual_seed(hash((samples.seed, step, processes.rank)))
             step_tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes)
             losses.append(loss)
             tokens += step_tokens
@@ -575,6 +578,16 @@ def fail(error):
     sys.exit(2)
 
 
+def check_writable(folder):
+    """OSError unless files can be made in a folder, which is made for the moment where it is not there yet."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "writable", lambda file: file.touch())
+    (folder / "writable").unlink()
+    if is_new:
+        folder.rmdir()
+
+
 def prepare(args, stages):
     """Everything that can be wrong with arguments, files and folders, before anything long begins.
 
@@ -583,10 +596,7 @@ def prepare(args, stages):
         if not args.resume and any((args.out / file).exists() for file in ("resume.safetensors", "model.safetensors")):
             raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
         hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
-        made = not args.out.exists()
-        args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "writable", lambda file: file.touch())
-        (args.out / "writable").unlink(), args.out.rmdir() if made else None
+        check_writable(args.out)
     processes = Processes.start(args.precision)
     src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
     sets, val = find_data(args, stages, processes.say)
@@ -594,12 +604,13 @@ def prepare(args, stages):
     resumed = load_state(args.out, args) if args.resume else None
     captions = [caption for pairs in sets[list(stages)[0]][0] for caption in pairs.captions]
     model, tok = build_model(args, src, tgt, captions, processes), data.load_tokenizer(tgt.llm)
-    new_samples = lambda pairs, augment: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, augment, args.seed)
-    validation, log = Validation(new_samples([val], False), args.micro_batch, processes), Log(args.out, processes.rank)
+    new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
+    validation, log = Validation(new_samples([val], augment=False), args.micro_batch, processes), Log(args.out, processes.rank)
     jobs = {}
     for name, (pairs, weights) in sets.items():
-        order = data.plan([len(p) for p in pairs], steps[name] * stages[name].batch_size, args.seed, weights)
-        jobs[name] = new_samples(pairs, args.augment == "crop"), order, steps[name]
+        seed = args.seed * len(STAGES) + list(STAGES).index(name)  # each stage has an order and crops of its own
+        order = data.plan([len(p) for p in pairs], steps[name] * stages[name].batch_size, seed, weights)
+        jobs[name] = new_samples(pairs, augment=args.augment == "crop", seed=seed), order, steps[name]
     if resumed:
         log.continue_from(list(stages), resumed[0])
     elif processes.rank == 0:
