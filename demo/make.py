@@ -206,9 +206,11 @@ def normalise(images):
 
 
 def patch_labels(drawn, owners):
-    """For every 8 x 8 patch that an object touches: colour, shape and size of it; elsewhere -100, and shape 0 ("nothing")."""
+    """For every 8 x 8 patch that an object touches: its colour, shape, size, place; elsewhere -100, and shape 0 ("nothing").
+
+    Without the place the ViT forgets where things are, and no Q-Former can then tell which colour goes with which shape."""
     colours, shapes, sizes = list(scenes.COLOURS), list(scenes.SHAPES), list(scenes.SIZES)
-    labels = np.full((len(drawn), 3, 64), IGNORE, dtype=np.int64)
+    labels = np.full((len(drawn), 4, 64), IGNORE, dtype=np.int64)
     patches = owners.reshape(-1, 8, 8, 8, 8).transpose(0, 1, 3, 2, 4).reshape(len(drawn), 64, 64)  # (B, patches, pixels)
     for i, scene in enumerate(drawn):
         cover = np.stack([(patches[i] == n).sum(-1) for n in range(1, len(scene["objects"]) + 1)])
@@ -216,18 +218,19 @@ def patch_labels(drawn, owners):
         labels[i, 1] = 0
         for n, o in enumerate(scene["objects"]):
             here = touched & (owner == n)
-            labels[i, :, here] = colours.index(o["colour"]), 1 + shapes.index(o["shape"]), sizes.index(o["size"])
+            place = {"alone": 0, "above": 1 + n, "beside": 3 + n}[scene["arrangement"]]
+            labels[i, :, here] = colours.index(o["colour"]), 1 + shapes.index(o["shape"]), sizes.index(o["size"]), place
     return torch.from_numpy(labels)
 
 
 class PatchReader(nn.Module):
-    """The ViT with linear readers of colour, shape and size on each patch; the readers are thrown away."""
+    """The ViT with linear readers of colour, shape, size and place on each patch; the readers are thrown away."""
 
     def __init__(self):
         super().__init__()
         self.vpg = VPG(dict(vision_config=VISION, qformer_config=QFORMER, num_query_tokens=QUERY_TOKENS))
         initialise(self)
-        self.heads = nn.ModuleList(nn.Linear(VISION["hidden_size"], n) for n in (8, 9, 2))
+        self.heads = nn.ModuleList(nn.Linear(VISION["hidden_size"], n) for n in (8, 9, 2, 5))
 
     def forward(self, images):
         x = self.vpg.vision_model.post_layernorm(self.vpg.features(images))[:, 1:]
@@ -239,11 +242,11 @@ class PatchReader(nn.Module):
 
 
 def make_vit(args):
-    """The ViT, from dense labels: which colour, shape and size does the object under this patch have?"""
+    """The ViT, from dense labels: which colour, shape, size and place has the object under this patch?"""
     torch.manual_seed(SEEDS["vit"])
     rng = random.Random(SEEDS["vit"])
     model = PatchReader()
-    drawn, images, owners = render_many(args.scenes, rng)
+    drawn, images, owners = render_many(2 * args.scenes, rng)
     labels = patch_labels(drawn, owners)
     held_scenes, held_images, held_owners = render_many(512, rng)
     held_labels = patch_labels(held_scenes, held_owners)
@@ -254,7 +257,7 @@ def make_vit(args):
             outs = [out.argmax(-1) for out in model(normalise(held_images))]
         seen = held_labels[:, 0] != IGNORE
         return "on patches of held-out objects right: " + " ".join(
-            f"{what} {(outs[i] == held_labels[:, i])[seen].float().mean():.3f}" for i, what in enumerate(("colour", "shape", "size")))
+            f"{what} {(outs[i] == held_labels[:, i])[seen].float().mean():.3f}" for i, what in enumerate(("colour", "shape", "size", "place")))
 
     def step_loss(step):
         pick = index[step]
@@ -473,7 +476,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=[*STAGES, "all"])
     parser.add_argument("--work", type=Path, default=Path("/tmp/vpgtrans-demo"), help="folder for what is not embedded")
-    parser.add_argument("--scenes", type=int, default=20000, help="fresh scenes for the ViT, and others for the source VPG")
+    parser.add_argument("--scenes", type=int, default=20000, help="fresh scenes for the source VPG; the ViT has twice as many others")
     parser.add_argument("--glosses", type=int, default=60000, help="WordNet glosses for the language models")
     parser.add_argument("--documents", type=int, default=150000, help="documents about scenes for the language models")
     parser.add_argument("--which", nargs="+", choices=["source", "target"], default=["source", "target"], help="LLMs to train")
@@ -484,7 +487,7 @@ def main():
     args.vit_steps, args.vit_rate = int(args.quick * 3000), 1e-3
     args.llm_steps = dict(source=int(args.quick * 2400), target=int(args.quick * 1800))
     args.llm_rate = dict(source=2e-3, target=1.5e-3)
-    args.source_steps, args.source_rate = int(args.quick * 2000), 1e-3
+    args.source_steps, args.source_rate = int(args.quick * 4000), 1e-3
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     for stage in STAGES if "all" in args.stages else [s for s in STAGES if s in args.stages]:

@@ -56,14 +56,14 @@ def random_scene(rng):
     background = rng.choice(list(BACKGROUNDS))
     if rng.random() < 0.35:
         size = rng.choice(list(SIZES))
-        radius = rng.uniform(18, 26) if size == "big" else rng.uniform(10, 13)
+        radius = rng.uniform(19, 26) if size == "big" else rng.uniform(11, 14)
         spots, arrangement = [(size, radius, rng.uniform(28, 36), rng.uniform(28, 36))], "alone"
     else:
         arrangement = rng.choice(["above", "beside"])
         spots = []
         for along in (rng.uniform(15.5, 17.5), rng.uniform(46.5, 48.5)):
             size = rng.choice(list(SIZES))
-            radius = rng.uniform(12.5, 15) if size == "big" else rng.uniform(7.5, 9)
+            radius = rng.uniform(13, 15) if size == "big" else rng.uniform(8.5, 10)
             across = rng.uniform(26, 38)
             spots.append((size, radius, *((across, along) if arrangement == "above" else (along, across))))
     objects = []

@@ -225,3 +225,11 @@ def test_an_unreadable_image_is_replaced_and_named(tok, tmp_path):
     (batch,) = next(data.load_batches(samples, np.arange(12), 12, 12))
     assert len(batch["images"]) == 12 and batch["files"].count(str(tmp_path / "6.png")) == 2
     assert len(batch["bad"]) == 1 and "5.png" in batch["bad"][0]
+
+
+def test_crops_are_drawn_by_the_position_in_the_plan(samples):
+    """The same sample comes out the same, at another position differently; and validation is not cropped at all."""
+    image, again, elsewhere = (samples[position, 5][0] for position in (3, 3, 4))
+    assert torch.equal(image, again) and not torch.equal(image, elsewhere)
+    plain = data.Samples(samples.sets, samples.tok, 28, 5, augment=False)[3, 5][0]
+    assert torch.equal(plain, data.resize(data.load_image(samples.sets[0].files[5]), 28)) and not torch.equal(image, plain)
