@@ -62,6 +62,28 @@ def losses(run):
     return {stage: [row for row in rows if row["stage"] == stage] for stage in stages}
 
 
+def curve(run):
+    """[(optimizer steps since the run began, validation loss)]"""
+    points, before = [], 0
+    for rows in losses(run).values():
+        points += [(before + row["step"], row["val_loss"]) for row in rows]
+        before += rows[-1]["step"]
+    return points
+
+
+def draw_curves(file, runs):
+    """Validation losses of some runs over their optimizer steps, in one picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="tight")
+    axes = figure.subplots()
+    for run in runs:
+        axes.plot(*zip(*curve(run)), "o-", markersize=3, label=run.name)
+    axes.set(xlabel="optimizer step, warm-up counted", ylabel="validation loss a token")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, the transfer first")
@@ -87,10 +109,16 @@ def main():
         chance, _ = share_right(texts, truths[1:] + truths[:1])
         print(f"  {who:40} {right:6.1%} {claims:7} {chance:10.1%}")
     print("\n  (of the coloured shapes that the captions name, how many are in the image; by chance: in the next image)\n")
-    sheet = args.runs[0] / "captions.png"
-    draw(sheet, files[:12], {"people": people} | captions)
-    print(f"Pictures: {sheet} (held-out images and captions), {args.runs[0] / 'curves.png'} (losses). "
-          f"Captioning took {time.time() - began:.0f} s.")
+    for baseline in args.runs[1:]:
+        steps, loss = curve(baseline)[-1]
+        passed = next((step for step, reached in curve(args.runs[0]) if reached < loss), None)
+        print(f"{baseline.name} ends at {loss:.3f} after {steps} steps; {args.runs[0].name} "
+              + (f"is below that after {passed} steps, warm-up counted." if passed else "does not get there."))
+    pictures = {name: args.runs[0] / f"{name}.png" for name in ("captions", "comparison", "curves")}
+    draw(pictures["captions"], files[:12], {"people": people} | captions)
+    draw_curves(pictures["comparison"], args.runs)
+    print(f"\nPictures: {pictures['captions']} (held-out images and captions), {pictures['comparison']} (the runs' losses), "
+          f"{pictures['curves']} (matched and shuffled images). This report took {time.time() - began:.0f} s.")
 
 
 if __name__ == "__main__":
