@@ -271,7 +271,7 @@ def one_caption_an_image(pairs, most):
 # The paper's data (section 4.1), by the names of their folders: where the annotations are, and how to get them.
 PAPER = {
     "coco": (["coco_karpathy_train.json", "annotations/captions_train2017.json", "annotations/captions_train2014.json"],
-             "train2017.zip and annotations_trainval2017.zip from cocodataset.org, unpacked"),
+             "of cocodataset.org: train2017.zip and annotations_trainval2017.zip, unpacked"),
     "sbu": (["sbu.json", "sbu.jsonl"], "SBU captions, downloaded with img2dataset, as a list of {image, caption}"),
     "vg": (["vg_caption.json", "vg.jsonl"], "Visual Genome region descriptions, as LAVIS's vg_caption.json"),
     "laion": (["laion.jsonl", "laion.json"], "LAION-COCO, 13M pairs will do, as {image, caption} lines"),
@@ -290,7 +290,7 @@ def find_paper_data(root):
 
 def how_to_get_paper_data(root):
     """The text for somebody who has no data yet."""
-    lines = [f"  {Path(root) / name / files[0]}  ({how})" for name, (files, how) in PAPER.items()]
+    lines = [f"  {Path(root) / name}/{' or '.join(files)}  ({how})" for name, (files, how) in PAPER.items()]
     return "\n".join([f"no data: nothing lies under {root}/. Put there one or more of", *lines,
                       "(coco alone will do to begin with), name another folder in $VPGTRANS_DATA, or name your own pairs:",
                       "  --data pairs.jsonl      with lines {\"image\": \"cat.jpg\", \"caption\": \"a cat on a mat\"}"])
