@@ -89,7 +89,8 @@ def build_models(size, dtype, device):
         ours = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm)
     names = {"language_projection.": "projector.", "language_model.": "llm."}
     rename = lambda name: next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), "vpg." + name)
-    ours.load_state_dict({rename(name): tensor for name, tensor in tensors.items() if "lm_head" not in name}, assign=True)
+    ours.load_state_dict({rename(name): tensor for name, tensor in tensors.items()}, assign=True)
+    ours.llm.tie_head()
     return {"ours": ours, **peers}
 
 
@@ -209,7 +210,7 @@ def time_training(models, stage, losses, autocast, repeats, device):
 def time_generation(models, B, beams, repeats, device, exact):
     """-> {name: seconds of each batch}, share of ids that are equal; ValueError if `exact` and some are not."""
     llm = models["ours"].llm
-    prefix = torch.randn(B, 33, llm.dim, device=device).to(llm.decoder.embed_tokens.weight.dtype)
+    prefix = torch.randn(B, 33, llm.dim, device=device).to(llm.lm_head.weight.dtype)
     functions = {name: partial(model.language_model.generate, inputs_embeds=prefix, attention_mask=torch.ones(B, 33, device=device).long(),
                                use_cache=True, max_new_tokens=NEW_TOKENS, num_beams=beams, do_sample=False, pad_token_id=1)
                  for name, model in models.items() if name != "ours"}

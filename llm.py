@@ -5,12 +5,15 @@
     captions = llm.generate(soft_prompts, num_beams=5)          # lists of ids
 
 Every language model here reads a *prefix* of embeddings (soft prompts, BOS, an instruction) and scores or produces a
-target. Parameter names equal the checkpoint's, so that loading needs no table of names. OPT today.
+target: OPT and LLaMA (with Vicuna, Mistral, SmolLM2, Qwen2, Qwen3) read [prefix | target]; T5 reads the prefix in its
+encoder. Parameter names equal the checkpoint's, so that loading needs no table of names.
 
-B batch, P prefix length, T target length, S = P + T - 1 positions read, D LLM width, V vocabulary, H heads, K beams.
+B batch, P prefix length, T target length, S positions read, D LLM width, V vocabulary, H heads, G key-value heads,
+hd width of a head, K beams.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -19,21 +22,45 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import nn
 
-
 # ---------------------------------------------------------------------------------------------- shared by all models
 
 
-def attention(q, k, v, mask=None):
-    """Softmax attention over (B,H,S,hd). `mask` (B,1,Sq,Sk) is True where a query may look; None means causal."""
-    causal = mask is None and q.shape[2] > 1
-    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.requires_grad):
-        # on CPUs these lines beat scaled_dot_product_attention in bf16, and in its backward (docs/notes.md)
-        if causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Sq, Sk)
-        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        return scores.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+def attention(q, k, v, mask=None, causal=False, scale=None):
+    """Softmax attention of queries (B,H,Sq,hd) over keys and values (B,G,Sk,hd) -> (B,H,Sq,hd).
+
+    G < H: heads share keys and values in groups of H/G (GQA, Ainslie et al. 2023). `mask` broadcasts to (B,H,Sq,Sk): a
+    bool is True where a query may look, numbers are added to the scores. scale is 1/sqrt(hd) unless given."""
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+    if not (q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.requires_grad)):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # on CPUs these lines beat scaled_dot_product_attention in bf16, and in its backward (docs/notes.md)
+    by_group = lambda x: x.reshape(len(k), k.shape[1], -1, x.shape[-1])  # (B, H, Sq, .) -> (B, G, H/G Sq, .)
+    scores = by_group(q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    scores = scores.view(*q.shape[:3], -1)  # (B, H, Sq, Sk)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return (by_group(scores.softmax(-1).to(v.dtype)) @ v).view(q.shape)
+
+
+def split_heads(x, hd):
+    return rearrange(x, "b s (h d) -> b h s d", d=hd)
+
+
+def merge_heads(x):
+    return rearrange(x, "b h s d -> b s (h d)")
+
+
+class RMSNorm(nn.Module):
+    """Zhang & Sennrich 2019: no mean, no bias."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def right_align(prefix, prefix_mask):
@@ -60,39 +87,61 @@ def caption_loss(logits, target_ids):
     return loss, (target_ids != -100).sum()
 
 
-class Cache:
-    """Keys and values of all layers, allocated once for `size` positions: two tensors (layers, B, H, size, hd)."""
+def check_prefix(prefix, dim):
+    """The length of a prefix (B,P,D), which must not be empty and must have the LLM's width."""
+    if prefix.ndim != 3 or prefix.shape[1] == 0 or prefix.shape[2] != dim:
+        raise ValueError(f"the prefix must be (B, P >= 1, {dim}), not {tuple(prefix.shape)}; a text alone needs its BOS in it")
+    return prefix.shape[1]
 
-    def __init__(self, layers, heads, head_dim, size, prefix, prefix_mask):
-        B, P, _ = prefix.shape
-        self.k, self.v = prefix.new_empty(2, layers, B, heads, size, head_dim)
-        self.prefix, self.length = P, 0
-        self.keep = None  # (B, size) bool where some rows have padding
-        self.positions = torch.full((B,), P, device=prefix.device)  # of the next token in each row
-        if prefix_mask is not None:
-            self.keep = F.pad(prefix_mask, (0, size - P), value=True)
-            self.positions = prefix_mask.sum(1)
 
-    def append(self, layer, k, v):
-        """Stores (B,H,s,hd) behind what `layer` has read so far and returns all keys and values up to there."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def repeat(self, K):
-        """K beams in the place of every row."""
-        self.k, self.v = self.k.repeat_interleave(K, dim=1), self.v.repeat_interleave(K, dim=1)
-        self.positions = self.positions.repeat_interleave(K)
-        self.keep = None if self.keep is None else self.keep.repeat_interleave(K, dim=0)
-
-    def reorder(self, rows):
-        """Beam i continues beam rows[i], which has the same prefix: only what came after that is copied."""
-        for cache in (self.k, self.v):
-            cache[:, :, :, self.prefix : self.length] = cache[:, rows, :, self.prefix : self.length]
+def check_ids(ids, vocab_size):
+    """ValueError for ids outside of the vocabulary. On GPUs nothing waits for that: there, torch's own assertion ends it."""
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(f"ids from {ids.min()} to {ids.max()}: this LLM's vocabulary has 0 to {vocab_size - 1}; is it its tokenizer?")
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
+
+
+class Cache:
+    """What has been read of B texts, each of which K beams continue: keys and values of all layers, allocated once.
+
+    A text has one row of columns: its prefix, the K tokens of step 1, the K of step 2, ... A beam looks at the prefix and
+    at the tokens that it has come through itself (`visible`), so that beams share a prefix, and one that goes on from
+    another takes over a row of `visible`; no key is ever copied. Shapes stay the same: a step is one static graph."""
+
+    def __init__(self, layers, heads, hd, prefix, prefix_mask, steps, K):
+        (B, P, _), device = prefix.shape, prefix.device
+        self.keys, self.values = prefix.new_zeros(2, layers, B, heads, P + steps * K, hd)
+        self.columns = None  # (K,) of the tokens being read; None for the prefix
+        self.visible = torch.zeros(B, 1, K, P + steps * K, dtype=torch.bool, device=device)
+        self.visible[..., :P] = True if prefix_mask is None else prefix_mask[:, None, None]
+        # (B,1) of the tokens being read, the same for all beams
+        self.positions = (torch.full((B,), P, device=device) if prefix_mask is None else prefix_mask.sum(1))[:, None] - 1
+        self.P, self.K = P, K
+
+    def __getitem__(self, layer):
+        return self.keys[layer], self.values[layer], self.columns
+
+    def advance(self, parents=None):
+        """Makes place for the next token of each beam; beam k goes on from beam parents[b,k] (B,K), or from itself."""
+        if parents is not None:
+            self.visible.copy_(self.visible.gather(2, parents[:, None, :, None].expand_as(self.visible)))
+        if self.columns is None:
+            self.columns = torch.arange(self.K, device=self.visible.device) + self.P
+        else:
+            self.columns += self.K
+        self.positions += 1
+        self.visible[:, 0, torch.arange(self.K, device=self.columns.device), self.columns] = True
+
+
+def remember(cache, k, v):
+    """Stores keys and values (B,G,s,hd) that one layer has just computed -> those that the tokens at hand look at."""
+    keys, values, columns = cache
+    if columns is None:  # a prefix looks at itself only
+        keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
+        return k, v
+    return keys.index_copy_(2, columns, k), values.index_copy_(2, columns, v)
 
 
 def ends_with(ids, stop):
@@ -126,7 +175,7 @@ def sample_next(logits, temperature, top_p):
     probabilities add up to top_p (nucleus sampling, Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, ids = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
+    probs, ids = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs > top_p, 0)
     return ids.gather(1, probs.multinomial(1))[:, 0]
 
@@ -136,21 +185,21 @@ def decode_tokens(llm, logits, cache, steps, min_new_tokens, temperature, top_p,
     ids = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for n in range(1, steps + 1):
-        logits = forbid_end(logits, ids, stop) if n <= min_new_tokens else logits
-        ids = torch.cat([ids, sample_next(logits, temperature, top_p)[:, None]], dim=1)
+        scores = logits[:, 0].float()  # (B, V)
+        scores = forbid_end(scores, ids, stop) if n <= min_new_tokens else scores
+        ids = torch.cat([ids, sample_next(scores, temperature, top_p)[:, None]], dim=1)
         ended |= ends_with(ids, stop)
         if n == steps or ended.all():
             return ids
-        logits = llm.step(ids[:, -1], cache)
+        cache.advance()
+        logits = llm.step(ids[:, -1:].contiguous(), cache)
 
 
 def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, stop):
     """Beam search with transformers' rules: a hypothesis scores log-probability / length ** length_penalty (its end mark
     counts), and a row is done when no running beam, at its present length, beats its K finished ones. -> (B, n) ids"""
-    B, V = logits.shape
-    row = torch.arange(B, device=logits.device)
-    cache.repeat(K)
-    logits = logits.repeat_interleave(K, dim=0)
+    B, _, V = logits.shape
+    logits = logits.expand(B, K, V)
     beams = torch.empty(B, K, 0, dtype=torch.long, device=logits.device)  # (B, K, n) the running ones
     scores = torch.tensor([0.0] + [-1e9] * (K - 1), device=logits.device).repeat(B, 1)  # (B, K): all start from beam 0
     best = torch.full((B, K, steps), -1, device=logits.device)  # (B, K, steps) the finished ones, -1 behind their ends
@@ -159,9 +208,9 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
     width = (1 + len(stop)) * K  # candidates looked at: even if the best K all end, K go on
     pick = lambda x, index: x.gather(1, index.view(B, -1, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
     for n in range(1, steps + 1):
-        log_p = logits.float().log_softmax(-1).view(B, K, V)
+        log_p = logits.log_softmax(-1, dtype=torch.float32)
         log_p = forbid_end(log_p, beams, stop) if n <= min_new_tokens else log_p
-        top, index = (scores[..., None] + log_p).flatten(1).topk(width)  # (B, width)
+        top, index = log_p.add_(scores[..., None]).flatten(1).topk(width)  # (B, width)
         candidates = torch.cat([pick(beams, index // V), (index % V)[..., None]], dim=-1)
         ended = ends_with(candidates, stop) | (n == steps)
         counts = ended & (torch.arange(width, device=top.device) < K) & ~done  # only the best K candidates may finish
@@ -173,12 +222,21 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
         if n == steps or done.all():
             return best[:, 0]
         beams = pick(candidates, chosen)
-        cache.reorder((row[:, None] * K + pick(index // V, chosen)).flatten())
-        logits = llm.step(beams[..., -1].flatten(), cache)
+        cache.advance(pick(index // V, chosen))
+        logits = llm.step(beams[..., -1].contiguous(), cache)
 
 
-class Generates:
-    """`generate` for every model that has `start` (read the prefix) and `step` (read one more token)."""
+class LanguageModel(nn.Module):
+    """What all have in common, given `forward`, `start` (read a prefix) and `step` (read one more token of each beam)."""
+
+    def tie_head(self, tied=True):
+        """The head is the word embeddings, where config.json ties them."""
+        if tied:
+            self.lm_head.weight = self.get_parameter(self.WORDS)
+
+    def loss(self, prefix, target_ids, prefix_mask=None):
+        """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not count."""
+        return caption_loss(self(prefix, target_ids, prefix_mask), target_ids)
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0, min_new_tokens=0,
@@ -187,9 +245,11 @@ class Generates:
 
         `stop` holds the sequences of ids that end a text, `max_new_tokens` and `min_new_tokens` count the end mark.
         num_beams > 1 is beam search (temperature 0 only); temperature > 0 samples from the `top_p` nucleus."""
+        if min(max_new_tokens, num_beams) < 1:
+            raise ValueError(f"generate: max_new_tokens = {max_new_tokens} and num_beams = {num_beams} must be at least 1")
         if num_beams > 1 and temperature > 0:
             raise ValueError("generate: beam search does not sample; use num_beams=1 or temperature=0")
-        logits, cache = self.start(prefix, prefix_mask, max_new_tokens)
+        logits, cache = self.start(prefix, prefix_mask, max_new_tokens, num_beams)
         if num_beams > 1:
             ids = beam_search(self, logits, cache, max_new_tokens, min_new_tokens, num_beams, length_penalty, stop)
         else:
@@ -197,28 +257,72 @@ class Generates:
         return [without_end([i for i in row if i >= 0], stop) for row in ids.tolist()]
 
 
+class DecoderOnly(LanguageModel):
+    """[prefix | target] read by one stack of layers: what OPT and LLaMA have in common, given `embed`, `read` and `head`.
+
+    `longest` positions can be read, if it is not None; a cache has `kv_heads` heads of width `head_dim`."""
+
+    def check_length(self, S):
+        if self.longest is not None and S > self.longest:
+            raise ValueError(f"{S} positions (prefix and target) are more than this {type(self).__name__}'s {self.longest}; shorten them")
+
+    def forward(self, prefix, target_ids, prefix_mask=None):
+        """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
+
+        `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes taken out. None
+        means no holes and takes the fast path. Targets of -100 stand behind a row's real targets."""
+        P, T = check_prefix(prefix, self.dim), target_ids.shape[1]
+        self.check_length(P + T - 1)
+        check_ids(target_ids.clamp(min=0), self.vocab_size)
+        read_targets = self.embed(target_ids[:, :-1].clamp(min=0))
+        positions, mask = torch.arange(P + T - 1, device=prefix.device)[None], None
+        prefix = prefix.to(read_targets.dtype)
+        if prefix_mask is not None:
+            prefix, prefix_mask = right_align(prefix, prefix_mask)
+            keep = F.pad(prefix_mask, (0, T - 1), value=True)  # (B, S)
+            positions, mask = (keep.cumsum(1) - 1).clamp(min=0), causal_mask(keep)
+        x = self.read(torch.cat([prefix, read_targets], dim=1), positions, mask)
+        return self.head(x[:, P - 1 :].contiguous())  # a strided matrix product would first copy the whole head
+
+    def start(self, prefix, prefix_mask, steps, K):
+        """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of K beams."""
+        P, mask = check_prefix(prefix, self.dim), None
+        self.check_length(P + steps - 1)
+        prefix = prefix.to(self.lm_head.weight.dtype)
+        positions = torch.arange(P, device=prefix.device)[None]
+        if prefix_mask is not None:
+            prefix, prefix_mask = right_align(prefix, prefix_mask)
+            positions, mask = (prefix_mask.cumsum(1) - 1).clamp(min=0), causal_mask(prefix_mask)
+        cache = Cache(len(self.layers), self.kv_heads, self.head_dim, prefix, prefix_mask, steps - 1, K)
+        return self.head(self.read(prefix, positions, mask, cache)[:, -1:]), cache
+
+    def step(self, ids, cache):
+        """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
+        return self.head(self.read(self.embed(ids), cache.positions, cache.visible, cache))
+
+
 # ------------------------------------------------------------------------------------------- OPT (Zhang et al. 2022)
 
 
 class OPTAttention(nn.Module):
-    def __init__(self, dim, heads, index):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.index = heads, index
+        self.head_dim = dim // heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, x, mask, cache):
-        q, k, v = (rearrange(f(x), "b s (h d) -> b h s d", h=self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (split_heads(project(x), self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
-            k, v = cache.append(self.index, k, v)
-        return self.out_proj(rearrange(attention(q, k, v, mask), "b h s d -> b s (h d)"))
+            k, v = remember(cache, k, v)
+        return self.out_proj(merge_heads(attention(q, k, v, mask, causal=mask is None)))
 
 
 class OPTLayer(nn.Module):
-    def __init__(self, config, index):
+    def __init__(self, config):
         super().__init__()
         dim = config["hidden_size"]
         self.pre_norm = config["do_layer_norm_before"]  # False in opt-350m alone
-        self.self_attn = OPTAttention(dim, config["num_attention_heads"], index)
+        self.self_attn = OPTAttention(dim, config["num_attention_heads"])
         self.self_attn_layer_norm = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, config["ffn_dim"])
         self.fc2 = nn.Linear(config["ffn_dim"], dim)
@@ -243,125 +347,379 @@ class OPTDecoder(nn.Module):
         self.embed_positions = nn.Embedding(config["max_position_embeddings"] + 2, dim)  # rows 0 and 1 are never read
         self.project_in = nn.Linear(word_dim, dim, bias=False) if word_dim != dim else None
         self.project_out = nn.Linear(dim, word_dim, bias=False) if word_dim != dim else None
-        self.layers = nn.ModuleList(OPTLayer(config, i) for i in range(config["num_hidden_layers"]))
+        self.layers = nn.ModuleList(OPTLayer(config) for _ in range(config["num_hidden_layers"]))
         final = config["do_layer_norm_before"] and not config["_remove_final_layer_norm"]
         self.final_layer_norm = nn.LayerNorm(dim) if final else None
 
 
-class OPT(Generates, nn.Module):
+class OPT(DecoderOnly):
     """OPT, 125M to 66B, the odd opt-350m included. `config` is the checkpoint's config.json as a dict.
 
     Frozen weights are the caller's choice (`load_llm` freezes); there is no dropout in this file."""
 
     DEFAULTS = dict(do_layer_norm_before=True, _remove_final_layer_norm=False, activation_function="relu", vocab_size=50272,
                     max_position_embeddings=2048, enable_bias=True, layer_norm_elementwise_affine=True, hidden_size=768,
-                    num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072)
+                    num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072, tie_word_embeddings=True)
+    ONLY = dict(activation_function="relu", enable_bias=True, layer_norm_elementwise_affine=True)
+    WORDS, PROJECT_IN = "model.decoder.embed_tokens.weight", "model.decoder.project_in.weight"
 
     def __init__(self, config):
         super().__init__()
-        config = self.DEFAULTS | config
-        config["word_embed_proj_dim"] = config.get("word_embed_proj_dim") or config["hidden_size"]
-        only = dict(activation_function="relu", enable_bias=True, layer_norm_elementwise_affine=True)
-        for key, value in only.items():
-            if config[key] != value:
-                raise ValueError(f"config.json: {key} = {config[key]!r} is not implemented for OPT; only {value!r} is")
-        self.config = config
-        self.dim, self.vocab_size = config["hidden_size"], config["vocab_size"]
+        config = read_options(config, self.DEFAULTS, self.ONLY)
+        self.dim, self.vocab_size, self.longest = config["hidden_size"], config["vocab_size"], config["max_position_embeddings"]
+        config["word_embed_proj_dim"] = config.get("word_embed_proj_dim") or self.dim
+        self.kv_heads, self.head_dim = config["num_attention_heads"], self.dim // config["num_attention_heads"]
         self.model = nn.ModuleDict({"decoder": OPTDecoder(config)})
-
-    @property
-    def decoder(self):
-        return self.model["decoder"]
+        self.lm_head = nn.Linear(config["word_embed_proj_dim"], self.vocab_size, bias=False)
+        self.tie_head(config["tie_word_embeddings"])
 
     @property
     def layers(self):
         """The repeated blocks, for torch.compile."""
-        return self.decoder.layers
+        return self.model["decoder"].layers
 
     def embed(self, ids):
         """(B,T) -> (B,T,D): word embeddings in the space where soft prompts enter (after project_in)."""
-        x = self.decoder.embed_tokens(ids)
-        return x if self.decoder.project_in is None else self.decoder.project_in(x)
+        check_ids(ids, self.vocab_size)
+        x, project_in = self.model["decoder"].embed_tokens(ids), self.model["decoder"].project_in
+        return x if project_in is None else project_in(x)
 
     def read(self, x, positions, mask=None, cache=None):
         """(B,S,D) embeddings -> (B,S,D) hidden states; positions count a row's real positions from 0."""
-        longest = self.config["max_position_embeddings"]
-        if x.shape[1] > longest:
-            raise ValueError(f"{x.shape[1]} positions (prefix and target) are more than this OPT's {longest}; shorten them")
-        x = x + self.decoder.embed_positions(positions + 2)
-        for layer in self.layers:
-            x = layer(x, mask, cache)
-        return x if self.decoder.final_layer_norm is None else self.decoder.final_layer_norm(x)
+        x = x + self.model["decoder"].embed_positions(positions + 2)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, None if cache is None else cache[i])
+        final = self.model["decoder"].final_layer_norm
+        return x if final is None else final(x)
 
     def head(self, x):
-        """Hidden states -> logits; the head is tied to the word embeddings."""
-        x = x if self.decoder.project_out is None else self.decoder.project_out(x)
-        return F.linear(x, self.decoder.embed_tokens.weight)
+        """(B,S,D) hidden states -> (B,S,V) logits."""
+        project_out = self.model["decoder"].project_out
+        return self.lm_head(x if project_out is None else project_out(x))
+
+    @staticmethod
+    def checkpoint_name(name):
+        """The name here of a tensor of a checkpoint: old OPT files lack `model.`."""
+        return "model." + name if name.startswith("decoder.") else name
+
+
+# ------------------------------------------- LLaMA (Touvron et al. 2023) and its family: Vicuna, Mistral, SmolLM2, Qwen
+
+
+def rotary_frequencies(config, hd):
+    """Angles a position by which pairs of a head's dimensions turn: (hd/2,) float32. RoPE (Su et al. 2021), and what
+    lengthens it: `linear` (Chen et al. 2023) and `llama3`, which slows the slow ones down and keeps the fast ones.
+
+    Older files say rope_theta and rope_scaling {type}, newer ones rope_parameters {rope_theta, rope_type}."""
+    rope = {"rope_theta": config.get("rope_theta") or 1e4, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if kind not in ("default", "linear", "llama3") or partial != 1.0:
+        raise ValueError(f"rope_type = {kind!r} with partial_rotary_factor = {partial} is not implemented; only "
+                         "'default', 'linear' and 'llama3' with 1.0 are")
+    frequencies = rope["rope_theta"] ** -(torch.arange(0, hd, 2, device="cpu").float() / hd)
+    if kind == "linear":
+        return frequencies / rope["factor"]
+    if kind == "llama3":
+        low, high, length = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+        turns = length * frequencies / (2 * math.pi)  # in the length that it was trained on
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (keep + (1 - keep) / rope["factor"])
+    return frequencies
+
+
+def rotate(x, cos, sin):
+    """Turns the pairs (x_i, x_{i + hd/2}) of (B,H,S,hd) by the angles of their positions; cos and sin (B or 1,1,S,hd)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class LLaMAAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim, H, G, self.head_dim = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
+        self.q_proj = nn.Linear(dim, H * self.head_dim, bias=config["qkv_bias"])
+        self.k_proj, self.v_proj = (nn.Linear(dim, G * self.head_dim, bias=config["qkv_bias"]) for _ in range(2))
+        self.o_proj = nn.Linear(H * self.head_dim, dim, bias=config["attention_bias"])
+        if config["qk_norm"]:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config["rms_norm_eps"]) for _ in range(2))
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x, rotation, mask, cache):
+        q, k, v = (split_heads(project(x), self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+        if cache is not None:
+            k, v = remember(cache, k, v)
+        return self.o_proj(merge_heads(attention(q, k, v, mask, causal=mask is None)))
+
+
+class LLaMALayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim, hidden, eps, bias = (config[key] for key in ("hidden_size", "intermediate_size", "rms_norm_eps", "mlp_bias"))
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.self_attn = LLaMAAttention(config)
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(dim, hidden, bias), "up_proj": nn.Linear(dim, hidden, bias),
+                                  "down_proj": nn.Linear(hidden, dim, bias)})
+
+    def forward(self, x, rotation, mask=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+
+
+class LLaMA(DecoderOnly):
+    """LLaMA 1 to 3.3, Vicuna, Mistral, SmolLM2, Qwen2 and 2.5, Qwen3. `config` is the checkpoint's config.json as a dict."""
+
+    DEFAULTS = dict(hidden_act="silu", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                    num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, attention_bias=False,
+                    mlp_bias=False, tie_word_embeddings=False, sliding_window=None, qk_norm=False)
+    QWEN = dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, use_sliding_window=False)
+    MEMBERS = {  # what the members of the family do in their own way, where their config.json does not say
+        "llama": {}, "mistral": dict(intermediate_size=14336, num_key_value_heads=8, sliding_window=4096),
+        "qwen2": QWEN | dict(qkv_bias=True), "qwen3": QWEN | dict(qk_norm=True, head_dim=128)}
+    ONLY = dict(hidden_act="silu")
+    WORDS, PROJECT_IN = "model.embed_tokens.weight", None
+
+    def __init__(self, config):
+        super().__init__()
+        config = read_options(config, self.DEFAULTS | self.MEMBERS[config["model_type"]], self.ONLY)
+        heads = config["num_attention_heads"]
+        config["num_key_value_heads"] = self.kv_heads = config["num_key_value_heads"] or heads
+        config["head_dim"] = self.head_dim = config["head_dim"] or config["hidden_size"] // heads
+        config.setdefault("qkv_bias", config["attention_bias"])
+        # up to the width of its window, a sliding window is all of the text
+        self.longest = config["sliding_window"] if config.get("use_sliding_window", True) else None
+        self.dim, self.vocab_size = config["hidden_size"], config["vocab_size"]
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(self.vocab_size, self.dim), "norm": RMSNorm(self.dim, config["rms_norm_eps"]),
+                                    "layers": nn.ModuleList(LLaMALayer(config) for _ in range(config["num_hidden_layers"]))})
+        self.lm_head = nn.Linear(self.dim, self.vocab_size, bias=False)
+        self.tie_head(config["tie_word_embeddings"])
+        self.register_buffer("frequencies", rotary_frequencies(config, self.head_dim), persistent=False)
+
+    @property
+    def layers(self):
+        """The repeated blocks, for torch.compile."""
+        return self.model["layers"]
+
+    def embed(self, ids):
+        """(B,T) -> (B,T,D): word embeddings."""
+        check_ids(ids, self.vocab_size)
+        return self.model["embed_tokens"](ids)
+
+    def read(self, x, positions, mask=None, cache=None):
+        """(B,S,D) embeddings -> (B,S,D) hidden states; positions (B or 1,S) count a row's real positions from 0."""
+        angles = (positions[:, None, :, None] * self.frequencies).repeat(1, 1, 1, 2)  # (B or 1, 1, S, hd)
+        rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotation, mask, None if cache is None else cache[i])
+        return self.model["norm"](x)
+
+    def head(self, x):
+        """(B,S,D) hidden states -> (B,S,V) logits."""
+        return self.lm_head(x)
+
+    @staticmethod
+    def checkpoint_name(name):
+        """The name here of a tensor of a checkpoint: old files hold rotary frequencies, which follow from config.json."""
+        return None if name.endswith("rotary_emb.inv_freq") else name
+
+
+# -------------------------------------------------------------------- T5 v1.1 and Flan-T5 (Raffel et al. 2020, Chung et al. 2022)
+
+
+def relative_buckets(distance, bidirectional, buckets, farthest):
+    """Key position minus query position -> index into the table of biases: half of the buckets for small distances, one
+    each; the others for ranges that widen logarithmically up to `farthest`. Both signs have buckets if bidirectional."""
+    sign = 0
+    if bidirectional:
+        buckets //= 2
+        sign = (distance > 0) * buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    near = buckets // 2
+    far = near + ((distance.clamp(min=1).float() / near).log() / math.log(farthest / near) * (buckets - near)).long()
+    return sign + torch.where(distance < near, distance, far.clamp(max=buckets - 1))
+
+
+class T5Attention(nn.Module):
+    """Without 1/sqrt(hd); positions are known by a bias that block 0 holds for all blocks."""
+
+    def __init__(self, config, holds_bias=False):
+        super().__init__()
+        dim, self.head_dim = config["d_model"], config["d_kv"]
+        inner = config["num_heads"] * self.head_dim
+        self.q, self.k, self.v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, dim, bias=False)
+        if holds_bias:
+            self.relative_attention_bias = nn.Embedding(config["relative_attention_num_buckets"], config["num_heads"])
+
+    def keys_values(self, x):
+        return split_heads(self.k(x), self.head_dim), split_heads(self.v(x), self.head_dim)
+
+    def forward(self, x, keys_values, mask):
+        q = split_heads(self.q(x), self.head_dim)
+        return self.o(merge_heads(attention(q, *keys_values, mask, scale=1.0)))
+
+
+class T5FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim, hidden, self.gelu = config["d_model"], config["d_ff"], config["gelu"]
+        self.wi_0, self.wi_1 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.wo = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        return self.wo(F.gelu(self.wi_0(x), approximate=self.gelu) * self.wi_1(x))
+
+
+class T5Block(nn.Module):
+    """Self-attention, in the decoder attention to what the encoder has read, feed-forward; each with its norm."""
+
+    def __init__(self, config, decodes, first):
+        super().__init__()
+        part = lambda name, module: nn.ModuleDict({name: module, "layer_norm": RMSNorm(config["d_model"], config["layer_norm_epsilon"])})
+        crosses = [part("EncDecAttention", T5Attention(config))] if decodes else []
+        self.layer = nn.ModuleList([part("SelfAttention", T5Attention(config, holds_bias=first)), *crosses,
+                                    part("DenseReluDense", T5FeedForward(config))])
+
+    def forward(self, x, mask, read=None, read_mask=None, cache=None):
+        """`read`: the keys and values (B,H,P,hd) of what the encoder has read, for a decoder's block."""
+        norm, attend = self.layer[0]["layer_norm"], self.layer[0]["SelfAttention"]
+        y = norm(x)
+        keys_values = attend.keys_values(y)
+        x = x + attend(y, keys_values if cache is None else remember(cache, *keys_values), mask)
+        if read is not None:
+            x = x + self.layer[1]["EncDecAttention"](self.layer[1]["layer_norm"](x), read, read_mask)
+        return x + self.layer[-1]["DenseReluDense"](self.layer[-1]["layer_norm"](x))
+
+
+class T5Stack(nn.Module):
+    """The encoder or the decoder."""
+
+    def __init__(self, config, layers, decodes):
+        super().__init__()
+        self.block = nn.ModuleList(T5Block(config, decodes, first=i == 0) for i in range(layers))
+        self.final_layer_norm = RMSNorm(config["d_model"], config["layer_norm_epsilon"])
+        self.bidirectional, self.farthest = not decodes, config["relative_attention_max_distance"]
+
+    def bias(self, queries, keys, keep=None):
+        """Positions (Sq,) and (Sk,) -> (B or 1,H,Sq,Sk), to be added to the scores; keep broadcasts to that."""
+        table = self.block[0].layer[0]["SelfAttention"].relative_attention_bias
+        buckets = relative_buckets(keys - queries[:, None], self.bidirectional, table.num_embeddings, self.farthest)
+        bias = rearrange(table(buckets), "q k h -> 1 h q k")
+        return bias if keep is None else bias.masked_fill(~keep, torch.finfo(bias.dtype).min)
+
+
+class T5(LanguageModel):
+    """T5 v1.1 and Flan-T5, base to XXL. The encoder reads the prefix, soft prompts included, the decoder the target.
+
+    `config` is the checkpoint's config.json as a dict. Without dense_act_fn, "gated-gelu" means the tanh form (google's
+    files); the BLIP-2 ones say that theirs is exact."""
+
+    DEFAULTS = dict(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8,
+                    relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
+                    feed_forward_proj="relu", dense_act_fn="gelu_new", is_gated_act=True, tie_word_embeddings=True, decoder_start_token_id=0)
+    ONLY = dict(feed_forward_proj="gated-gelu", is_gated_act=True)
+    GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+    WORDS, PROJECT_IN = "shared.weight", None
+
+    def __init__(self, config):
+        super().__init__()
+        config = read_options(config, self.DEFAULTS, self.ONLY)
+        if config["dense_act_fn"] not in self.GELU:
+            raise ValueError(f"dense_act_fn = {config['dense_act_fn']!r} is not implemented for T5; only {', '.join(self.GELU)} are")
+        config["gelu"] = self.GELU[config["dense_act_fn"]]
+        self.dim, self.vocab_size, self.heads = config["d_model"], config["vocab_size"], config["num_heads"]
+        self.shared = nn.Embedding(self.vocab_size, self.dim)
+        self.encoder = T5Stack(config, config["num_layers"], decodes=False)
+        self.decoder = T5Stack(config, config["num_decoder_layers"] or config["num_layers"], decodes=True)
+        self.lm_head = nn.Linear(self.dim, self.vocab_size, bias=False)
+        self.tie_head(config["tie_word_embeddings"])
+        self.start_id = config["decoder_start_token_id"]
+        # a tied head reads scaled hidden states (T5 1.0); today's writer ties all and says that apart
+        self.scale = self.dim**-0.5 if config.get("scale_decoder_outputs", config["tie_word_embeddings"]) else 1.0
+
+    @property
+    def layers(self):
+        """The repeated blocks, for torch.compile."""
+        return [*self.encoder.block, *self.decoder.block]
+
+    def embed(self, ids):
+        """(B,T) -> (B,T,D): word embeddings."""
+        check_ids(ids, self.vocab_size)
+        return self.shared(ids)
+
+    def read(self, prefix, prefix_mask):
+        """The encoder: (B,P,D), (B,P) bool or None -> keys and values for each block of the decoder, and their mask."""
+        P, keep = check_prefix(prefix, self.dim), None
+        x = prefix.to(self.shared.weight.dtype)
+        if prefix_mask is not None:
+            x, prefix_mask = right_align(x, prefix_mask)
+            keep = prefix_mask[:, None, None]  # (B, 1, 1, P)
+        positions = torch.arange(P, device=x.device)
+        bias = self.encoder.bias(positions, positions, keep)
+        for block in self.encoder.block:
+            x = block(x, bias)
+        x = self.encoder.final_layer_norm(x)
+        return [block.layer[1]["EncDecAttention"].keys_values(x) for block in self.decoder.block], keep
+
+    def write(self, x, bias, read, keep, cache=None):
+        """The decoder: (B,T,D) embeddings -> (B,T,V) logits."""
+        for i, block in enumerate(self.decoder.block):
+            x = block(x, bias, read[i], keep, None if cache is None else cache[i])
+        return self.lm_head(self.decoder.final_layer_norm(x) * self.scale)
 
     def forward(self, prefix, target_ids, prefix_mask=None):
         """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
 
-        `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes taken out. None
-        means no holes and takes the fast path. Targets of -100 stand behind a row's real targets."""
-        P, T = check_prefix(prefix, self.dim), target_ids.shape[1]
-        read_targets = self.embed(target_ids[:, :-1].clamp(min=0))
-        positions, mask = torch.arange(P + T - 1, device=prefix.device), None
-        prefix = prefix.to(read_targets.dtype)
-        if prefix_mask is not None:
-            prefix, prefix_mask = right_align(prefix, prefix_mask)
-            keep = F.pad(prefix_mask, (0, T - 1), value=True)  # (B, S)
-            positions, mask = (keep.cumsum(1) - 1).clamp(min=0), causal_mask(keep)
-        x = self.read(torch.cat([prefix, read_targets], dim=1), positions, mask)
-        return self.head(x[:, P - 1 :].contiguous())  # a strided matrix product would first copy the whole head
+        `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes taken out."""
+        read, keep = self.read(prefix, prefix_mask)
+        check_ids(target_ids.clamp(min=0), self.vocab_size)
+        ids = F.pad(target_ids[:, :-1].clamp(min=0), (1, 0), value=self.start_id)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        bias = self.decoder.bias(positions, positions, positions[:, None] >= positions)
+        return self.write(self.embed(ids), bias, read, keep)
 
-    def loss(self, prefix, target_ids, prefix_mask=None):
-        """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not count."""
-        return caption_loss(self(prefix, target_ids, prefix_mask), target_ids)
-
-    def start(self, prefix, prefix_mask, room):
-        """Reads a prefix. -> logits of the next token (B,V), and the cache with room for that many tokens."""
-        P, mask = check_prefix(prefix, self.dim), None
-        prefix = prefix.to(self.decoder.embed_tokens.weight.dtype)
-        positions, longest = torch.arange(P, device=prefix.device), self.config["max_position_embeddings"]
-        if P + room - 1 > longest:
-            raise ValueError(f"a prefix of {P} and {room} new tokens are more than this OPT's {longest} positions")
-        if prefix_mask is not None:
-            prefix, prefix_mask = right_align(prefix, prefix_mask)
-            positions, mask = (prefix_mask.cumsum(1) - 1).clamp(min=0), causal_mask(prefix_mask)
-        heads = self.config["num_attention_heads"]
-        cache = Cache(len(self.layers), heads, self.dim // heads, P + room, prefix, prefix_mask)
-        x = self.read(prefix, positions, mask, cache)
-        cache.length = P
-        return self.head(x[:, -1]), cache
+    def start(self, prefix, prefix_mask, steps, K):
+        """Reads a prefix, and the token that starts the decoder. -> logits (B,1,V), and the cache for K beams' steps."""
+        read, keep = self.read(prefix, prefix_mask)
+        x = self.embed(torch.full((len(prefix), 1), self.start_id, device=prefix.device))
+        cache = Cache(len(self.decoder.block), self.heads, read[0][0].shape[-1], x, None, steps - 1, K)
+        cache.read, cache.keep = read, keep
+        start = torch.zeros(1, dtype=torch.long, device=x.device)
+        return self.write(x, self.decoder.bias(start, start), read, keep, cache), cache
 
     def step(self, ids, cache):
-        """Reads one more token a row, (B,) -> logits of the next (B,V)."""
-        mask = None if cache.keep is None else cache.keep[:, None, None, : cache.length + 1]
-        x = self.read(self.embed(ids[:, None]), cache.positions[:, None], mask, cache)
-        cache.length += 1
-        cache.positions = cache.positions + 1
-        return self.head(x[:, -1])
+        """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
+        columns = torch.arange(cache.visible.shape[-1], device=ids.device)
+        keys = (columns - cache.P).div(cache.K, rounding_mode="floor") + cache.P  # the position of each column's token
+        bias = self.decoder.bias(cache.positions[0], keys, cache.visible)
+        return self.write(self.embed(ids), bias, cache.read, cache.keep, cache)
 
     @staticmethod
     def checkpoint_name(name):
-        """The name here of a tensor of an OPT checkpoint: old files lack `model.`; the head is tied, hence left out."""
-        name = "model." + name if name.startswith("decoder.") else name
-        return None if name == "lm_head.weight" else name
-
-    WORD_EMBEDDINGS = "model.decoder.embed_tokens.weight"
-    PROJECT_IN = "model.decoder.project_in.weight"
-
-
-def check_prefix(prefix, dim):
-    """The length of a prefix (B,P,D), which must not be empty and must have the LLM's width."""
-    if prefix.ndim != 3 or prefix.shape[1] == 0 or prefix.shape[2] != dim:
-        raise ValueError(f"the prefix must be (B, P >= 1, {dim}), not {tuple(prefix.shape)}; a text alone needs its BOS in it")
-    return prefix.shape[1]
+        """The name here of a tensor of a checkpoint: the word embeddings have three names, and old files a bias in vain."""
+        if name.endswith("EncDecAttention.relative_attention_bias.weight"):
+            return None
+        return "shared.weight" if name.endswith("coder.embed_tokens.weight") else name
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
 
-ARCHITECTURES = {"opt": OPT}
+HEAD = "lm_head.weight"
+ARCHITECTURES = {"opt": OPT, "llama": LLaMA, "mistral": LLaMA, "qwen2": LLaMA, "qwen3": LLaMA, "t5": T5}
+
+
+def read_options(config, defaults, only):
+    """config.json as a dict, with defaults for what it leaves out; ValueError for an option that is not implemented."""
+    config = defaults | config
+    for key, value in {**only, "quantization_config": None}.items():
+        if config.get(key) != value:
+            raise ValueError(f"{key} = {config[key]!r} is not implemented for {config.get('model_type')}; only {value!r} is")
+    return config
 
 
 def checkpoint_files(folder):
@@ -430,29 +788,54 @@ def read_config(folder):
     return config, prefix
 
 
+def renaming(architecture, prefix):
+    """-> function from a tensor's name in the checkpoint to its name in the architecture, None for what does not belong there."""
+    return lambda name: architecture.checkpoint_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
+
+
+def complete_tied(llm, tensors):
+    """Where head and word embeddings are tied, files hold either or both: adds the other. -> whether they are tied.
+
+    A head that differs from the word embeddings stays, whatever config.json says (as in transformers)."""
+    words, head = tensors.get(llm.WORDS), tensors.get(HEAD)
+    tied = llm.lm_head.weight is llm.get_parameter(llm.WORDS) and (words is None or head is None or torch.equal(words, head))
+    if tied and not words is head is None:
+        tensors[llm.WORDS] = tensors[HEAD] = head if words is None else words
+    return tied
+
+
 def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
     """The language model of a folder in Hugging Face layout, frozen and in eval mode.
 
     The LLM lies at the top level or under `language_model.` (BLIP-2). FileNotFoundError or ValueError name the file and
-    the tensor that is missing, misshapen or damaged."""
+    the option that is not implemented, or the tensor that is missing, misshapen or damaged."""
     config, prefix = read_config(folder)
     architecture = ARCHITECTURES[config["model_type"]]
-    with torch.device("meta"):
-        llm = architecture(config)
-    rename = lambda name: architecture.checkpoint_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
+    try:
+        with torch.device("meta"):
+            llm = architecture(config)
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json: {error} is missing") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
+    rename = renaming(architecture, prefix)
     tensors = {rename(name): tensor.to(device, dtype) for name, tensor in read_tensors(folder, rename)}
+    tied = complete_tied(llm, tensors)
     assign_tensors(llm, tensors, folder)
-    return llm.requires_grad_(False).eval()
+    llm.tie_head(tied)
+    return llm.to(device).requires_grad_(False).eval()
 
 
 def read_word_embeddings(folder):
     """(V, D) float32: the word embeddings in the space where soft prompts enter; reads that tensor (and project_in)."""
     config, prefix = read_config(folder)
     architecture = ARCHITECTURES[config["model_type"]]
-    rename = lambda name: architecture.checkpoint_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
-    wanted = (architecture.WORD_EMBEDDINGS, architecture.PROJECT_IN)
-    tensors = {rename(name): tensor.float() for name, tensor in read_tensors(folder, lambda name: rename(name) in wanted)}
-    if architecture.WORD_EMBEDDINGS not in tensors:
-        raise ValueError(f"{folder}: {architecture.WORD_EMBEDDINGS} is missing; is this the right checkpoint?")
-    words, project_in = tensors[architecture.WORD_EMBEDDINGS], tensors.get(architecture.PROJECT_IN)
-    return words if project_in is None else words @ project_in.T
+    rename, words = renaming(architecture, prefix), architecture.WORDS
+    names = {rename(name) for name in checkpoint_files(folder)}
+    if words not in names and (architecture.DEFAULTS | config)["tie_word_embeddings"]:
+        words = HEAD
+    tensors = {rename(name): tensor.float() for name, tensor in read_tensors(folder, lambda name: rename(name) in {words, architecture.PROJECT_IN} - {None})}
+    if words not in tensors:
+        raise ValueError(f"{folder}: {architecture.WORDS} is missing; is this the right checkpoint?")
+    project_in = tensors.get(architecture.PROJECT_IN)
+    return tensors[words] if project_in is None else tensors[words] @ project_in.T

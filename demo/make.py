@@ -351,7 +351,7 @@ def make_llms(args):
             return total / count
 
         optimise(name, llm.parameters(), steps, args.llm_rate[name], step_loss, lambda: context_use(llm, encode))
-        tensors = {n: p for n, p in llm.state_dict().items()}
+        tensors = dict(llm.named_parameters())  # the head, tied, is left out
         if name == "target":
             write_json(HERE / "target" / "config.json", LLMS["target"])
             write_json(HERE / "target" / "generation_config.json", dict(bos_token_id=BOS, eos_token_id=BOS, pad_token_id=1))
@@ -390,7 +390,7 @@ def make_source(args):
     nn.init.normal_(vpg.query_tokens, std=0.5)
     projector = nn.Linear(QFORMER["hidden_size"], LLMS["source"]["hidden_size"])
     common = encode([scenes.caption(scenes.random_scene(r), r) for r in [random.Random(0)] for _ in range(3000)])
-    words = llm.decoder.embed_tokens.weight[sorted({i for ids in common for i in ids})]  # those that captions use
+    words = llm.embed(torch.tensor(sorted({i for ids in common for i in ids})))  # those that captions use
     nn.init.normal_(projector.weight, std=float(words.pow(2).sum(-1).mean().sqrt()) / 128)
     nn.init.zeros_(projector.bias)
     vpg.requires_grad_(False)
@@ -438,7 +438,7 @@ def make_source(args):
     vpg.train()
     optimise("source", [*vpg.parameters(), *projector.parameters()], args.source_steps, args.source_rate, step_loss, evaluate)
     tensors = dict(vpg.state_dict()) | {f"language_projection.{n}": p for n, p in projector.state_dict().items()}
-    tensors |= {f"language_model.{n}": p for n, p in llm.state_dict().items()}
+    tensors |= {f"language_model.{n}": p for n, p in llm.named_parameters()}
     write_source_config()
     save_bf16(HERE / "source" / "model.safetensors", tensors)
 

@@ -4,57 +4,101 @@ import json
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+import llm as language_models
 from conftest import randomise, relative_error
 from llm import load_llm, read_word_embeddings
 
-SMALL = dict(vocab_size=120, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
-             pad_token_id=1, bos_token_id=2, eos_token_id=2, word_embed_proj_dim=32)
-VARIANTS = {"pre-norm": {}, "opt-350m": dict(do_layer_norm_before=False, word_embed_proj_dim=16)}
+OPT = dict(model_type="opt", vocab_size=120, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
+           pad_token_id=1, bos_token_id=2, eos_token_id=2, word_embed_proj_dim=32)
+LLAMA = dict(model_type="llama", vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+T5 = dict(model_type="t5", vocab_size=120, d_model=32, d_kv=6, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+          relative_attention_num_buckets=8, relative_attention_max_distance=10, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
+          decoder_start_token_id=0)
+LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+
+# each row is what the models of that name do differently
+VARIANTS = {
+    "opt": OPT,
+    "opt-350m": OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=16),
+    "llama-1": LLAMA,
+    "llama-3.1": LLAMA | dict(num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
+    "llama, linear rope": LLAMA | dict(rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0)),
+    "llama, biases": LLAMA | dict(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-2),
+    "smollm2": LLAMA | dict(num_key_value_heads=1, tie_word_embeddings=True),
+    "mistral": LLAMA | dict(model_type="mistral", num_key_value_heads=2, head_dim=12, sliding_window=64),
+    "qwen2": LLAMA | dict(model_type="qwen2", num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=300.0)),
+    "qwen3": LLAMA | dict(model_type="qwen3", num_key_value_heads=2, head_dim=12),
+    "flan-t5": T5,
+    "blip-2 t5": T5 | dict(dense_act_fn="gelu"),
+    "t5, tied": T5 | dict(tie_word_embeddings=True),
+}
+DECODERS = [name for name in VARIANTS if VARIANTS[name]["model_type"] != "t5"]
 
 
 def make_pair(folder, variant):
-    """(our OPT, transformers' OPT, folder): the same weights, ours loaded from the folder that transformers wrote."""
-    theirs = randomise(OPTForCausalLM(OPTConfig(**(SMALL | VARIANTS[variant]), attn_implementation="eager")))
-    theirs.save_pretrained(folder)
+    """(our LLM, transformers', folder): the same weights, ours loaded from the folder that transformers wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if VARIANTS[variant]["model_type"] == "t5":
+        theirs = T5ForConditionalGeneration(T5Config(**VARIANTS[variant]))
+        theirs.config._attn_implementation = "eager"
+        if not VARIANTS[variant]["tie_word_embeddings"]:  # transformers ties the head of any new T5
+            theirs.lm_head.weight = nn.Parameter(torch.empty(120, 32))
+        randomise(theirs)
+        save_file({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(VARIANTS[variant]))
+    else:
+        config = AutoConfig.for_model(**VARIANTS[variant])
+        theirs = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+        theirs.save_pretrained(folder)
     return load_llm(folder, dtype=torch.float32), theirs, folder
 
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def pair(request, tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("opt"), request.param)
+    return make_pair(tmp_path_factory.mktemp("llm"), request.param)
 
 
 def random_prefix(B, P, D=32, seed=1):
     return torch.randn(B, P, D, generator=torch.Generator().manual_seed(seed))
 
 
+def random_ids(B, T, seed=2):
+    return torch.randint(3, 120, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
 def their_logits(theirs, prefix, target_ids):
-    """transformers' logits for the target of one row without holes."""
+    """transformers' logits for the targets of rows without holes."""
+    if theirs.config.is_encoder_decoder:
+        return theirs(inputs_embeds=prefix, labels=target_ids).logits
     words = theirs.get_input_embeddings()(target_ids[:, :-1].clamp(min=0))
-    project_in = theirs.model.decoder.project_in
-    # transformers takes inputs_embeds before project_in; soft prompts enter after it, so its decoder is run without
-    words = words if project_in is None else project_in(words)
-    theirs.model.decoder.project_in = None
+    decoder = getattr(theirs.model, "decoder", None)
+    project_in = getattr(decoder, "project_in", None)
+    if project_in is not None:  # transformers takes embeddings before project_in; soft prompts enter after it
+        words, decoder.project_in = project_in(words), None
     try:
         logits = theirs(inputs_embeds=torch.cat([prefix, words], dim=1)).logits
     finally:
-        theirs.model.decoder.project_in = project_in
+        if project_in is not None:
+            decoder.project_in = project_in
     return logits[:, prefix.shape[1] - 1 :]
 
 
 def test_logits_loss_and_gradient_equal_transformers(pair):
     ours, theirs, _ = pair
-    target = torch.randint(3, 120, (2, 7), generator=torch.Generator().manual_seed(2))
+    target = random_ids(2, 11)
     target[0, 5:] = -100
-    a, b = random_prefix(2, 5).requires_grad_(), random_prefix(2, 5).requires_grad_()
+    a, b = random_prefix(2, 20).requires_grad_(), random_prefix(2, 20).requires_grad_()
     logits, reference = ours(a, target), their_logits(theirs, b, target)
     real = target != -100
     assert relative_error(logits[real], reference[real]) < 2e-5
     loss, tokens = ours.loss(a, target)
     reference_loss = torch.nn.functional.cross_entropy(reference.flatten(0, 1), target.flatten(), reduction="sum")
-    assert tokens == 12 and relative_error(loss, reference_loss) < 2e-5
+    assert tokens == 16 and relative_error(loss, reference_loss) < 2e-5
     loss.backward()
     reference_loss.backward()
     assert relative_error(a.grad, b.grad) < 2e-5
@@ -62,7 +106,7 @@ def test_logits_loss_and_gradient_equal_transformers(pair):
 
 def test_each_row_ignores_its_holes(pair):
     ours, theirs, _ = pair
-    prefix, target = random_prefix(3, 6), torch.randint(3, 120, (3, 4), generator=torch.Generator().manual_seed(3))
+    prefix, target = random_prefix(3, 6), random_ids(3, 4)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
     logits = ours(prefix, target, mask)
     for row in range(3):
@@ -72,26 +116,41 @@ def test_each_row_ignores_its_holes(pair):
 
 def test_an_all_true_mask_equals_none(pair):
     ours, _, _ = pair
-    prefix, target = random_prefix(2, 5), torch.randint(3, 120, (2, 4), generator=torch.Generator().manual_seed(4))
+    prefix, target = random_prefix(2, 5), random_ids(2, 4)
     everything = torch.ones(2, 5, dtype=torch.bool)
     assert relative_error(ours(prefix, target, everything), ours(prefix, target)) < 1e-6
 
 
 def test_scaled_dot_product_attention_equals_plain_attention(pair):
     ours, _, _ = pair
-    prefix, target = random_prefix(2, 5), torch.randint(3, 120, (2, 4), generator=torch.Generator().manual_seed(4))
+    prefix, target = random_prefix(2, 5), random_ids(2, 4)
     with torch.no_grad():
         fused = ours(prefix, target)
     assert relative_error(ours(prefix.requires_grad_(), target), fused) < 1e-5
 
 
+def test_bf16_is_as_near_to_float32_as_transformers_bf16_is(pair):
+    ours, theirs, folder = pair
+    prefix, target, low = random_prefix(4, 9), random_ids(4, 6), load_llm(folder, dtype=torch.bfloat16)
+    exact = ours(prefix, target)
+    error = relative_error(low(prefix, target).float(), exact)
+    theirs.bfloat16()
+    their_error = relative_error(their_logits(theirs, prefix.bfloat16(), target).float(), exact)
+    theirs.float().load_state_dict({k: v for k, v in load_file(folder / "model.safetensors").items()}, strict=False)
+    assert low.lm_head.weight.dtype == torch.bfloat16 and 0 < error < 1.5 * their_error
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
 GENERATION = [(1, 1.0, 0), (3, 1.0, 0), (5, 1.0, 4), (5, -1.0, 0), (3, -1.0, 3)]
 
 
+@pytest.mark.parametrize("variant", ["opt", "llama-3.1", "qwen3", "flan-t5"])
 @pytest.mark.parametrize("num_beams, length_penalty, min_new_tokens", GENERATION)
-def test_generation_equals_transformers(tmp_path, num_beams, length_penalty, min_new_tokens):
-    ours, theirs, _ = make_pair(tmp_path, "pre-norm")  # transformers cannot generate from embeddings behind project_in
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
+def test_generation_equals_transformers(tmp_path, variant, num_beams, length_penalty, min_new_tokens):
+    """Rows side by side, with holes in their prefixes, against each row alone."""
+    ours, theirs, _ = make_pair(tmp_path, variant)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 0, 1]], dtype=torch.bool)
     ends = [5, 17, 30]  # three end marks, so that random models end early, at different lengths
     for seed in range(6):
         prefix = random_prefix(3, 5, seed=seed)
@@ -101,8 +160,17 @@ def test_generation_equals_transformers(tmp_path, num_beams, length_penalty, min
             theirs_ids = theirs.generate(inputs_embeds=prefix[row : row + 1, mask[row]], max_new_tokens=9, num_beams=num_beams,
                                          length_penalty=length_penalty, min_new_tokens=min_new_tokens, eos_token_id=ends,
                                          pad_token_id=1, do_sample=False)[0].tolist()
+            theirs_ids = theirs_ids[int(theirs.config.is_encoder_decoder) :]  # its first token starts the decoder
             theirs_ids = theirs_ids[: next((i for i, t in enumerate(theirs_ids) if t in ends), len(theirs_ids))]
             assert captions[row] == theirs_ids
+
+
+def test_generation_continues_what_forward_predicts(pair):
+    """Greedy ids are the arg max of the logits of the same text read at once, also where transformers cannot generate."""
+    ours, prefix = pair[0], random_prefix(4, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 1], [1, 0, 1, 1, 0]], dtype=torch.bool)
+    ids = torch.tensor(ours.generate(prefix, mask, max_new_tokens=12, stop=()))
+    assert torch.equal(ours(prefix, ids, mask).argmax(-1), ids)
 
 
 def test_several_stop_sequences_of_several_ids(pair):
@@ -120,16 +188,26 @@ def test_several_stop_sequences_of_several_ids(pair):
 
 
 def test_sampling_follows_the_nucleus(pair):
-    """At a tiny top_p only the most probable token is left; at temperature 1 the draws differ."""
+    """At a tiny top_p only the most probable token is left; at a high temperature the draws differ."""
     ours, prefix = pair[0], random_prefix(1, 5).expand(8, -1, -1)
     assert ours.generate(prefix, temperature=1.0, top_p=1e-6) == ours.generate(prefix)
     torch.manual_seed(0)
-    assert len(set(map(tuple, ours.generate(prefix, temperature=1.5)))) > 1
+    assert len(set(map(tuple, ours.generate(prefix, temperature=9.0)))) > 1
 
 
-def test_word_embeddings_are_read_in_the_space_of_soft_prompts(pair):
-    ours, _, folder = pair
-    assert torch.allclose(read_word_embeddings(folder), ours.embed(torch.arange(120)), atol=1e-6)
+@pytest.mark.parametrize("variant", ["opt", "llama-3.1", "flan-t5"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_decoding_step_is_one_static_graph(tmp_path, variant, num_beams):
+    ours, prefix = make_pair(tmp_path, variant)[0], random_prefix(2, 5)
+    ids, graphs = ours.generate(prefix, max_new_tokens=12, num_beams=num_beams), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    ours.step = torch.compile(ours.step, fullgraph=True, dynamic=False, backend=count)
+    assert ours.generate(prefix, max_new_tokens=12, num_beams=num_beams) == ids and len(graphs) == 1
 
 
 # ------------------------------------------------------------------------------------------- checkpoints as they really are
@@ -138,6 +216,35 @@ def test_word_embeddings_are_read_in_the_space_of_soft_prompts(pair):
 def logits(folder, **options):
     with torch.no_grad():
         return load_llm(folder, dtype=torch.float32, **options)(random_prefix(1, 4), torch.tensor([[5, 6]]))
+
+
+def edit_config(folder, drop=(), **new):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in (config | new).items() if key not in drop}))
+
+
+def edit_tensors(folder, edit):
+    tensors = edit(load_file(folder / "model.safetensors"))
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def test_word_embeddings_are_read_in_the_space_of_soft_prompts(pair):
+    ours, _, folder = pair
+    assert torch.allclose(read_word_embeddings(folder), ours.embed(torch.arange(120)), atol=1e-6)
+
+
+def test_reading_word_embeddings_reads_nothing_else(pair, monkeypatch):
+    folder, read = pair[2], []
+    original = language_models.read_file
+
+    def watched(file, wanted):
+        for name, tensor in original(file, wanted):
+            read.extend([name] if tensor is not None else [])
+            yield name, tensor
+
+    monkeypatch.setattr(language_models, "read_file", watched)
+    read_word_embeddings(folder)
+    assert read and all(any(part in name for part in ("embed_tokens", "shared", "project_in")) for name in read)
 
 
 def test_a_bin_without_model_prefix_in_shards_loads(tmp_path):
@@ -162,26 +269,146 @@ def test_a_bin_without_model_prefix_in_shards_loads(tmp_path):
         load_llm(old)
 
 
-def test_fields_left_out_of_the_config_have_opts_defaults(tmp_path):
-    folder = make_pair(tmp_path, "pre-norm")[2]
-    config, reference = json.loads((folder / "config.json").read_text()), logits(folder)
-    for key in ("do_layer_norm_before", "_remove_final_layer_norm", "activation_function", "word_embed_proj_dim", "enable_bias", "layer_norm_elementwise_affine"):
-        config.pop(key, None)
-    (folder / "config.json").write_text(json.dumps(config))
+def test_shards_and_an_llm_inside_a_blip2_folder_load(pair, tmp_path):
+    folder = pair[2]
+    tensors, reference = load_file(folder / "model.safetensors"), logits(folder)
+    tensors = {"language_model." + name: tensor for name, tensor in tensors.items()} | {"query_tokens": torch.zeros(1)}
+    names = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: f for f, part in halves.items() for n in part}}))
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip-2", "text_config": config}))
+    assert relative_error(logits(tmp_path), reference) < 1e-6
+    assert torch.equal(read_word_embeddings(tmp_path), read_word_embeddings(folder))
+
+
+@pytest.mark.parametrize("variant", ["opt", "smollm2", "t5, tied"])
+@pytest.mark.parametrize("kept", ["words", "head", "both"])
+def test_tied_files_hold_either_name_or_both(tmp_path, variant, kept):
+    ours, _, folder = make_pair(tmp_path, variant)
+    reference, words = logits(folder), load_file(folder / "model.safetensors")[ours.WORDS]
+    names = {"words": [ours.WORDS], "head": ["lm_head.weight"], "both": [ours.WORDS, "lm_head.weight"]}[kept]
+    others = lambda tensors: {name: tensor for name, tensor in tensors.items() if "embed_tokens" not in name and name not in ("shared.weight", "lm_head.weight")}
+    edit_tensors(folder, lambda tensors: others(tensors) | {name: words for name in names})
+    again = load_llm(folder, dtype=torch.float32)
+    assert torch.equal(logits(folder), reference) and torch.equal(read_word_embeddings(folder), words)
+    assert again.lm_head.weight is again.get_parameter(ours.WORDS)
+
+
+def test_a_head_of_its_own_stays_in_a_file_that_is_said_to_be_tied(tmp_path):
+    folder = make_pair(tmp_path, "llama-1")[2]
+    reference = logits(folder)
+    edit_config(folder, tie_word_embeddings=True)
     assert torch.equal(logits(folder), reference)
 
 
-@pytest.mark.parametrize("key, value", [("activation_function", "gelu"), ("enable_bias", False)])
-def test_what_is_not_implemented_is_refused_by_name(tmp_path, key, value):
-    folder = make_pair(tmp_path, "pre-norm")[2]
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(ValueError, match=f"{key} = {value!r} is not implemented"):
+@pytest.mark.parametrize("variant", ["llama-1", "flan-t5"])
+def test_a_head_that_is_missing_is_missed(tmp_path, variant):
+    folder = make_pair(tmp_path, variant)[2]
+    edit_tensors(folder, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"})
+    with pytest.raises(ValueError, match="lm_head.weight"):
         load_llm(folder)
 
 
+def test_a_t5_of_todays_writer_loads(tmp_path):
+    """transformers 5 writes tie_word_embeddings = true for any T5, and scale_decoder_outputs = false for those that had it false."""
+    _, theirs, folder = make_pair(tmp_path / "a", "flan-t5")
+    theirs.save_pretrained(tmp_path / "b")
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert written["tie_word_embeddings"] and not written["scale_decoder_outputs"]
+    if not (tmp_path / "b" / "model.safetensors").read_bytes().count(b'"lm_head.weight"'):
+        save_file(load_file(folder / "model.safetensors"), tmp_path / "b" / "model.safetensors")
+    assert relative_error(logits(tmp_path / "b"), logits(folder)) < 1e-6
+
+
+@pytest.mark.parametrize("variant, scaling", [("llama-1", None), ("llama, linear rope", dict(type="linear", factor=4.0)),
+                                              ("llama-3.1", {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"})])
+def test_the_older_spelling_of_rope_says_the_same(tmp_path, variant, scaling):
+    folder = make_pair(tmp_path, variant)[2]
+    reference, theta = logits(folder), json.loads((folder / "config.json").read_text())["rope_parameters"]["rope_theta"]
+    edit_config(folder, drop=["rope_parameters", "dtype"], rope_theta=theta, rope_scaling=scaling, torch_dtype="float16")
+    assert torch.equal(logits(folder), reference)
+
+
+def test_stale_tensors_of_old_files_are_passed_over(tmp_path):
+    folder = make_pair(tmp_path / "llama", "llama-1")[2]
+    reference = logits(folder)
+    edit_tensors(folder, lambda tensors: tensors | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(3)})
+    assert torch.equal(logits(folder), reference)
+    folder = make_pair(tmp_path / "t5", "flan-t5")[2]
+    reference = logits(folder)
+    edit_tensors(folder, lambda tensors: tensors | {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.zeros(8, 4)})
+    assert torch.equal(logits(folder), reference)
+
+
+LEFT_OUT = {"opt": ["do_layer_norm_before", "_remove_final_layer_norm", "activation_function", "word_embed_proj_dim", "enable_bias",
+                    "layer_norm_elementwise_affine", "tie_word_embeddings"],
+            "llama-1": ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "hidden_act", "attention_bias", "mlp_bias",
+                        "tie_word_embeddings", "pretraining_tp"],
+            "flan-t5": ["dense_act_fn", "is_gated_act", "decoder_start_token_id", "layer_norm_epsilon"]}
+
+
+@pytest.mark.parametrize("variant", LEFT_OUT)
+def test_fields_left_out_of_the_config_have_defaults(tmp_path, variant):
+    folder = make_pair(tmp_path, variant)[2]
+    reference = logits(folder)
+    edit_config(folder, drop=LEFT_OUT[variant])
+    assert torch.equal(logits(folder), reference)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama", "mistral", "qwen2", "qwen3", "t5"])
+def test_defaults_are_transformers_defaults(model_type):
+    """A config.json that says nothing but its type gives transformers' shapes, on the meta device."""
+    config = AutoConfig.for_model(model_type, **({"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if model_type == "t5" else {}))
+    with torch.device("meta"):
+        theirs = (T5ForConditionalGeneration if model_type == "t5" else AutoModelForCausalLM.from_config)(config)
+        ours = language_models.ARCHITECTURES[model_type]({"model_type": model_type, "feed_forward_proj": "gated-gelu"})
+    shapes = lambda model: {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if "coder.embed_tokens" not in name or model_type == "opt"}
+    assert shapes(ours) == shapes(theirs)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("variant, key, value", [
+    ("opt", "activation_function", "gelu"), ("opt", "enable_bias", False), ("llama-1", "hidden_act", "gelu"),
+    ("llama-1", "rope_scaling", {"type": "dynamic", "factor": 2.0}), ("llama-1", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+    ("llama-1", "partial_rotary_factor", 0.5), ("llama-1", "quantization_config", {"bits": 4}), ("flan-t5", "feed_forward_proj", "relu"),
+    ("flan-t5", "dense_act_fn", "silu"), ("flan-t5", "is_gated_act", False)])
+def test_what_is_not_implemented_is_refused_by_name(tmp_path, variant, key, value):
+    folder = make_pair(tmp_path, variant)[2]
+    edit_config(folder, drop=["rope_parameters"] if key != "rope_parameters" else [], **{key: value})
+    named = {"rope_scaling": "rope_type = 'dynamic'", "rope_parameters": "rope_type = 'yarn'"}.get(key, f"{key} = ")
+    with pytest.raises(ValueError, match=f"config.json: .*{named}.*not implemented"):
+        load_llm(folder)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gemma2", None])
+def test_an_unknown_architecture_is_refused_by_name(tmp_path, model_type):
+    folder = make_pair(tmp_path, "llama-1")[2]
+    edit_config(folder, model_type=model_type)
+    with pytest.raises(ValueError, match=f"config.json: model_type {model_type!r}"):
+        load_llm(folder)
+
+
+def test_a_sliding_window_is_refused_where_it_would_matter(tmp_path):
+    folder = make_pair(tmp_path, "mistral")[2]
+    edit_config(folder, sliding_window=12)
+    ours = load_llm(folder, dtype=torch.float32)
+    assert ours(random_prefix(1, 8), random_ids(1, 5)).isfinite().all()  # 12 positions
+    with pytest.raises(ValueError, match="13 positions .* 12"):
+        ours(random_prefix(1, 8), random_ids(1, 6))
+    with pytest.raises(ValueError, match="13 positions .* 12"):
+        ours.generate(random_prefix(1, 8), max_new_tokens=6)
+    folder = make_pair(tmp_path / "qwen2", "qwen2")[2]
+    edit_config(folder, sliding_window=12)  # use_sliding_window is false
+    assert load_llm(folder, dtype=torch.float32)(random_prefix(1, 8), random_ids(1, 6)).isfinite().all()
+
+
 def test_pickles_with_code_are_never_run(tmp_path):
-    folder = make_pair(tmp_path, "pre-norm")[2]
+    folder = make_pair(tmp_path, "opt")[2]
     (folder / "model.safetensors").unlink()
 
     class Attack:
@@ -194,8 +421,37 @@ def test_pickles_with_code_are_never_run(tmp_path):
     assert not (tmp_path / "attacked").exists()
 
 
+@pytest.mark.parametrize("variant", ["opt", "llama-1", "flan-t5"])
+def test_damaged_checkpoints_are_named(tmp_path, variant):
+    folder = make_pair(tmp_path, variant)[2]
+    whole = load_file(folder / "model.safetensors")
+    name = next(name for name in whole if name.endswith("layer_norm.weight") or name.endswith("layernorm.weight"))
+    edit_tensors(folder, lambda tensors: {n: t for n, t in tensors.items() if n != name})
+    with pytest.raises(ValueError, match=f"tensors missing, the first: {name}"):
+        load_llm(folder)
+    edit_tensors(folder, lambda tensors: tensors | {name: torch.zeros(7)})
+    with pytest.raises(ValueError, match=rf"{name} is \(7,\), config.json says \(32,\)"):
+        load_llm(folder)
+    edit_tensors(folder, lambda tensors: whole | {"model.layers.9.unheard_of": torch.zeros(7)})
+    with pytest.raises(ValueError, match="unknown tensors, the first: model.layers.9.unheard_of"):
+        load_llm(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="model.safetensors: damaged"):
+        load_llm(folder)
+
+
 @pytest.mark.parametrize("prefix, target, says", [(random_prefix(1, 4)[:, :0], [[5]], "P >= 1"), (torch.zeros(1, 4, 31), [[5]], "32"),
-                                                  (random_prefix(1, 60), [[5] * 6], "more than this OPT's 64")])
+                                                  (random_prefix(1, 4), [[5, 7, 120]], "from 5 to 120.* 0 to 119")])
 def test_inputs_that_do_not_fit_are_refused(pair, prefix, target, says):
     with pytest.raises(ValueError, match=says):
         pair[0](prefix, torch.tensor(target))
+
+
+def test_a_text_longer_than_the_position_table_is_refused(tmp_path):
+    ours = make_pair(tmp_path, "opt")[0]
+    assert ours(random_prefix(1, 60), random_ids(1, 5)).isfinite().all()
+    with pytest.raises(ValueError, match="65 positions .* more than this OPT's 64"):
+        ours(random_prefix(1, 60), random_ids(1, 6))
+    with pytest.raises(ValueError, match="65 positions"):
+        ours.generate(random_prefix(1, 60), max_new_tokens=6)
