@@ -19,23 +19,29 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
-SOURCES = {f"opt-{size}": f"Salesforce/blip2-opt-{size}" for size in ("2.7b", "6.7b")}
+SOURCES = {name: f"Salesforce/blip2-{name}" for name in ("opt-2.7b", "opt-6.7b", "flan-t5-xl", "flan-t5-xxl")}
 TARGETS = {f"opt-{size}": f"facebook/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")}
+TARGETS |= {f"flan-t5-{size}": f"google/flan-t5-{size}" for size in ("base", "large", "xl", "xxl")}
+TARGETS |= {"llama-7b": "huggyllama/llama-7b", "vicuna-7b": "lmsys/vicuna-7b-v1.5", "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+            "mistral-7b": "mistralai/Mistral-7B-v0.3", "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B", "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+            "qwen3-8b": "Qwen/Qwen3-8B"}
 
 # The tensors that a role reads, by the beginnings of their names; the source's LLM only lends its word embeddings.
 VPG = ("vision_model.", "qformer.", "query_tokens", "language_projection.")
-ROLES = {"source": (*VPG, "language_model.model.decoder.embed_tokens.", "language_model.model.decoder.project_in."),
-         "target": ("",), "model": ("",), "VPG": VPG}
+WORDS = tuple(f"language_model.{name}." for name in ("model.decoder.embed_tokens", "model.decoder.project_in", "shared", "encoder.embed_tokens"))
+ROLES = {"source": (*VPG, *WORDS), "target": ("",), "model": ("",), "VPG": VPG, "tokenizer": ()}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model lies: the folder with its VPG and projector (of a target: its LLM), with its ViT, and with its LLM."""
+    """Where a model lies: the folder with its VPG and projector (of a target: its LLM), with its ViT, with its LLM, and with
+    that LLM's tokenizer."""
 
     name: str
     folder: Path
     vit: Path
     llm: Path
+    tokenizer: Path
 
 
 def read_config(folder):
@@ -50,25 +56,28 @@ def read_config(folder):
 
 
 def resolve(name, role):
-    """A short name, Hub id, folder or run, and what it is for ("source", "target", "model", "VPG") -> Place.
+    """A short name, Hub id, folder or run, and what it is for ("source", "target", "model", "VPG", "tokenizer") -> Place.
 
     FileNotFoundError says which files are missing, where they belong, and what else could be done."""
     folder = Path(name)
     if folder.is_dir():
         run = read_config(folder)
         if run.get("model_type") != "vpgtrans":
-            return Place(name, folder, folder, folder)
+            return Place(name, folder, folder, folder, folder)
         if not {"vit", "llm"} <= run.keys():
             raise ValueError(f"{folder / 'config.json'}: does not name the run's ViT and LLM; it is damaged")
+        tokenizer = resolve(run["llm"].get("tokenizer") or run["llm"]["name"], "tokenizer").folder
+        if role == "tokenizer":
+            return Place(name, tokenizer, tokenizer, tokenizer, tokenizer)
         llm = resolve(run["llm"]["name"], "target").llm
-        return Place(name, folder, folder if role == "target" else resolve(run["vit"]["name"], "VPG").vit, llm)
-    names = TARGETS if role == "target" else SOURCES
+        return Place(name, folder, folder if role == "target" else resolve(run["vit"]["name"], "VPG").vit, llm, tokenizer)
+    names = TARGETS if role in ("target", "tokenizer") else SOURCES
     repository = names.get(name, name)
     if repository.count("/") != 1 or repository.startswith((".", "/")):
         raise FileNotFoundError(f"{name}: no such folder, and no short name of a {role}: those are {', '.join(names)}; a Hub id "
                                 "reads owner/name")
     folder = fetch(repository, ROLES[role])
-    return Place(name, folder, folder, folder)
+    return Place(name, folder, folder, folder, folder)
 
 
 def lasting_name(name):
@@ -114,9 +123,10 @@ def online():
 def first_files(available):
     """The files of a checkpoint that are read first, given the names of those there are; the last one holds the weights
     or is the index of their shards."""
-    old_tokenizer = "vocab.json" in available and "tokenizer.json" not in available  # facebook/opt-*
+    tokenizers = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["tokenizer.model"])  # the last cannot be read, but be told apart
     weights = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-    return ["config.json", *(["vocab.json", "merges.txt"] if old_tokenizer else ["tokenizer.json"]),
+    return ["config.json", *next((files for files in tokenizers if available.issuperset(files)), ["tokenizer.json"]),
+            *(file for file in ("tokenizer_config.json", "special_tokens_map.json") if file in available),
             next((file for file in weights if file in available), "model.safetensors")]
 
 
@@ -132,12 +142,14 @@ def shards(index, starts):
 
 
 def fetch(repository, starts):
-    """The folder of a Hub repository in the cache, after fetching the files with the tensors that begin with `starts`."""
+    """The folder of a Hub repository in the cache, after fetching the files with the tensors that begin with `starts`.
+
+    Without any `starts` that is config.json and the tokenizer."""
     config = try_to_load_from_cache(repository, "config.json")
     if isinstance(config, str):
         folder = Path(config).parent
         available = {file.name for file in folder.iterdir() if file.exists()}
-        needed = first_files(available)
+        needed = first_files(available)[: None if starts else -1]
         if available.issuperset(needed) and available.issuperset(shards(folder / needed[-1], starts)):
             return folder
     if not online():
@@ -148,7 +160,7 @@ def fetch(repository, starts):
             "vocab.json and merges.txt); model.safetensors (or pytorch_model.bin; where it is sharded, the .index.json and the "
             f"shards with {'all tensors' if starts == ('',) else ', '.join(start + '*' for start in starts)})")
     try:
-        needed = first_files(set(HfApi().list_repo_files(repository)))
+        needed = first_files(set(HfApi().list_repo_files(repository)))[: None if starts else -1]
         folder = Path([hf_hub_download(repository, file) for file in needed][0]).parent
         for file in shards(folder / needed[-1], starts):
             hf_hub_download(repository, file)

@@ -22,7 +22,7 @@ def load_model(name, dtype=torch.bfloat16, device="cpu"):
     vpg = qformer.load_vpg(place.folder, dtype=dtype, device=device, vit_folder=place.vit)
     llm = language_models.load_llm(place.llm, dtype=dtype, device=device)
     hub.check_belongs(place, vit=vpg.frozen_parameters(), llm=dict(llm.named_parameters()))
-    return vpgtrans.VisualLLM(vpg, qformer.load_projector(place.folder).to(device), llm).eval(), data.load_tokenizer(place.llm)
+    return vpgtrans.VisualLLM(vpg, qformer.load_projector(place.folder).to(device), llm).eval(), data.load_tokenizer(place.tokenizer)
 
 
 def answer(model, tok, images, prompt="", **options):

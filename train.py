@@ -44,6 +44,8 @@ def parse_arguments(argv=None):
     models = parser.add_argument_group("models: a short name (opt-2.7b), a Hub id, a folder, or a run of ours")
     models.add_argument("--src", required=True, help="the vision-language model whose VPG moves, such as BLIP-2")
     models.add_argument("--tgt", required=True, help="the language model that it moves to")
+    models.add_argument("--tgt-tokenizer", metavar="NAME", help="where the target's tokenizer is, if not with the target: lmsys/vicuna-* "
+                        "lack a tokenizer.json, and huggyllama/llama-7b has the same one")
     models.add_argument("--out", type=Path, help="folder of this run (default: out/<src>-to-<tgt>)")
     method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
     method.add_argument("--init", choices=("converter", "random"), default="converter", help="start of the projector: the "
@@ -225,9 +227,17 @@ def plan_length(args, name, stage, pairs, world):
 # ------------------------------------------------------------------------------------------------------------------ models
 
 
+def find_models(args):
+    """-> where the source and the target lie"""
+    src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
+    if args.tgt_tokenizer:
+        tgt = dataclasses.replace(tgt, tokenizer=hub.resolve(args.tgt_tokenizer, "tokenizer").tokenizer)
+    return src, tgt
+
+
 def convert_projector(projector, src, tgt, captions, say):
     """Stage 1, initialisation: the source's projector followed by the word converter. -> nn.Linear(Dq, D of the target)"""
-    src_tok, tgt_tok = data.load_tokenizer(src.llm), data.load_tokenizer(tgt.llm)
+    src_tok, tgt_tok = data.load_tokenizer(src.tokenizer), data.load_tokenizer(tgt.tokenizer)
     src_words, tgt_words = language_models.read_word_embeddings(src.llm), language_models.read_word_embeddings(tgt.llm)
     if projector.out_features != src_words.shape[1]:
         raise ValueError(f"{src.folder}: the projector's output is {projector.out_features} wide, but the word embeddings of its LLM "
@@ -283,7 +293,8 @@ def run_config(args, src, tgt, model):
     parts = {key: source[key] for key in ("vision_config", "qformer_config", "num_query_tokens") if key in source}
     vit = source["vit"]["name"] if source.get("model_type") == "vpgtrans" else hub.lasting_name(args.src)
     return {"model_type": "vpgtrans", **parts, "vit": {"name": vit, "fingerprint": hub.fingerprint(model.vpg.frozen_parameters())},
-            "llm": {"name": hub.lasting_name(args.tgt), "fingerprint": hub.fingerprint(dict(model.llm.named_parameters()))}, "arguments": arguments(args)}
+            "llm": {"name": hub.lasting_name(args.tgt), "fingerprint": hub.fingerprint(dict(model.llm.named_parameters())),
+                    "tokenizer": args.tgt_tokenizer and hub.lasting_name(args.tgt_tokenizer)}, "arguments": arguments(args)}
 
 
 def arguments(args):
@@ -595,15 +606,18 @@ def prepare(args, stages):
     if int(os.environ.get("RANK", 0)) == 0:  # before others wait: what the first process alone looks at, fetches and makes
         if not args.resume and any((args.out / file).exists() for file in ("resume.safetensors", "model.safetensors")):
             raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
-        hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
+        find_models(args)
         check_writable(args.out)
     processes = Processes.start(args.precision)
-    src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
+    src, tgt = find_models(args)
     sets, val = find_data(args, stages, processes.say)
     steps = {name: plan_length(args, name, stage, sum(map(len, sets[name][0])), processes.world) for name, stage in stages.items()}
     resumed = load_state(args.out, args) if args.resume else None
     captions = [caption for pairs in sets[list(stages)[0]][0] for caption in pairs.captions]
-    model, tok = build_model(args, src, tgt, captions, processes), data.load_tokenizer(tgt.llm)
+    tok, model = data.load_tokenizer(tgt.tokenizer), build_model(args, src, tgt, captions, processes)
+    if (last := max(tok.vocab().values())) >= model.llm.vocab_size:
+        raise ValueError(f"the tokenizer in {tgt.tokenizer} has ids up to {last}, the vocabulary of {tgt.llm} only {model.llm.vocab_size}; it "
+                         "belongs to another LLM: see --tgt-tokenizer")
     new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
     validation, log = Validation(new_samples([val], augment=False), args.micro_batch, processes), Log(args.out, processes.rank)
     jobs = {}
