@@ -29,10 +29,10 @@ IMAGE, HOLE = -1, -100  # in prompts: the place of a soft prompt, and a place to
 class Tokenizer:
     """A tokenizer of the `tokenizers` package, with the ids that a language model needs beside its words."""
 
-    def __init__(self, encoder, bos_id, eos_id, pad_id):
+    def __init__(self, encoder, bos_id, eos_id, pad_id, encoder_decoder=False):
         self.encoder, self.bos_id, self.eos_id, self.pad_id = encoder, bos_id, eos_id, pad_id
-        newline = encoder.token_to_id("Ċ")  # how byte-level BPE writes "\n"
-        self.end_id = eos_id if newline is None else newline  # ends a caption
+        self.encoder_decoder = encoder_decoder  # is the LLM one (T5)?
+        self.end_id = eos_id if encoder_decoder else self.vocab().get(b"\n", eos_id)  # ends a caption
 
     def encode(self, text):
         """text -> ids, without BOS, EOS or other specials."""
@@ -48,10 +48,14 @@ class Tokenizer:
 
     def vocab(self):
         """{bytes that a token spells: id} without specials: what two tokenizers can be compared by."""
-        byte_of = byte_level_alphabet()
         specials = {token.content for token in self.encoder.get_added_tokens_decoder().values()}
-        spelled = {piece: id for piece, id in self.encoder.get_vocab().items() if piece not in specials}
-        return {bytes(byte_of[c] for c in piece): id for piece, id in spelled.items() if all(c in byte_of for c in piece)}
+        pieces = {piece: id for piece, id in self.encoder.get_vocab().items() if piece not in specials}
+        if isinstance(self.encoder.decoder, decoders.ByteLevel):
+            byte_of = byte_level_alphabet()
+            return {bytes(byte_of[c] for c in piece): id for piece, id in pieces.items() if all(c in byte_of for c in piece)}
+        one_byte = {piece for piece in pieces if re.fullmatch("<0x[0-9A-F]{2}>", piece)}  # of bytes that no plain piece writes
+        return ({bytes.fromhex(piece[3:5]): pieces[piece] for piece in one_byte}
+                | {piece.replace("▁", " ").encode(): id for piece, id in pieces.items() if piece not in one_byte})
 
 
 def byte_level_alphabet():
@@ -61,32 +65,73 @@ def byte_level_alphabet():
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+# BOS, EOS and pad of model types whose files may leave them out, as transformers' configurations assume them
+ASSUMED_IDS = {"opt": (2, 2, 1), "llama": (1, 2, None), "mistral": (1, 2, None), "t5": (None, 1, 0)}
+
+
+def read_json(file):
+    """The object in a JSON file; ValueError names a damaged one."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); download it again") from error
+
+
+def special_ids(folder, config, encoder):
+    """[BOS, EOS, pad], None where there is none: the tokens that tokenizer_config.json names, else config.json's ids.
+
+    The named tokens become specials of the encoder where they are not yet. ValueError without an EOS."""
+    named, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    tokens = read_json(named) if named.is_file() else {}
+    if "added_tokens_decoder" not in tokens and older.is_file():  # transformers reads it only then, and then it prevails
+        tokens |= read_json(older)
+    ids = []
+    for key, assumed in zip(("bos_token", "eos_token", "pad_token"), ASSUMED_IDS.get(config.get("model_type"), [None] * 3)):
+        id = config.get(f"{key}_id", assumed)
+        id = id[0] if isinstance(id, list) else id
+        if key in tokens:
+            token = tokens[key].get("content") if isinstance(tokens[key], dict) else tokens[key]
+            id = encoder.token_to_id(token) if token else None
+            if token and id is None:
+                raise ValueError(f"{folder}: the {key} {token!r} of {named.name} or {older.name} is not in the vocabulary; are the "
+                                 "files of one model?")
+            encoder.add_special_tokens([token] if token else [])
+        ids.append(None if id == -1 else id)
+    if ids[1] is None:
+        raise ValueError(f"{folder}: no eos_token in {named.name}, and no eos_token_id in config.json; say in one which token ends a text")
+    return ids
+
+
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint: tokenizer.json, or vocab.json + merges.txt (facebook/opt-*).
 
-    BOS, EOS and pad ids come from config.json, OPT's where it leaves them out. Byte-level BPE only, as OPT's."""
+    Byte-level BPE (GPT-2, OPT, Llama-3, Qwen), BPE with byte fallback (LLaMA) and Unigram (T5), read as the file says. The ids of
+    specials come from `special_ids`. FileNotFoundError and ValueError name the file and the remedy."""
     folder = Path(folder)
     file = folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else folder / "vocab.json"
+    if not file.is_file() or file.name == "vocab.json" and not (folder / "merges.txt").is_file():
+        only_model = " but tokenizer.model, which is not read" if (folder / "tokenizer.model").is_file() else ""
+        raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt){only_model}; copy them there, or name "
+                                "a model that has the same one: --tgt-tokenizer, huggyllama/llama-7b for Vicuna")
     try:
         if file.name == "tokenizer.json":
             encoder = Encoder.from_file(str(file))
-        elif file.is_file() and (folder / "merges.txt").is_file():
-            encoder = Encoder(models.BPE.from_file(str(file), str(folder / "merges.txt"), unk_token="</s>"))
+        else:
+            encoder = Encoder(models.BPE.from_file(str(file), str(folder / "merges.txt")))
             encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             encoder.decoder = decoders.ByteLevel()
-            encoder.add_special_tokens([t for t in ("<s>", "<pad>", "</s>", "<unk>") if encoder.token_to_id(t) is not None])
-        else:
-            raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt); copy them there")
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise
+            encoder.add_special_tokens([t for t in ("<pad>", "</s>") if encoder.token_to_id(t) is not None])
     except Exception as error:  # `tokenizers` raises plain Exception
         raise ValueError(f"{file}: damaged or no tokenizer ({error}); download it again") from error
-    if not isinstance(encoder.decoder, decoders.ByteLevel):
-        raise ValueError(f"{file}: only byte-level BPE tokenizers (OPT, GPT-2) are implemented, this is another kind")
+    kind = type(encoder.model).__name__
+    if not (isinstance(encoder.decoder, decoders.ByteLevel) or kind == "Unigram" or kind == "BPE" and encoder.model.byte_fallback):
+        raise ValueError(f"{file}: {kind} tokenizers of this kind are not implemented; there are byte-level BPE (GPT-2, OPT, Llama-3, "
+                         "Qwen), BPE with byte fallback (LLaMA) and Unigram (T5)")
     encoder.no_truncation(), encoder.no_padding()
+    config = read_json(folder / "config.json")
     config = config.get("text_config", config)
-    return Tokenizer(encoder, config.get("bos_token_id", 2), config.get("eos_token_id", 2), config.get("pad_token_id", 1))
+    encoder_decoder = bool(config.get("is_encoder_decoder")) or config.get("model_type") == "t5"
+    return Tokenizer(encoder, *special_ids(folder, config, encoder), encoder_decoder)
 
 
 # ------------------------------------------------------------------------------------------------------------------ text

@@ -1,18 +1,20 @@
 """Facts about data.py: tokenizers, captions, images, files of pairs, the order of samples."""
 
 import json
+import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import data
-from conftest import write_pairs
+from conftest import TEXT, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -20,32 +22,260 @@ def tok(world):
     return data.load_tokenizer(world[1])
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizers, text
+# ------------------------------------------------------------------------------------------------------------ tokenizers
+
+def generated_text(sentences=400):
+    """Sentences of made-up words and of the captions' words, and a few in other scripts."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("ka mi ro the in st er lo wa ne".split(), k=rng.randint(1, 3))) for _ in range(200)]
+    words += sorted(set(" ".join(TEXT).split())) * 8
+    return [*TEXT, *(" ".join(rng.choices(words, k=8)) for _ in range(sentences)), "don't they?", "naïve café 漢字 12 345", "It is 7:30.  A, B or C"]
 
 
-def test_ids_equal_transformers(world, tok):
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(world[1] / "tokenizer.json"))
-    for text in ["a red square", "  Two  spaces ", "naïve café 漢字 \U0001f600", "tab\tand\nnewline", "", "don't stop"]:
-        ids = tok.encode(text)
-        assert ids == theirs(text, add_special_tokens=False)["input_ids"] and tok.decode(ids) == text
+CORPUS = generated_text()
+PIECES = ["a red square", "red", "brown", " ", "  ", "\n", "\t", "\r\n", "don't", "It's", "naïve", "Ünïcödé", "e\u0301", "ﬁ", "漢字", "日本語", "한국어",
+          "\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\x00", "\x07", "\x7f", "\u200b", "\ufeff", "\u00a0", "\u2581", "Ċ", "Ġ",
+          "0", "12345", "3.14", "<0x0A>", "<0x41>", "</s>", "<s>", "<unk>", "<pad>", "<|endoftext|>",
+          "x" * 300, "ab" * 99, "!?", "...", '"', "\\", "مرحبا", "שלום", "ไทย", "Ω≈ç√", "€"]
 
 
-def test_vocab_json_and_merges_equal_tokenizer_json(world, tok, tmp_path):
+def varied_strings():
+    """A thousand, of which every piece alone and with a space before and behind it."""
+    rng = random.Random(0)
+    mixed = [rng.choice(["", " "]).join(rng.choices(PIECES, k=rng.randint(2, 9))) for _ in range(1000 - 3 * len(PIECES) - 1)]
+    return ["", *PIECES, *(f" {p}" for p in PIECES), *(f"{p} " for p in PIECES), *mixed]
+
+
+def byte_level(pattern=None):
+    tokenizer = Tokenizer(models.BPE())
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if pattern else None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split) if split else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer, tokenizer.decoder = normalizers.NFC() if pattern else None, decoders.ByteLevel()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False,
+                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return json.loads(tokenizer.to_str())
+
+
+def sentencepiece_bpe(form):
+    """As LLaMA's: <unk> <s> </s>, the bytes, then pieces; spaces as ▁ by a normalizer (old files) or a pre-tokenizer (new ones)."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # words, or BPE would learn whole sentences
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=700, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"] + BYTES))
+    tokenizer.pre_tokenizer = None if form == "normalizer" else pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if form == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    content = json.loads(tokenizer.to_str())
+    return content | {"added_tokens": content["added_tokens"][:3]}
+
+
+def unigram(byte_fallback=False):
+    """As T5's: <pad> </s> <unk>, then pieces."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]) if byte_fallback else decoders.Metaspace()
+    tokenizer.normalizer = normalizers.NFKC() if byte_fallback else None
+    tokenizer.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"],
+                                                                  unk_token="<unk>", show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.enable_truncation(50), tokenizer.enable_padding(length=50)  # as saved after a training
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"] += [["▁red", -3.0], *([byte, -20.0] for byte in BYTES if byte_fallback)]
+    content["model"]["byte_fallback"] = byte_fallback
+    return content
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+QWEN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+LLAMA_TOKENS, T5_TOKENS = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>"), dict(eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+KINDS = {  # content of tokenizer.json, model type, the class in transformers that reads it, the tokens in tokenizer_config.json
+    "GPT-2": (byte_level, "opt", "GPT2Tokenizer", dict(bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")),
+    "Qwen": (lambda: byte_level(QWEN), "qwen2", "Qwen2Tokenizer", dict(bos_token=None, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")),
+    "LLaMA, normalizer": (lambda: sentencepiece_bpe("normalizer"), "llama", "TokenizersBackend", LLAMA_TOKENS),
+    "LLaMA, pre-tokenizer": (lambda: sentencepiece_bpe("pre-tokenizer"), "llama", "LlamaTokenizer", LLAMA_TOKENS),
+    "Unigram": (unigram, "t5", "T5Tokenizer", T5_TOKENS),
+    "Unigram, bytes": (lambda: unigram(True), "t5", "TokenizersBackend", T5_TOKENS)}
+
+
+def write_json(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def write_kind(folder, kind):
+    content, model_type, class_name, tokens = KINDS[kind]
+    return write_json(folder, tokenizer=content(), config={"model_type": model_type}, tokenizer_config={"tokenizer_class": class_name, **tokens})
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """{kind: (our tokenizer, its folder)}"""
+    folders = {kind: write_kind(tmp_path_factory.mktemp("kind"), kind) for kind in KINDS}
+    return {kind: (data.load_tokenizer(folder), folder) for kind, folder in folders.items()}
+
+
+def assert_equal_transformers(ours, folder, class_name):
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert type(theirs).__name__ == class_name
+    texts = varied_strings()
+    ids = [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert len(texts) == 1000 and [ours.encode(text) for text in texts] == ids == ours.encode_all(texts)
+    assert [ours.decode(row) for row in ids] == [theirs.decode(row, skip_special_tokens=True) for row in ids]
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_texts_equal_transformers(kinds, kind):
+    assert_equal_transformers(*kinds[kind], KINDS[kind][2])
+
+
+def test_vocab_json_and_merges_equal_transformers(kinds, tmp_path):
     """facebook/opt-* have no tokenizer.json."""
-    tokenizer = Tokenizer.from_file(str(world[1] / "tokenizer.json"))
-    tokenizer.model.save(str(tmp_path))
+    ours, folder = kinds["GPT-2"]
+    ours.encoder.model.save(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
     old = data.load_tokenizer(tmp_path)
-    for text in ["a red square on a brown table", "naïve 漢字", "x</s>y"]:
-        assert old.encode(text) == tok.encode(text)
-    assert old.decode([2, *old.encode(" red"), 2]) == " red"
-    assert (old.bos_id, old.eos_id, old.pad_id, old.end_id) == (2, 2, 1, tok.encode("\n")[0])
+    assert (old.bos_id, old.eos_id, old.pad_id, old.end_id) == (2, 2, 1, ours.end_id)
+    assert old.encode("x</s>y<pad>") == ours.encode("x</s>y<pad>") and old.decode([2, *old.encode(" red"), 2]) == " red"
+    (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
+    assert_equal_transformers(data.load_tokenizer(tmp_path), tmp_path, "GPT2Tokenizer")
+
+
+def test_llamas_old_files_are_read_as_they_say(kinds, tmp_path):
+    """transformers 5 rebuilds them as new ones: no second ▁ before a leading space, none behind a special. On captions all agree."""
+    ours, folder = kinds["LLaMA, normalizer"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **LLAMA_TOKENS}))
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    captions = [data.clean_caption(text) for text in CORPUS + varied_strings() if not re.search("<.*>|▁", text)]
+    assert len(captions) > 600 and all(ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"] for text in captions)
+    assert ours.encode(" red") != theirs(" red", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_survive_a_round_trip(kinds, kind):
+    ours, texts = kinds[kind][0], [text for text in varied_strings() if "<" not in text and "▁" not in text]
+    if kind.startswith("Unigram"):  # single spaces, and only the characters that it was trained on
+        texts = [" ".join(text.split()) for text in CORPUS]
+    if kind == "Qwen":
+        texts = [normalizers.NFC().normalize_str(text) for text in texts]
+    if kind == "LLaMA, pre-tokenizer":
+        texts = [text.removeprefix(" ") for text in texts if not text.startswith("  ")]
+    assert len(texts) > 60 and [ours.decode(ours.encode(text)) for text in texts] == texts
 
 
 def test_vocab_spells_bytes(tok):
     vocab = tok.vocab()
     assert vocab["é".encode()[:1]] == tok.encode("é")[0] and vocab[b"\n"] == tok.end_id and vocab[b" red"] == tok.encode(" red")[0]
     assert not {0, 1, 2, 3} & set(vocab.values()) and len(vocab) == tok.encoder.get_vocab_size() - 4
+
+
+@pytest.mark.parametrize("kind", ["LLaMA, normalizer", "LLaMA, pre-tokenizer", "Unigram, bytes", "Unigram"])
+def test_vocab_spells_what_sentencepiece_means(kinds, kind):
+    ours = kinds[kind][0]
+    vocab, id_of = ours.vocab(), ours.encoder.token_to_id
+    assert vocab[b" red"] == id_of("▁red") and vocab["é".encode()] == id_of("é") and vocab[b" "] == id_of("▁")
+    assert vocab[b"e"] == id_of("e") != id_of("<0x65>")  # a plain piece that spells the byte wins
+    assert vocab.get(b"\xff") == id_of("<0xFF>") and vocab.get(b"\x0a") == id_of("<0x0A>")
+    assert not {b"<unk>", b"<s>", b"</s>", b"<pad>", b"<0xFF>", b"<0x65>"} & set(vocab)
+
+
+@pytest.mark.parametrize("kind, before", [("GPT-2", ""), ("LLaMA, normalizer", " "), ("LLaMA, pre-tokenizer", " ")])
+def test_the_spellings_of_a_texts_tokens_are_the_text(kinds, kind, before):
+    ours = kinds[kind][0]
+    spelled = {id: spelling for spelling, id in ours.vocab().items()}
+    for text in [text.lstrip() for text in varied_strings() if not re.search("</|<s>|<unk>|<pad>|▁", text)]:
+        assert b"".join(spelled[id] for id in ours.encode(text)) == (before + text if text else "").encode()
+
+
+def test_a_newline_ends_a_caption_and_eos_where_there_is_none(kinds, tmp_path):
+    end = {kind: ours.end_id for kind, (ours, _) in kinds.items()}
+    assert end["GPT-2"] == kinds["GPT-2"][0].encode("\n")[0] and end["LLaMA, normalizer"] == end["LLaMA, pre-tokenizer"] == 3 + 10
+    assert end["Unigram"] == end["Unigram, bytes"] == 1  # T5's </s>
+    for kind, newline in (("Unigram", 1), ("Unigram, bytes", kinds["Unigram, bytes"][0].encoder.token_to_id("<0x0A>"))):
+        assert data.load_tokenizer(write_json(write_kind(tmp_path / kind, kind), config={"model_type": "llama"})).end_id == newline
+
+
+def spoken(content):
+    return {"__type": "AddedToken", "content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+
+
+@pytest.mark.parametrize("files, ids", [
+    (dict(tokenizer_config=dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>"), config=dict(bos_token_id=9, eos_token_id=9)), (0, 2, 1)),
+    (dict(tokenizer_config=dict(bos_token=spoken("<s>"), eos_token=spoken("</s>"), pad_token=None)), (0, 2, None)),
+    (dict(tokenizer_config=dict(bos_token=None, eos_token="</s>"), config=dict(bos_token_id=0)), (None, 2, None)),  # Qwen2.5
+    (dict(tokenizer_config=dict(eos_token="<s>"), special_tokens_map=dict(eos_token=spoken("</s>"), pad_token="<pad>")), (None, 2, 1)),
+    (dict(tokenizer_config=dict(eos_token="<s>", added_tokens_decoder={}), special_tokens_map=dict(eos_token="</s>")), (None, 0, None)),
+    (dict(special_tokens_map=dict(bos_token="<s>", eos_token="</s>")), (0, 2, None))])
+def test_named_specials_are_as_transformers_finds_them(tmp_path, files, ids):
+    write_json(tmp_path, tokenizer=byte_level(), **{"config": {}, **files})
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = data.load_tokenizer(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == ids == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+
+
+@pytest.mark.parametrize("config, ids", [
+    (dict(model_type="qwen2", bos_token_id=5, eos_token_id=[7, 8], pad_token_id=-1), (5, 7, None)),
+    (dict(model_type="llama", bos_token_id=None, eos_token_id=9, pad_token_id=0), (None, 9, 0)),
+    (dict(model_type="blip-2", eos_token_id=9, text_config=dict(model_type="opt", eos_token_id=8)), (2, 8, 1)),
+    (dict(model_type="opt"), (2, 2, 1)), (dict(model_type="llama"), (1, 2, None)), (dict(model_type="mistral"), (1, 2, None)),
+    (dict(model_type="t5"), (None, 1, 0))])
+def test_ids_of_config_json_where_no_token_is_named(tmp_path, config, ids):
+    ours = data.load_tokenizer(write_json(tmp_path, tokenizer=byte_level(), config=config))
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == ids
+
+
+def test_a_named_token_becomes_special(tmp_path):
+    """As in transformers, where the file of the tokenizer does not say so."""
+    write_json(tmp_path, tokenizer=byte_level() | {"added_tokens": []}, config={}, tokenizer_config={"eos_token": "</s>"})
+    ours = data.load_tokenizer(tmp_path)
+    assert ours.encode("a</s>") == PreTrainedTokenizerFast.from_pretrained(tmp_path)("a</s>")["input_ids"] and ours.encode("a</s>")[-1] == 2
+    assert ours.decode(ours.encode("a</s>")) == "a" and b"</s>" not in ours.vocab()
+
+
+@pytest.mark.parametrize("files, says", [
+    (dict(config={"model_type": "qwen2"}), "eos_token in tokenizer_config.json.*eos_token_id in config.json"),
+    (dict(config={"model_type": "qwen2", "eos_token_id": None}), "eos_token_id in config.json"),
+    (dict(config={"model_type": "opt"}, tokenizer_config={"eos_token": None}), "eos_token in tokenizer_config.json"),
+    (dict(config={"model_type": "opt"}, tokenizer_config={"pad_token": "[PAD]"}), "pad_token '\\[PAD\\]' of tokenizer_config.json")])
+def test_missing_specials_are_named(tmp_path, files, says):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.*{says}"):
+        data.load_tokenizer(write_json(tmp_path, tokenizer=byte_level(), **files))
+
+
+@pytest.mark.parametrize("damaged", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "vocab.json"])
+@pytest.mark.parametrize("content", ["", '{"model": {', "<html>", "7"])
+def test_a_damaged_file_is_named(tmp_path, damaged, content):
+    write_json(tmp_path, tokenizer=byte_level(), config={"model_type": "opt"})
+    if damaged == "vocab.json":
+        (tmp_path / "tokenizer.json").unlink(), (tmp_path / "merges.txt").write_text("")
+    (tmp_path / damaged).write_text(content)
+    with pytest.raises(ValueError, match=f"{damaged}: .*download it again"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_other_kinds_of_tokenizers_are_refused_by_name(tmp_path):
+    vocab = {"[UNK]": 0, "a": 1, "</s>": 2}
+    for model in (models.WordPiece(vocab, unk_token="[UNK]"), models.WordLevel(vocab, unk_token="[UNK]"), models.BPE(vocab, [])):
+        write_json(tmp_path, tokenizer=json.loads(Tokenizer(model).to_str()), config={"model_type": "opt"})
+        with pytest.raises(ValueError, match=f"tokenizer.json: {type(model).__name__} .*not implemented"):
+            data.load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
+    write_json(tmp_path, config={"model_type": "llama"}, vocab={})
+    with pytest.raises(FileNotFoundError, match="no tokenizer .tokenizer.json, or vocab.json and merges.txt.;"):
+        data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")  # lmsys/vicuna-*
+    with pytest.raises(FileNotFoundError, match="tokenizer.model.*--tgt-tokenizer.*huggyllama/llama-7b"):
+        data.load_tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------------ text
 
 
 def test_captions_are_cleaned_as_blip_does():
@@ -61,6 +291,14 @@ def test_a_long_caption_keeps_its_end_mark(tok):
 
 def test_the_prompt_is_soft_prompts_then_bos(tok):
     assert data.prompt_ids(tok, 3) == [-1, -1, -1, 2] and data.prompt_ids(tok, 1, "a red") == [-1, 2, *tok.encode("a red")]
+
+
+@pytest.mark.parametrize("config, is_one", [
+    ({"model_type": "t5"}, True), ({"model_type": "mt5", "is_encoder_decoder": True}, True), ({"model_type": "llama"}, False),
+    ({"text_config": {"model_type": "t5"}}, True), ({"is_encoder_decoder": True, "text_config": {"model_type": "opt"}}, False)])
+def test_config_json_says_whether_the_llm_is_an_encoder_decoder(tmp_path, config, is_one):
+    write_json(write_kind(tmp_path, "Unigram"), config=config)
+    assert data.load_tokenizer(tmp_path).encoder_decoder is is_one
 
 
 def test_tokens_are_counted_on_captions(tok):
