@@ -150,9 +150,21 @@ def caption_ids(tok, caption, max_tokens=32):
 
 
 def prompt_ids(tok, num_query_tokens, text=""):
-    """What the LLM reads before it answers: [IMAGE x Q, BOS, text]. BOS belongs to the prompt, so it is never scored."""
-    bos = [] if tok.bos_id is None else [tok.bos_id]
-    return [IMAGE] * num_query_tokens + bos + (tok.encode(text) if text else [])
+    """What the LLM reads before it answers: [IMAGE x Q, BOS, text], T5's encoder [IMAGE x Q, text, </s>].
+
+    BOS belongs to the prompt, so it is never scored."""
+    ids = tok.encode(text) if text else []
+    if tok.encoder_decoder:
+        return [IMAGE] * num_query_tokens + ids + [tok.eos_id]
+    return [IMAGE] * num_query_tokens + ([] if tok.bos_id is None else [tok.bos_id]) + ids
+
+
+def first_part(tok, ids, rng):
+    """Of a caption's ids (T5's), how many are its first part, which the encoder reads: up to a random word of 0..n/2.
+
+    Prefix language modelling, as BLIP-2 trains with T5. The caption was cut to max_tokens before, so both parts keep to it."""
+    starts = [i for i, id in enumerate(ids) if tok.encoder.id_to_token(id).startswith("▁")]
+    return int(rng.choice(starts[: len(starts) // 2 + 1])) if starts else 0
 
 
 def pad(rows, value, left=False):
@@ -368,10 +380,12 @@ def plan(sizes, samples, seed, weights=None):
 class Samples(torch.utils.data.Dataset):
     """Samples by (position in the plan, pair): an image as the ViT wants it, a prompt and a target.
 
-    All randomness is seeded by (seed, position). A pair with an unreadable image is named and gives way to the pair after it."""
+    All randomness is seeded by (seed, position): crops and flips (augment), and where captions are split for T5 (split; both
+    are for training). A pair with an unreadable image is named and gives way to the pair after it."""
 
-    def __init__(self, sets, tok, image_size, num_query_tokens, max_tokens=32, augment=True, seed=0):
+    def __init__(self, sets, tok, image_size, num_query_tokens, max_tokens=32, augment=True, split=True, seed=0):
         self.sets, self.tok, self.size, self.max_tokens, self.augment, self.seed = sets, tok, image_size, max_tokens, augment, seed
+        self.split = split and tok.encoder_decoder
         self.prompt = prompt_ids(tok, num_query_tokens)
         self.starts = np.cumsum([0, *map(len, sets)])
 
@@ -393,7 +407,11 @@ class Samples(torch.utils.data.Dataset):
             image = random_crop(image, self.size, np.random.default_rng((self.seed, position)))
         else:
             image = resize(image, self.size)
-        return image, self.prompt, caption_ids(self.tok, pairs.captions[i], self.max_tokens), pairs.files[i], bad
+        prompt, target = self.prompt, caption_ids(self.tok, pairs.captions[i], self.max_tokens)
+        if self.split:
+            cut = first_part(self.tok, target, np.random.default_rng((self.seed, position, 1)))  # the crops use (seed, position)
+            prompt, target = [*prompt[:-1], *target[:cut], prompt[-1]], target[cut:]
+        return image, prompt, target, pairs.files[i], bad
 
     @staticmethod
     def collate(samples):

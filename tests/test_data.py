@@ -293,6 +293,14 @@ def test_the_prompt_is_soft_prompts_then_bos(tok):
     assert data.prompt_ids(tok, 3) == [-1, -1, -1, 2] and data.prompt_ids(tok, 1, "a red") == [-1, 2, *tok.encode("a red")]
 
 
+def test_t5s_prompt_ends_with_eos_and_others_begin_with_bos_if_there_is_one(kinds):
+    t5, qwen, llama = (kinds[kind][0] for kind in ("Unigram", "Qwen", "LLaMA, normalizer"))
+    assert data.prompt_ids(t5, 2) == [-1, -1, 1] and data.prompt_ids(t5, 2, "a red") == [-1, -1, *t5.encode("a red"), 1]
+    assert data.prompt_ids(qwen, 1) == [-1] and data.prompt_ids(qwen, 1, "a red") == [-1, *qwen.encode("a red")]
+    assert data.prompt_ids(llama, 1) == [-1, 1] and data.prompt_ids(llama, 1, "a red") == [-1, 1, *llama.encode("a red")]
+    assert data.caption_ids(t5, "a red") == [*t5.encode("a red"), 1]
+
+
 @pytest.mark.parametrize("config, is_one", [
     ({"model_type": "t5"}, True), ({"model_type": "mt5", "is_encoder_decoder": True}, True), ({"model_type": "llama"}, False),
     ({"text_config": {"model_type": "t5"}}, True), ({"is_encoder_decoder": True, "text_config": {"model_type": "opt"}}, False)])
@@ -471,3 +479,63 @@ def test_crops_are_drawn_by_the_position_in_the_plan(samples):
     assert torch.equal(image, again) and not torch.equal(image, elsewhere)
     plain = data.Samples(samples.sets, samples.tok, 28, 5, augment=False)[3, 5][0]
     assert torch.equal(plain, data.resize(data.load_image(samples.sets[0].files[5]), 28)) and not torch.equal(image, plain)
+
+
+@pytest.fixture(scope="module")
+def prefix_lm(kinds, samples):
+    """Samples of captions of 1 to 9 words, for T5 if no other kind is named."""
+    captions = [" ".join("a red square on the brown table the white".split()[:n]) for n in range(1, 10)]
+    pairs = data.Pairs("x", [samples.sets[0].files[0]] * 9, captions)
+    return lambda kind="Unigram", **options: data.Samples([pairs], kinds[kind][0], 28, 2, **options)
+
+
+def test_t5_captions_are_split_at_a_word_of_the_first_half(prefix_lm):
+    samples = prefix_lm()
+    tok, captions = samples.tok, samples.sets[0].captions
+    for n, caption in enumerate(captions, 1):
+        cuts = []
+        for position in range(60):
+            _, prompt, target, _, _ = samples[position, n - 1]
+            assert prompt[:2] == [-1, -1] and prompt[-1] == 1 and prompt[2:-1] + target == [*tok.encode(caption), 1]
+            first, rest = tok.decode(prompt[2:-1]), tok.decode(target)
+            assert first.split() + rest.split() == caption.split()
+            assert prompt == data.prompt_ids(tok, 2, first) and target == data.caption_ids(tok, rest)
+            cuts.append(len(first.split()))
+        assert set(cuts) == set(range(n // 2 + 1))
+
+
+def test_splits_are_drawn_by_seed_and_position_and_not_with_the_crops(prefix_lm):
+    first_parts = lambda samples: [len(samples[position, 8][1]) - 3 for position in range(40)]
+    samples = prefix_lm()
+    assert first_parts(samples) == first_parts(samples) == first_parts(prefix_lm(augment=False)) != first_parts(prefix_lm(seed=1))
+    assert torch.equal(samples[3, 8][0], prefix_lm(split=False)[3, 8][0])  # the crop is the same
+    with_the_crops = [data.first_part(samples.tok, [*whole_ids(prefix_lm), 1], np.random.default_rng((0, position))) for position in range(40)]
+    assert first_parts(samples) != with_the_crops
+
+
+def test_validation_and_decoder_only_llms_have_whole_captions_as_targets(prefix_lm):
+    t5, llama = prefix_lm(augment=False, split=False), prefix_lm("LLaMA, normalizer")
+    for position in range(20):
+        assert t5[position, 8][1:3] == ([-1, -1, 1], [*whole_ids(prefix_lm), 1])
+        assert llama[position, 8][1:3] == ([-1, -1, 1], data.caption_ids(llama.tok, llama.sets[0].captions[8]))
+
+
+def whole_ids(prefix_lm):
+    return prefix_lm().tok.encode(prefix_lm().sets[0].captions[8])
+
+
+def test_max_tokens_holds_for_both_parts_together(prefix_lm):
+    """The caption is cut first: what is split is what would be the target without a split, so something is left to predict."""
+    samples = prefix_lm(max_tokens=6)
+    kept = [*whole_ids(prefix_lm)[:5], 1]
+    prompts, targets = zip(*(samples[position, 8][1:3] for position in range(40)))
+    assert all(prompt[2:-1] + target == kept and len(target) >= 2 for prompt, target in zip(prompts, targets)) and len(set(map(len, prompts))) > 1
+
+
+def test_prompts_of_unequal_lengths_are_filled_up_on_the_left(prefix_lm):
+    samples = prefix_lm()
+    rows = [samples[position, 8] for position in range(12)]
+    batch = samples.collate(rows)
+    for (_, prompt, target, _, _), prompt_row, target_row in zip(rows, batch["prompt_ids"].tolist(), batch["target_ids"].tolist()):
+        assert prompt_row == [-100] * (len(prompt_row) - len(prompt)) + prompt and target_row == target + [-100] * (len(target_row) - len(target))
+    assert len(set(len(row[1]) for row in rows)) > 1
