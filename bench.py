@@ -1,7 +1,9 @@
-"""Speed and memory of training and generation, side by side with transformers' BLIP-2.
+"""Speed and memory of training, generation and loading, side by side with transformers.
 
-    python bench.py                                              # a small model, minutes on a laptop
+    python bench.py                                              # a small BLIP-2, minutes on a laptop
     python bench.py --size opt-2.7b --batch-size 32 --compile    # the paper's source with random weights, on one GPU
+    python bench.py --llm opt-125m                               # a language model alone, behind soft prompts
+    python bench.py --loading                                    # a checkpoint of 2 GB, from disk to the first logits
 
 Ours and transformers' two kinds of attention run in one process, on the same random weights (each tensor exists once) and
 the same batch, with the same parts frozen, and take turns. They are timed only if they agree: in the loss and in the
@@ -11,19 +13,26 @@ projector's gradient, and with fp32 in the generated ids. Prints two Markdown ta
                   take, at the speed of one large matrix product measured here, over the time it took
     generation    30 tokens behind 33 embeddings, greedy and with 5 beams; nothing ends early, and nothing is compiled
 
+With --llm, training is forward and backward to the soft prompts: 32 of them, then the target.
+
 A ratio above 1: ours is faster than the better of the two. Figures mean something on an otherwise idle machine only.
 """
 
 import argparse
+import contextlib
+import json
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 import llm as language_models
@@ -43,10 +52,19 @@ SIZES = {  # ViT, Q-Former, OPT
     "opt-2.7b": (EVA, shape(), shape(hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32)),
     "opt-6.7b": (EVA, shape(), shape(hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32)),
 }
+LLMS = {
+    "opt-125m": dict(model_type="opt", word_embed_proj_dim=768),  # the rest is OPT's defaults
+    "opt-6.7b": dict(model_type="opt", word_embed_proj_dim=4096, **SIZES["opt-6.7b"][2]),
+    "llama-7b": dict(model_type="llama"),
+    "smollm2-135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
+    "flan-t5-base": shape(model_type="t5", d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu",
+                          tie_word_embeddings=False)}
+LLMS["2 GB"] = LLMS["smollm2-135m"] | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=13, num_attention_heads=32, num_key_value_heads=8)
 BOS, IMAGE_ID, NEW_TOKENS = 2, 50265, 30  # IMAGE_ID stands for a soft prompt in transformers' prompts
 # The greatest differences allowed: of mean losses, and (relative, by norm) of the projector's gradients. The latter jump a
-# little where rounding puts an input of one of OPT's ReLUs on the other side of zero.
-TOLERANCE = {"fp32": (1e-4, 1e-2), "bf16": (2e-2, 0.25)}
+# little where rounding puts an input of one of OPT's ReLUs on the other side of zero; T5's loss is rounded to bf16 in transformers.
+TOLERANCE = {"fp32": (1e-4, 1e-2), "bf16": (7e-2, 0.25)}
 
 # ---------------------------------------------------------------------------------------------------------------- models
 
@@ -74,13 +92,16 @@ def random_tensors(shapes, dtype, device):
         tensors[name] = torch.randn(like.shape, dtype=dtype if frozen else torch.float32, device=device).mul_(scale)
         if "norm" in name.lower() and name.endswith("weight"):
             tensors[name] += 1
-    return tensors | {"language_model.lm_head.weight": tensors["language_model.model.decoder.embed_tokens.weight"]}
+        if name.endswith("Attention.q.weight"):  # T5's attention has no 1/sqrt(64)
+            tensors[name] /= 8
+    return tensors
 
 
 def build_models(size, dtype, device):
     """{name: model}, ours first, around the same tensors."""
     peers = {f"transformers, {attention}": blank_peer(size, attention) for attention in ("eager", "sdpa")}
     config, tensors = (peer := peers["transformers, sdpa"]).config.to_dict(), random_tensors(peer.state_dict(), dtype, device)
+    tensors["language_model.lm_head.weight"] = tensors["language_model.model.decoder.embed_tokens.weight"]
     for peer in peers.values():
         peer.load_state_dict(tensors, assign=True)
         peer.language_model.generation_config.eos_token_id = None  # as our stop=(): nothing ends a text
@@ -92,6 +113,27 @@ def build_models(size, dtype, device):
     ours.load_state_dict({rename(name): tensor for name, tensor in tensors.items()}, assign=True)
     ours.llm.tie_head()
     return {"ours": ours, **peers}
+
+
+def build_llms(name, dtype, device):
+    """{name: language model}, ours first, around the same random tensors; ours is frozen, as load_llm leaves it."""
+    config = transformers.AutoConfig.for_model(**LLMS[name], use_cache=False, decoder_start_token_id=0)
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        ours = language_models.ARCHITECTURES[config.model_type](LLMS[name])
+        peers = {f"transformers, {attention}": kind.from_config(config, attn_implementation=attention) for attention in ("eager", "sdpa")}
+    tied = ours.lm_head.weight is ours.get_parameter(ours.WORDS)
+    tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(ours.state_dict(), dtype, device).items()}
+    tensors |= {"lm_head.weight": tensors[ours.WORDS]} if tied else {}
+    ours.load_state_dict(tensors, assign=True)
+    ours.tie_head(tied)
+    for peer in peers.values():
+        also = {name: tensors[ours.WORDS] for name in peer.state_dict().keys() - tensors.keys()}  # T5's other names of its word embeddings
+        peer.load_state_dict(tensors | also, assign=True)
+        if config.model_type == "llama":  # its angles are no parameters, and were left on the meta device
+            peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(device)
+        peer.generation_config.eos_token_id = None
+    return {"ours": ours.to(device).requires_grad_(False).eval()} | {name: peer.eval() for name, peer in peers.items()}
 
 
 def enter_stage(models, stage):
@@ -123,19 +165,37 @@ def mean_losses(models, B, T, device):
     return {name: our_loss if model is ours else partial(their_loss, model) for name, model in models.items()}
 
 
-def check_agreement(models, losses, autocast, tolerance):
-    """Raises ValueError unless losses and gradients agree (without dropout). -> the greatest differences"""
+def mean_llm_losses(models, B, T, device):
+    """({name: function that returns the mean loss a token of one batch}, the 32 soft prompts (B,32,D) that they read)"""
+    ours = models["ours"]
+    soft_prompts = torch.randn(B, 32, ours.dim, device=device).to(ours.lm_head.weight.dtype).requires_grad_()
+    target_ids = torch.randint(4, ours.vocab_size, (B, T), device=device)
+
+    def our_loss():
+        loss, tokens = ours.loss(soft_prompts, target_ids)
+        return loss / tokens
+
+    def their_loss(peer):
+        if peer.config.is_encoder_decoder:
+            return peer(inputs_embeds=soft_prompts, labels=target_ids).loss
+        inputs = torch.cat([soft_prompts, peer.get_input_embeddings()(target_ids)], dim=1)
+        return peer(inputs_embeds=inputs, labels=F.pad(target_ids, (32, 0), value=-100)).loss
+
+    return {name: our_loss if model is ours else partial(their_loss, model) for name, model in models.items()}, soft_prompts
+
+
+def check_agreement(losses, weights, autocast, tolerance):
+    """Raises ValueError unless losses and their gradients to {name: tensor} agree (without dropout). -> the greatest differences"""
     values, grads = [], []
-    for name, model in models.items():
-        model.eval().zero_grad()
+    for name, weight in weights.items():
         with autocast():
             (loss := losses[name]()).backward()
         values.append(loss.item())
-        grads.append((model.projector if name == "ours" else model.language_projection).weight.grad)
-        model.zero_grad()
+        grads.append(weight.grad)
+        weight.grad = None
     apart = max(abs(v - values[0]) for v in values), max(((g - grads[0]).norm() / grads[0].norm()).item() for g in grads)
     if not (apart[0] <= tolerance[0] and apart[1] <= tolerance[1]):  # nan, too, is no agreement
-        raise ValueError(f"ours and transformers compute different things: losses {values}, projector gradients {apart[1]:.2g} apart "
+        raise ValueError(f"ours and transformers compute different things: losses {values}, gradients {apart[1]:.2g} apart "
                          f"(relative); at most {tolerance[0]:g} and {tolerance[1]:g} are allowed")
     return apart
 
@@ -157,6 +217,20 @@ def step_flops(model, stage, B, T):
     query = (matrices(former) - on_image) * Q + on_image * N + 2 * Q * (len(blocks) * Q + crossings * N) * model.vpg.dim
     read = 2 * (matrices(llm.layers) * S + llm.vocab_size * llm.dim * T) + 3 * len(llm.layers) * S * S * llm.dim  # causal: half
     return 2 * B * (see + (3 if joint else 1) * query + (3 if joint else 2) * matrices(model.projector) * Q + read)
+
+
+def llm_flops(llm, B, T, P=32):
+    """As step_flops, for a language model alone: 2 x parameters x tokens forward, and as much for gradients to activations."""
+    matrices = lambda modules: sum(p.numel() for p in modules.parameters() if p.ndim > 1)
+    head = T * llm.vocab_size * llm.dim
+    if isinstance(llm, language_models.T5):  # the decoder reads T, but makes keys and values of what the encoder has read
+        keys = sum(matrices(block.layer[1]["EncDecAttention"].k) for block in llm.decoder.block) * 2
+        read = matrices(llm.encoder.block) * P + (matrices(llm.decoder.block) - keys) * T + keys * P
+        inner = llm.heads * llm.encoder.block[0].layer[0]["SelfAttention"].head_dim
+        return 4 * B * (read + 2 * inner * (len(llm.encoder.block) * P * P + len(llm.decoder.block) * (T * T / 2 + T * P)) + head)
+    S = P + T - 1
+    inner = llm.head_dim * llm.layers[0].self_attn.q_proj.out_features // llm.head_dim
+    return 4 * B * (matrices(llm.layers) * S + len(llm.layers) * S * S * inner + head)
 
 
 def take_turns(functions, repeats, device):
@@ -207,15 +281,15 @@ def time_training(models, stage, losses, autocast, repeats, device):
     return take_turns({name: new_step(name) for name in models}, repeats, device), peak
 
 
-def time_generation(models, B, beams, repeats, device, exact):
-    """-> {name: seconds of each batch}, share of ids that are equal; ValueError if `exact` and some are not."""
-    llm = models["ours"].llm
+def time_generation(llms, B, beams, repeats, device, exact):
+    """{name: language model} -> {name: seconds of each batch}, share of ids that are equal; ValueError if `exact` and some are not."""
+    llm = llms["ours"]
     prefix = torch.randn(B, 33, llm.dim, device=device).to(llm.lm_head.weight.dtype)
-    functions = {name: partial(model.language_model.generate, inputs_embeds=prefix, attention_mask=torch.ones(B, 33, device=device).long(),
+    functions = {name: partial(peer.generate, inputs_embeds=prefix, attention_mask=torch.ones(B, 33, device=device).long(),
                                use_cache=True, max_new_tokens=NEW_TOKENS, num_beams=beams, do_sample=False, pad_token_id=1)
-                 for name, model in models.items() if name != "ours"}
+                 for name, peer in llms.items() if name != "ours"}
     functions = {"ours": partial(llm.generate, prefix, max_new_tokens=NEW_TOKENS, num_beams=beams, stop=())} | functions
-    ids = [torch.as_tensor(function()).cpu() for function in functions.values()]  # (B, 30) each; also warms up
+    ids = [torch.as_tensor(function()).cpu()[:, -NEW_TOKENS:] for function in functions.values()]  # (B, 30) each; also warms up
     equal = min((ids[0] == theirs).float().mean().item() for theirs in ids)
     if exact and equal < 1:
         raise ValueError(f"with {beams} beam(s) only {equal:.1%} of the ids that ours and transformers generate are equal")
@@ -248,7 +322,10 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small", help="small: ViT 12 x 384, Q-Former 6 x 768, OPT-125M; the others: EVA "
                         "ViT-g, Q-Former 12 x 768 and that OPT, 8 and 16 GB of weights in bf16 (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images a step, captions generated at a time (default: %(default)s)")
+    parser.add_argument("--llm", choices=LLMS, help="a language model of these shapes alone, in the place of a BLIP-2")
+    parser.add_argument("--loading", action="store_true", help="the loading of a checkpoint, in the place of both")
+    parser.add_argument("--batch-size", type=int, help="samples a training step (default: 8, and 16 with --llm)")
+    parser.add_argument("--generation-batch-size", type=int, default=8, help="captions generated at a time (default: %(default)s)")
     parser.add_argument("--target-tokens", type=int, default=16, help="of each caption (default: %(default)s)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of ViT, LLM and the arithmetic (autocast); what "
                         "trains is always float32 (default: %(default)s)")
@@ -256,9 +333,133 @@ def parse_arguments(argv=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks, of all, in training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     args = parser.parse_args(argv)
-    if min(args.batch_size, args.target_tokens, args.repeats) < 1:
+    args.batch_size = args.batch_size if args.batch_size is not None else 16 if args.llm else 8
+    if min(args.generation_batch_size, args.batch_size, args.target_tokens, args.repeats) < 1:
         parser.error("--batch-size, --target-tokens and --repeats must be at least 1")
     return args
+
+
+LOAD = """
+import resource, sys, time
+import torch
+torch.manual_seed(0)
+who, folder, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
+if who == "ours":
+    from llm import load_llm
+else:
+    from transformers import AutoModelForCausalLM
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+before, began = peak(), time.perf_counter()
+with torch.no_grad():
+    if who == "ours":
+        llm = load_llm(folder, dtype=dtype)
+        loaded = time.perf_counter()
+        llm(torch.zeros(1, 4, llm.dim), torch.zeros(1, 1, dtype=torch.long))
+    else:
+        llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        loaded = time.perf_counter()
+        llm(inputs_embeds=torch.zeros(1, 4, llm.config.hidden_size, dtype=dtype))
+print(loaded - began, time.perf_counter() - began, peak() - before)
+"""
+
+
+def bench_loading(args):
+    """A random checkpoint of 2 GB in bf16, loaded as it is and to float32 by ours and by transformers, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device("meta"):
+            llm = language_models.LLaMA(LLMS["2 GB"])
+        tensors = random_tensors(dict(llm.named_parameters()), torch.bfloat16, "cpu")
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        (Path(folder) / "config.json").write_text(json.dumps(LLMS["2 GB"]))
+        size = (Path(folder) / "model.safetensors").stat().st_size
+        print(f"`python bench.py --loading`: {size / 1e9:.2f} GB in bf16, in the page cache, medians of {args.repeats}\n{machine(torch.device('cpu'))}\n")
+        print("| to | implementation | s to load | s to the first logits | peak memory / size as loaded |\n|---|---|---|---|---|")
+        for dtype in ("bfloat16", "float32"):
+            rows = {"ours": [], "transformers": []}
+            for who in list(rows) * args.repeats:
+                run = subprocess.run([sys.executable, "-c", LOAD, who, folder, dtype], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+                rows[who].append([float(x) for x in run.stdout.split()[-3:]])
+            for who, runs in rows.items():
+                load, first, peak = (statistics.median(column) for column in zip(*runs))
+                print(f"| {dtype} | {who} | {load:.2f} | {first:.2f} | {peak / (size * (2 if dtype == 'float32' else 1)):.2f} |")
+
+
+def bench_llm(args, device, dtype):
+    B, T, low = args.batch_size, args.target_tokens, dtype == torch.bfloat16
+    llms = build_llms(args.llm, dtype, device)
+    rows = []
+    # transformers' weights are left unfrozen here: torch would multiply a frozen head the slow way, copying it for each row
+    for beams in (1, 5):
+        seconds, equal = time_generation(llms, args.generation_batch_size, beams, args.repeats, device, exact=not low)
+        rows.append(("greedy" if beams == 1 else f"{beams} beams", seconds, lambda name, median, equal=equal: f"{equal:.1%}"))
+    for llm in llms.values():
+        llm.requires_grad_(False)
+        for block in compiled_blocks(llm) if args.compile else ():
+            block.compile()
+    losses, soft_prompts = mean_llm_losses(llms, B, T, device)
+    apart = check_agreement(losses, dict.fromkeys(llms, soft_prompts), contextlib.nullcontext, TOLERANCE[args.precision])
+    speed = matrix_product_speed(dtype, device)
+    best = llm_flops(llms["ours"], B, T) / speed
+
+    def step(name):
+        losses[name]().backward()
+        soft_prompts.grad = None
+
+    seconds = take_turns({name: partial(step, name) for name in llms}, args.repeats, device)
+    print(*table("training | implementation | ms | min - max | samples/s | ratio | of the limit",
+                 [("forward, backward", seconds, lambda name, median: f"{best / median:.0%}")], B), sep="\n")
+    print(f"\nThe limit: {best * speed / 1e12:.3g} TFLOP at {speed / 1e12:.3g} TFLOP/s, those of a large matrix product in {args.precision}; losses "
+          f"within {apart[0]:.1e}, gradients within {apart[1]:.1e} of transformers'")
+    print(*table(f"{NEW_TOKENS} tokens, batch {args.generation_batch_size} | implementation | ms | min - max | captions/s | ratio | equal ids", rows,
+                 args.generation_batch_size), sep="\n")
+
+
+def bench_blip2(args, device, dtype):
+    B, low, autocast = args.batch_size, dtype == torch.bfloat16, partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    models = build_models(args.size, dtype, device)
+    for model in models.values():
+        model.eval()
+    generation, training, notes = [], [], []
+    llms = {name: model.llm if name == "ours" else model.language_model for name, model in models.items()}
+    for beams in (1, 5):  # before anything is compiled: a cache that grows would be compiled again and again
+        seconds, equal = time_generation(llms, args.generation_batch_size, beams, args.repeats, device, exact=not low)
+        generation.append(("greedy" if beams == 1 else f"{beams} beams", seconds, lambda name, median, equal=equal: f"{equal:.1%}"))
+    if args.compile:
+        for name, model in models.items():
+            vpg = model.vpg.layers if name == "ours" else [*model.vision_model.encoder.layers, *model.qformer.encoder.layer]
+            for block in [*vpg, *compiled_blocks(llms[name])]:
+                block.compile()
+    speed = matrix_product_speed(dtype, device)
+    losses = mean_losses(models, B, args.target_tokens, device)
+    projectors = {name: (model.projector if name == "ours" else model.language_projection).weight for name, model in models.items()}
+    for what in ("warm-up", "fine-tune"):
+        stage = vpgtrans.STAGES[what]
+        enter_stage(models, stage)
+        for model in models.values():
+            model.eval()
+        apart = check_agreement(losses, projectors, autocast, TOLERANCE[args.precision])
+        for model in models.values():
+            model.zero_grad()
+        enter_stage(models, stage)  # dropout is on again
+        seconds, peak = time_training(models, stage, losses, autocast, args.repeats, device)
+        best = step_flops(models["ours"], stage, B, args.target_tokens) / speed
+        training.append((what, seconds, lambda name, median, peak=peak, best=best:
+                         (f"{peak[name]:.2f}" if peak else "-") + f" | {best / median:.0%}"))
+        notes.append(f"{what}: {best * speed / 1e12:.3g} TFLOP a step, at best {best * 1e3:,.1f} ms; losses within {apart[0]:.1e}, projector "
+                     f"gradients within {apart[1]:.1e} of transformers'")
+    print(*table("training | implementation | ms | min - max | samples/s | ratio | peak GiB | of the limit", training, B), sep="\n")
+    print(f"\nThe limit: a large matrix product in {args.precision} runs at {speed / 1e12:.3g} TFLOP/s", *notes, sep="\n")
+    print(*table(f"{NEW_TOKENS} tokens, batch {args.generation_batch_size} | implementation | ms | min - max | captions/s | ratio | equal ids",
+                 generation, args.generation_batch_size), sep="\n")
+
+
+def compiled_blocks(llm):
+    """The repeated blocks of a language model, ours or transformers'."""
+    if isinstance(llm, language_models.LanguageModel):
+        return llm.layers
+    if llm.config.is_encoder_decoder:
+        return [*llm.encoder.block, *llm.decoder.block]
+    return getattr(llm.model, "decoder", llm.model).layers
 
 
 def main(argv=None):
@@ -266,39 +467,13 @@ def main(argv=None):
     if transformers is None:
         sys.exit("bench.py: measures ours beside transformers, which is missing: pip install -r requirements-dev.txt")
     transformers.logging.set_verbosity_error()
-    device, low, B = torch.device(args.device), args.precision == "bf16", args.batch_size
-    dtype, autocast = torch.bfloat16 if low else torch.float32, partial(torch.autocast, device.type, torch.bfloat16, enabled=low)
-    models = build_models(args.size, dtype, device)
-    for model in models.values():
-        model.eval()
-    generation, training, notes = [], [], []
-    for beams in (1, 5):  # before anything is compiled: a cache that grows would be compiled again and again
-        seconds, equal = time_generation(models, B, beams, args.repeats, device, exact=not low)
-        generation.append(("greedy" if beams == 1 else f"{beams} beams", seconds, lambda name, median, equal=equal: f"{equal:.1%}"))
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # all of transformers' blocks share one function; past 8 variants, they run eagerly
-        peers = [peer for name, peer in models.items() if name != "ours"]
-        for block in [*models["ours"].vpg.layers, *models["ours"].llm.layers, *(block for peer in peers for block in (
-                *peer.vision_model.encoder.layers, *peer.qformer.encoder.layer, *peer.language_model.model.decoder.layers))]:
-            block.compile()
-    speed = matrix_product_speed(dtype, device)
-    losses = mean_losses(models, B, args.target_tokens, device)
-    for what in ("warm-up", "fine-tune"):
-        stage = vpgtrans.STAGES[what]
-        enter_stage(models, stage)
-        apart = check_agreement(models, losses, autocast, TOLERANCE[args.precision])
-        enter_stage(models, stage)  # the check has switched dropout off
-        seconds, peak = time_training(models, stage, losses, autocast, args.repeats, device)
-        best = step_flops(models["ours"], stage, B, args.target_tokens) / speed
-        training.append((what, seconds, lambda name, median, peak=peak, best=best:
-                         (f"{peak[name]:.2f}" if peak else "-") + f" | {best / median:.0%}"))
-        notes.append(f"{what}: {best * speed / 1e12:.3g} TFLOP a step, at best {best * 1e3:,.1f} ms; losses within {apart[0]:.1e}, projector "
-                     f"gradients within {apart[1]:.1e} of transformers'")
-    print(f"`python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}`: {args.size}, {args.precision}, batch {B}, "
+    if args.loading:
+        return bench_loading(args)
+    device, dtype = torch.device(args.device), torch.bfloat16 if args.precision == "bf16" else torch.float32
+    torch._dynamo.config.recompile_limit = 64  # all blocks of a kind share one function; past 8 variants, they run eagerly
+    print(f"`python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}`: {args.llm or args.size}, {args.precision}, batch {args.batch_size}, "
           f"{args.target_tokens} target tokens, medians of {args.repeats}\n{machine(device)}")
-    print(*table("training | implementation | ms | min - max | samples/s | ratio | peak GiB | of the limit", training, B), sep="\n")
-    print(f"\nThe limit: a large matrix product in {args.precision} runs at {speed / 1e12:.3g} TFLOP/s", *notes, sep="\n")
-    print(*table(f"{NEW_TOKENS} tokens | implementation | ms | min - max | captions/s | ratio | equal ids", generation, B), sep="\n")
+    (bench_llm if args.llm else bench_blip2)(args, device, dtype)
 
 
 if __name__ == "__main__":

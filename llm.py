@@ -25,9 +25,6 @@ from torch import nn
 # ---------------------------------------------------------------------------------------------- shared by all models
 
 
-BLOCKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def attention(q, k, v, mask=None, causal=False, scale=None):
     """Softmax attention of queries (B,H,Sq,hd) over keys and values (B,G,Sk,hd) -> (B,H,Sq,hd).
 
@@ -47,22 +44,6 @@ def attention(q, k, v, mask=None, causal=False, scale=None):
     return (by_group(scores.softmax(-1).to(v.dtype)) @ v).view(q.shape)
 
 
-class Linear(nn.Linear):
-    """nn.Linear that, while nothing is differentiated, reads a frozen bf16 weight on a CPU in blocks that suit the matrix product.
-
-    That takes 1/1.6 of the time for the few rows of a decoding step, and the weight's memory once more. The blocks are made
-    at the first use, by the operations that torch.compile takes for CPUs."""
-
-    blocks = None
-
-    def forward(self, x):
-        if not BLOCKS or x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled() or self.weight.requires_grad:
-            return super().forward(x)
-        if self.blocks is None or self.blocks[0] is not self.weight:
-            self.blocks = self.weight, torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-        return torch.ops.mkldnn._linear_pointwise(x, self.blocks[1], self.bias, "none", [], "")
-
-
 def split_heads(x, hd):
     return rearrange(x, "b s (h d) -> b h s d", d=hd)
 
@@ -80,6 +61,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Draws nothing on the meta device: torch would import its compiler for that, which takes a second."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+def word_scores(head, x):
+    """Hidden states (B,S,D) -> logits (B,S,V), as a product of two matrices: with three dimensions and strides, as of a
+    slice, torch would copy the whole head for each row."""
+    return head(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def right_align(prefix, prefix_mask):
@@ -309,7 +303,7 @@ class DecoderOnly(LanguageModel):
             keep = F.pad(prefix_mask, (0, T - 1), value=True)  # (B, S)
             positions, mask = (keep.cumsum(1) - 1).clamp(min=0), causal_mask(keep)
         x = self.read(torch.cat([prefix, read_targets], dim=1), positions, mask)
-        return self.head(x[:, P - 1 :].contiguous())  # a strided matrix product would first copy the whole head
+        return self.head(x[:, P - 1 :])
 
     def start(self, prefix, prefix_mask, steps, K):
         """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of K beams."""
@@ -321,7 +315,7 @@ class DecoderOnly(LanguageModel):
             prefix, prefix_mask = right_align(prefix, prefix_mask)
             positions, mask = (prefix_mask.cumsum(1) - 1).clamp(min=0), causal_mask(prefix_mask)
         cache = Cache(len(self.layers), self.kv_heads, self.head_dim, prefix, prefix_mask, steps - 1, K)
-        return self.head(self.read(prefix, positions, mask, cache)[:, -1:].contiguous()), cache
+        return self.head(self.read(prefix, positions, mask, cache)[:, -1:]), cache
 
     def step(self, ids, cache):
         """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
@@ -335,7 +329,7 @@ class OPTAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.head_dim = dim // heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(dim, dim) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, x, mask, cache):
         q, k, v = (split_heads(project(x), self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -351,8 +345,8 @@ class OPTLayer(nn.Module):
         self.pre_norm = config["do_layer_norm_before"]  # False in opt-350m alone
         self.self_attn = OPTAttention(dim, config["num_attention_heads"])
         self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.fc1 = Linear(dim, config["ffn_dim"])
-        self.fc2 = Linear(config["ffn_dim"], dim)
+        self.fc1 = nn.Linear(dim, config["ffn_dim"])
+        self.fc2 = nn.Linear(config["ffn_dim"], dim)
         self.final_layer_norm = nn.LayerNorm(dim)
 
     def feed_forward(self, x):
@@ -370,10 +364,10 @@ class OPTDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim, word_dim = config["hidden_size"], config["word_embed_proj_dim"]
-        self.embed_tokens = nn.Embedding(config["vocab_size"], word_dim)
-        self.embed_positions = nn.Embedding(config["max_position_embeddings"] + 2, dim)  # rows 0 and 1 are never read
-        self.project_in = Linear(word_dim, dim, bias=False) if word_dim != dim else None
-        self.project_out = Linear(dim, word_dim, bias=False) if word_dim != dim else None
+        self.embed_tokens = Embedding(config["vocab_size"], word_dim)
+        self.embed_positions = Embedding(config["max_position_embeddings"] + 2, dim)  # rows 0 and 1 are never read
+        self.project_in = nn.Linear(word_dim, dim, bias=False) if word_dim != dim else None
+        self.project_out = nn.Linear(dim, word_dim, bias=False) if word_dim != dim else None
         self.layers = nn.ModuleList(OPTLayer(config) for _ in range(config["num_hidden_layers"]))
         final = config["do_layer_norm_before"] and not config["_remove_final_layer_norm"]
         self.final_layer_norm = nn.LayerNorm(dim) if final else None
@@ -397,7 +391,7 @@ class OPT(DecoderOnly):
         config["word_embed_proj_dim"] = config.get("word_embed_proj_dim") or self.dim
         self.kv_heads, self.head_dim = config["num_attention_heads"], self.dim // config["num_attention_heads"]
         self.model = nn.ModuleDict({"decoder": OPTDecoder(config)})
-        self.lm_head = Linear(config["word_embed_proj_dim"], self.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config["word_embed_proj_dim"], self.vocab_size, bias=False)
         self.tie_head(config["tie_word_embeddings"])
 
     @property
@@ -422,7 +416,7 @@ class OPT(DecoderOnly):
     def head(self, x):
         """(B,S,D) hidden states -> (B,S,V) logits."""
         project_out = self.model["decoder"].project_out
-        return self.lm_head(x if project_out is None else project_out(x))
+        return word_scores(self.lm_head, x if project_out is None else project_out(x))
 
     @staticmethod
     def checkpoint_name(name):
@@ -465,9 +459,9 @@ class LLaMAAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim, H, G, self.head_dim = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
-        self.q_proj = Linear(dim, H * self.head_dim, bias=config["qkv_bias"])
-        self.k_proj, self.v_proj = (Linear(dim, G * self.head_dim, bias=config["qkv_bias"]) for _ in range(2))
-        self.o_proj = Linear(H * self.head_dim, dim, bias=config["attention_bias"])
+        self.q_proj = nn.Linear(dim, H * self.head_dim, bias=config["qkv_bias"])
+        self.k_proj, self.v_proj = (nn.Linear(dim, G * self.head_dim, bias=config["qkv_bias"]) for _ in range(2))
+        self.o_proj = nn.Linear(H * self.head_dim, dim, bias=config["attention_bias"])
         if config["qk_norm"]:
             self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config["rms_norm_eps"]) for _ in range(2))
         else:
@@ -487,8 +481,8 @@ class LLaMALayer(nn.Module):
         dim, hidden, eps, bias = (config[key] for key in ("hidden_size", "intermediate_size", "rms_norm_eps", "mlp_bias"))
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(dim, eps), RMSNorm(dim, eps)
         self.self_attn = LLaMAAttention(config)
-        self.mlp = nn.ModuleDict({"gate_proj": Linear(dim, hidden, bias), "up_proj": Linear(dim, hidden, bias),
-                                  "down_proj": Linear(hidden, dim, bias)})
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(dim, hidden, bias), "up_proj": nn.Linear(dim, hidden, bias),
+                                  "down_proj": nn.Linear(hidden, dim, bias)})
 
     def forward(self, x, rotation, mask=None, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
@@ -519,9 +513,9 @@ class LLaMA(DecoderOnly):
         # up to the width of its window, a sliding window is all of the text
         self.longest = config["sliding_window"] if config.get("use_sliding_window", True) else None
         self.dim, self.vocab_size = config["hidden_size"], config["vocab_size"]
-        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(self.vocab_size, self.dim), "norm": RMSNorm(self.dim, config["rms_norm_eps"]),
+        self.model = nn.ModuleDict({"embed_tokens": Embedding(self.vocab_size, self.dim), "norm": RMSNorm(self.dim, config["rms_norm_eps"]),
                                     "layers": nn.ModuleList(LLaMALayer(config) for _ in range(config["num_hidden_layers"]))})
-        self.lm_head = Linear(self.dim, self.vocab_size, bias=False)
+        self.lm_head = nn.Linear(self.dim, self.vocab_size, bias=False)
         self.tie_head(config["tie_word_embeddings"])
         self.register_buffer("frequencies", rotary_frequencies(config, self.head_dim), persistent=False)
 
@@ -545,7 +539,7 @@ class LLaMA(DecoderOnly):
 
     def head(self, x):
         """(B,S,D) hidden states -> (B,S,V) logits."""
-        return self.lm_head(x)
+        return word_scores(self.lm_head, x)
 
     @staticmethod
     def checkpoint_name(name):
@@ -578,10 +572,10 @@ class T5Attention(nn.Module):
         super().__init__()
         dim, self.head_dim = config["d_model"], config["d_kv"]
         inner = config["num_heads"] * self.head_dim
-        self.q, self.k, self.v = (Linear(dim, inner, bias=False) for _ in range(3))
-        self.o = Linear(inner, dim, bias=False)
+        self.q, self.k, self.v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, dim, bias=False)
         if holds_bias:
-            self.relative_attention_bias = nn.Embedding(config["relative_attention_num_buckets"], config["num_heads"])
+            self.relative_attention_bias = Embedding(config["relative_attention_num_buckets"], config["num_heads"])
 
     def keys_values(self, x):
         return split_heads(self.k(x), self.head_dim), split_heads(self.v(x), self.head_dim)
@@ -595,8 +589,8 @@ class T5FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim, hidden, self.gelu = config["d_model"], config["d_ff"], config["gelu"]
-        self.wi_0, self.wi_1 = Linear(dim, hidden, bias=False), Linear(dim, hidden, bias=False)
-        self.wo = Linear(hidden, dim, bias=False)
+        self.wi_0, self.wi_1 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.wo = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
         return self.wo(F.gelu(self.wi_0(x), approximate=self.gelu) * self.wi_1(x))
@@ -660,10 +654,10 @@ class T5(LanguageModel):
             raise ValueError(f"dense_act_fn = {config['dense_act_fn']!r} is not implemented for T5; only {', '.join(self.GELU)} are")
         config["gelu"] = self.GELU[config["dense_act_fn"]]
         self.dim, self.vocab_size, self.heads = config["d_model"], config["vocab_size"], config["num_heads"]
-        self.shared = nn.Embedding(self.vocab_size, self.dim)
+        self.shared = Embedding(self.vocab_size, self.dim)
         self.encoder = T5Stack(config, config["num_layers"], decodes=False)
         self.decoder = T5Stack(config, config["num_decoder_layers"] or config["num_layers"], decodes=True)
-        self.lm_head = Linear(self.dim, self.vocab_size, bias=False)
+        self.lm_head = nn.Linear(self.dim, self.vocab_size, bias=False)
         self.tie_head(config["tie_word_embeddings"])
         self.start_id = config["decoder_start_token_id"]
         # a tied head reads scaled hidden states (T5 1.0); today's writer ties all and says that apart
@@ -697,7 +691,7 @@ class T5(LanguageModel):
         """The decoder: (B,T,D) embeddings -> (B,T,V) logits."""
         for i, block in enumerate(self.decoder.block):
             x = block(x, bias, read[i], keep, None if cache is None else cache[i])
-        return self.lm_head(self.decoder.final_layer_norm(x) * self.scale)
+        return word_scores(self.lm_head, self.decoder.final_layer_norm(x) * self.scale)
 
     def forward(self, prefix, target_ids, prefix_mask=None):
         """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
