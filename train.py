@@ -257,13 +257,16 @@ def convert_projector(projector, src, tgt, captions, say):
 
 
 def build_model(args, src, tgt, captions, processes):
-    """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the target's LLM."""
+    """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the target's LLM; and its tokenizer."""
     device, say = processes.device, processes.say
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     q_former = hub.resolve(args.from_scratch, "VPG") if args.from_scratch else src
     vpg = qformer.load_vpg(q_former.folder, dtype=dtype, device=device, vit_folder=src.vit)
     hub.check_belongs(src, vit=vpg.frozen_parameters())
-    llm = language_models.load_llm(tgt.llm, dtype=dtype, device=device)
+    llm, tok = language_models.load_llm(tgt.llm, dtype=dtype, device=device), data.load_tokenizer(tgt.tokenizer)
+    if (last := max(tok.vocab().values())) >= llm.vocab_size:
+        raise ValueError(f"the tokenizer in {tgt.tokenizer} has ids up to {last}, the vocabulary of {tgt.llm} only up to {llm.vocab_size - 1}: it "
+                         "belongs to another LLM (see --tgt-tokenizer)")
     torch.manual_seed(args.seed)
     projector = nn.Linear(vpg.dim, llm.dim)
     if args.from_scratch is not None:
@@ -281,7 +284,7 @@ def build_model(args, src, tgt, captions, processes):
     if processes.world > 1:
         for parameter in vpgtrans.blip2_names(model).values():
             dist.broadcast(parameter.data, src=0)
-    return model
+    return model, tok
 
 
 # -------------------------------------------------------------------------------------------------------- a run's folder
@@ -614,12 +617,9 @@ def prepare(args, stages):
     steps = {name: plan_length(args, name, stage, sum(map(len, sets[name][0])), processes.world) for name, stage in stages.items()}
     resumed = load_state(args.out, args) if args.resume else None
     captions = [caption for pairs in sets[list(stages)[0]][0] for caption in pairs.captions]
-    tok, model = data.load_tokenizer(tgt.tokenizer), build_model(args, src, tgt, captions, processes)
-    if (last := max(tok.vocab().values())) >= model.llm.vocab_size:
-        raise ValueError(f"the tokenizer in {tgt.tokenizer} has ids up to {last}, the vocabulary of {tgt.llm} only {model.llm.vocab_size}; it "
-                         "belongs to another LLM: see --tgt-tokenizer")
+    model, tok = build_model(args, src, tgt, captions, processes)
     new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
-    validation, log = Validation(new_samples([val], augment=False), args.micro_batch, processes), Log(args.out, processes.rank)
+    validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), Log(args.out, processes.rank)
     jobs = {}
     for name, (pairs, weights) in sets.items():
         seed = args.seed * len(STAGES) + list(STAGES).index(name)  # each stage has an order and crops of its own

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 import hub
-from hub import resolve
+from hub import first_files, resolve
 
 
 @pytest.fixture
@@ -55,6 +55,27 @@ def test_a_source_needs_only_the_shards_with_its_vpg_and_word_embeddings(cache):
     assert resolve("opt-6.7b", "source").folder == folder
     with pytest.raises(FileNotFoundError):  # to caption with it, the rest is needed
         resolve("opt-6.7b", "model")
+
+
+def test_what_a_role_needs_of_a_tokenizer(cache):
+    """Its settings where there are any, nothing else of a repository that lends it, and none of one that has only tokenizer.model."""
+    assert first_files({"config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "model.safetensors"}) == [
+        "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+    lender = put(cache, "huggyllama/llama-7b", config__json="{}", tokenizer__json="{}")
+    assert resolve("llama-7b", "tokenizer").tokenizer == lender
+    with pytest.raises(FileNotFoundError):  # its weights are not there
+        resolve("llama-7b", "target")
+    vicuna = put(cache, "lmsys/vicuna-7b-v1.5", config__json="{}", tokenizer__model="", pytorch_model__bin="")
+    assert resolve("vicuna-7b", "target").llm == vicuna
+
+
+def test_a_t5_source_needs_its_word_embeddings(cache):
+    index = {"weight_map": {"vision_model.x": "1", "language_model.shared.weight": "2", "language_model.encoder.block.0.x": "3"}}
+    folder = put(cache, "Salesforce/blip2-flan-t5-xl", config__json="{}", tokenizer__json="{}", model__safetensors__index__json=json.dumps(index), **{"1": ""})
+    with pytest.raises(FileNotFoundError):
+        resolve("flan-t5-xl", "source")
+    (folder / "2").write_text("")
+    assert resolve("flan-t5-xl", "source").folder == folder
 
 
 @pytest.mark.parametrize("name, role, says", [("opt-6.7b", "target", "facebook/opt-6.7b"), ("opt-2.7b", "source", "vision_model.*")])

@@ -40,21 +40,25 @@ VARIANTS = {
 DECODERS = [name for name in VARIANTS if VARIANTS[name]["model_type"] != "t5"]
 
 
-def make_pair(folder, variant):
-    """(our LLM, transformers', folder): the same weights, ours loaded from the folder that transformers wrote."""
+def make_model(folder, options):
+    """A random model of transformers', written to a folder as files on the Hub are."""
     folder.mkdir(parents=True, exist_ok=True)
-    if VARIANTS[variant]["model_type"] == "t5":
-        theirs = T5ForConditionalGeneration(T5Config(**VARIANTS[variant]))
-        theirs.config._attn_implementation = "eager"
-        if not VARIANTS[variant]["tie_word_embeddings"]:  # transformers ties the head of any new T5
-            theirs.lm_head.weight = nn.Parameter(torch.empty(120, 32))
-        randomise(theirs)
-        save_file({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(VARIANTS[variant]))
-    else:
-        config = AutoConfig.for_model(**VARIANTS[variant])
-        theirs = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    if options["model_type"] != "t5":
+        theirs = randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), attn_implementation="eager"))
         theirs.save_pretrained(folder)
+        return theirs
+    theirs = T5ForConditionalGeneration._from_config(T5Config(**options), attn_implementation="eager")
+    if not options["tie_word_embeddings"]:  # transformers ties the head of any new T5
+        theirs.lm_head.weight = nn.Parameter(torch.empty_like(theirs.lm_head.weight))
+    randomise(theirs)
+    save_file({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(options))
+    return theirs
+
+
+def make_pair(folder, variant):
+    """(our LLM, transformers', folder): the same weights, ours loaded from the folder."""
+    theirs = make_model(folder, VARIANTS[variant])
     return load_llm(folder, dtype=torch.float32), theirs, folder
 
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import conftest
 import sample
 import train
+from test_data import write_kind
+from test_llm import LLAMA, T5, make_model
 
 ROOT = Path(train.__file__).parent
 
@@ -127,6 +129,62 @@ def test_from_scratch_can_start_from_a_given_vpg(world, tmp_path):
     ours, given = load_file(tmp_path / "given" / "model.safetensors"), load_file(other / "model.safetensors")
     assert torch.allclose(ours["query_tokens"], given["query_tokens"], atol=1e-5)
     assert not torch.allclose(ours["query_tokens"], load_file(world[0] / "model.safetensors")["query_tokens"], atol=1e-2)
+
+
+@pytest.fixture(params=["LLaMA, pre-tokenizer", "Unigram"], scope="module")
+def other_family(request, world, tmp_path_factory):
+    """A run from the OPT source towards a LLaMA or a T5: (target, run, what it printed)."""
+    folder = tmp_path_factory.mktemp("family")
+    target = write_kind(folder / "target", request.param)
+    tokens = json.loads((target / "tokenizer_config.json").read_text())
+    make_model(target, (T5 if request.param == "Unigram" else LLAMA) | dict(vocab_size=800))
+    (target / "tokenizer_config.json").write_text(json.dumps(tokens))
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments((world[0], target, world[2]), folder / "run", "--steps", "20")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target, folder / "run", done.stdout
+
+
+def test_other_families_are_targets(other_family, world, capsys):
+    """A LLaMA with its tokenizer, and a T5, which is trained as a prefix LM: the loss falls, and they caption."""
+    target, run, printed = other_family
+    losses = [loss for loss, in rows(run, "val_loss")]
+    assert "word converter: 40 -> 32" in printed and losses[-1] < losses[0]
+    sample.main(["--model", str(run), str(world[2].parent / "0.png"), str(world[2].parent / "1.png"), "--precision", "fp32", "--num-beams", "2"])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "0.png: " in said[0]
+
+
+def test_other_families_are_sources(other_family, world, tmp_path, capsys):
+    """Back to an OPT: the run's LLM lends its word embeddings."""
+    train.main(arguments((other_family[1], world[1], world[2]), tmp_path / "back"))
+    assert "word converter: 32 -> 32" in capsys.readouterr().out
+    assert rows(tmp_path / "back", "val_loss")[-1][0] < 20
+
+
+def test_a_target_without_tokenizer_takes_that_of_another(other_family, world, tmp_path, capsys):
+    """lmsys/vicuna-*: only a tokenizer.model. The run remembers where its tokenizer was."""
+    bare, tokenizer = tmp_path / "bare", tmp_path / "tokenizer"
+    shutil.copytree(other_family[0], bare)
+    tokenizer.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / file).rename(tokenizer / file)
+    (tokenizer / "config.json").write_text((bare / "config.json").read_text())
+    (bare / "tokenizer.model").write_bytes(b"sentencepiece")
+    with pytest.raises(SystemExit):
+        train.main(arguments((world[0], bare, world[2]), tmp_path / "run"))
+    assert "--tgt-tokenizer" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    train.main(arguments((world[0], bare, world[2]), tmp_path / "run", "--tgt-tokenizer", str(tokenizer)))
+    sample.main(["--model", str(tmp_path / "run"), str(world[2].parent / "0.png"), "--precision", "fp32"])
+    assert "0.png: " in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_another_llm_is_refused(world, tmp_path, capsys):
+    """One with ids that the LLM has no embeddings for."""
+    tokenizer = write_kind(tmp_path / "tokenizer", "LLaMA, pre-tokenizer")
+    with pytest.raises(SystemExit):
+        train.main(arguments(world, tmp_path / "run", "--tgt-tokenizer", str(tokenizer)))
+    assert "has ids up to" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_transfers_chain(finished, world, tmp_path):
