@@ -279,41 +279,44 @@ class LanguageModel(nn.Module):
 
 
 class DecoderOnly(LanguageModel):
-    """[prefix | target] read by one stack of layers: what OPT and LLaMA have in common, given `embed`, `read` and `head`.
+    """[prefix | target] read by one stack of layers: what OPT and LLaMA have in common, given `embed` and `read`.
 
-    `longest` positions can be read, if it is not None; a cache has `kv_heads` heads of width `head_dim`."""
+    At most `longest` positions can be read, if that is not None; a cache has `kv_heads` heads of width `head_dim`."""
 
     def check_length(self, S):
         if self.longest is not None and S > self.longest:
             raise ValueError(f"{S} positions (prefix and target) are more than this {type(self).__name__}'s {self.longest}; shorten them")
+
+    def lay_out(self, prefix, prefix_mask, T):
+        """A prefix (B,P,D) with T tokens behind it: -> the prefix with its holes moved to the left end, which positions are real
+        (B,P) or None, the positions' numbers (B or 1,P+T), and the mask or None, which is causal."""
+        S = check_prefix(prefix, self.dim) + T
+        self.check_length(S)
+        prefix = prefix.to(self.lm_head.weight.dtype)
+        if prefix_mask is None:
+            return prefix, None, torch.arange(S, device=prefix.device)[None], None
+        prefix, prefix_mask = right_align(prefix, prefix_mask)
+        keep = F.pad(prefix_mask, (0, T), value=True)  # (B, S)
+        return prefix, prefix_mask, (keep.cumsum(1) - 1).clamp(min=0), causal_mask(keep)
+
+    def head(self, x):
+        """(B,S,D) hidden states -> (B,S,V) logits."""
+        return word_scores(self.lm_head, x)
 
     def forward(self, prefix, target_ids, prefix_mask=None):
         """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
 
         `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes taken out. None
         means no holes and takes the fast path. Targets of -100 stand behind a row's real targets."""
-        P, T = check_prefix(prefix, self.dim), target_ids.shape[1]
-        self.check_length(P + T - 1)
         check_ids(target_ids.clamp(min=0), self.vocab_size)
-        read_targets = self.embed(target_ids[:, :-1].clamp(min=0))
-        positions, mask = torch.arange(P + T - 1, device=prefix.device)[None], None
-        prefix = prefix.to(read_targets.dtype)
-        if prefix_mask is not None:
-            prefix, prefix_mask = right_align(prefix, prefix_mask)
-            keep = F.pad(prefix_mask, (0, T - 1), value=True)  # (B, S)
-            positions, mask = (keep.cumsum(1) - 1).clamp(min=0), causal_mask(keep)
-        x = self.read(torch.cat([prefix, read_targets], dim=1), positions, mask)
-        return self.head(x[:, P - 1 :])
+        prefix, _, positions, mask = self.lay_out(prefix, prefix_mask, target_ids.shape[1] - 1)
+        x = torch.cat([prefix, self.embed(target_ids[:, :-1].clamp(min=0))], dim=1)
+        return self.head(self.read(x, positions, mask)[:, prefix.shape[1] - 1 :])
 
     def start(self, prefix, prefix_mask, steps, K):
         """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of K beams."""
-        P, mask = check_prefix(prefix, self.dim), None
-        self.check_length(P + steps - 1)
-        prefix = prefix.to(self.lm_head.weight.dtype)
-        positions = torch.arange(P, device=prefix.device)[None]
-        if prefix_mask is not None:
-            prefix, prefix_mask = right_align(prefix, prefix_mask)
-            positions, mask = (prefix_mask.cumsum(1) - 1).clamp(min=0), causal_mask(prefix_mask)
+        prefix, prefix_mask, positions, mask = self.lay_out(prefix, prefix_mask, 0)
+        self.check_length(prefix.shape[1] + steps - 1)
         cache = Cache(len(self.layers), self.kv_heads, self.head_dim, prefix, prefix_mask, steps - 1, K)
         return self.head(self.read(prefix, positions, mask, cache)[:, -1:]), cache
 
@@ -416,7 +419,7 @@ class OPT(DecoderOnly):
     def head(self, x):
         """(B,S,D) hidden states -> (B,S,V) logits."""
         project_out = self.model["decoder"].project_out
-        return word_scores(self.lm_head, x if project_out is None else project_out(x))
+        return super().head(x if project_out is None else project_out(x))
 
     @staticmethod
     def checkpoint_name(name):
@@ -536,10 +539,6 @@ class LLaMA(DecoderOnly):
         for i, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, None if cache is None else cache[i])
         return self.model["norm"](x)
-
-    def head(self, x):
-        """(B,S,D) hidden states -> (B,S,V) logits."""
-        return word_scores(self.lm_head, x)
 
     @staticmethod
     def checkpoint_name(name):
