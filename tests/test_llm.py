@@ -108,6 +108,10 @@ def test_logits_loss_and_gradient_equal_transformers(pair):
     assert relative_error(a.grad, b.grad) < 2e-5
 
 
+def test_it_is_frozen_and_in_eval_mode(pair):
+    assert not any(parameter.requires_grad for parameter in pair[0].parameters()) and not pair[0].training
+
+
 def test_each_row_ignores_its_holes(pair):
     ours, theirs, _ = pair
     prefix, target = random_prefix(3, 6), random_ids(3, 4)
