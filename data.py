@@ -70,9 +70,11 @@ ASSUMED_IDS = {"opt": (2, 2, 1), "llama": (1, 2, None), "mistral": (1, 2, None),
 
 
 def read_json(file):
-    """The object in a JSON file; ValueError names a damaged one."""
+    """The object in a JSON file; FileNotFoundError and ValueError name one that is missing or damaged."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: missing; {file.parent} is not a checkpoint in Hugging Face layout") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({error}); download it again") from error
 
@@ -91,11 +93,11 @@ def special_ids(folder, config, encoder):
         id = id[0] if isinstance(id, list) else id
         if key in tokens:
             token = tokens[key].get("content") if isinstance(tokens[key], dict) else tokens[key]
-            id = encoder.token_to_id(token) if token else None
-            if token and id is None:
+            id = encoder.token_to_id(token) if isinstance(token, str) else None
+            if token and id is None and key != "pad_token":  # a pad that was added later has no embedding, and is not needed here
                 raise ValueError(f"{folder}: the {key} {token!r} of {named.name} or {older.name} is not in the vocabulary; are the "
                                  "files of one model?")
-            encoder.add_special_tokens([token] if token else [])
+            encoder.add_special_tokens([token] if id is not None else [])
         ids.append(None if id == -1 else id)
     if ids[1] is None:
         raise ValueError(f"{folder}: no eos_token in {named.name}, and no eos_token_id in config.json; say in one which token ends a text")

@@ -241,10 +241,21 @@ def test_a_named_token_becomes_special(tmp_path):
     (dict(config={"model_type": "qwen2"}), "eos_token in tokenizer_config.json.*eos_token_id in config.json"),
     (dict(config={"model_type": "qwen2", "eos_token_id": None}), "eos_token_id in config.json"),
     (dict(config={"model_type": "opt"}, tokenizer_config={"eos_token": None}), "eos_token in tokenizer_config.json"),
-    (dict(config={"model_type": "opt"}, tokenizer_config={"pad_token": "[PAD]"}), "pad_token '\\[PAD\\]' of tokenizer_config.json")])
+    (dict(config={"model_type": "opt"}, tokenizer_config={"bos_token": "[BOS]"}), "bos_token '\\[BOS\\]' of tokenizer_config.json"),
+    (dict(config={"model_type": "opt"}, tokenizer_config={"eos_token": 2}), "eos_token 2 of tokenizer_config.json")])
 def test_missing_specials_are_named(tmp_path, files, says):
     with pytest.raises(ValueError, match=f"{tmp_path.name}.*{says}"):
         data.load_tokenizer(write_json(tmp_path, tokenizer=byte_level(), **files))
+
+
+def test_a_pad_token_that_was_added_later_is_done_without(tmp_path):
+    ours = data.load_tokenizer(write_json(tmp_path, tokenizer=byte_level(), config={"model_type": "opt"}, tokenizer_config={"pad_token": "[PAD]"}))
+    assert ours.pad_id is None and ours.encode("[PAD]") == ours.encode("[PAD") + ours.encode("]")
+
+
+def test_a_missing_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json: missing; .* Hugging Face layout"):
+        data.load_tokenizer(write_json(tmp_path, tokenizer=byte_level()))
 
 
 @pytest.mark.parametrize("damaged", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "vocab.json"])
