@@ -28,7 +28,8 @@ TARGETS |= {"llama-7b": "huggyllama/llama-7b", "vicuna-7b": "lmsys/vicuna-7b-v1.
 
 # The tensors that a role reads, by the beginnings of their names; the source's LLM only lends its word embeddings.
 VPG = ("vision_model.", "qformer.", "query_tokens", "language_projection.")
-WORDS = tuple(f"language_model.{name}." for name in ("model.decoder.embed_tokens", "model.decoder.project_in", "shared", "encoder.embed_tokens"))
+WORDS = tuple(f"language_model.{name}." for name in (
+    "model.decoder.embed_tokens", "model.decoder.project_in", "model.embed_tokens", "shared", "encoder.embed_tokens"))
 ROLES = {"source": (*VPG, *WORDS), "target": ("",), "model": ("",), "VPG": VPG, "tokenizer": ()}
 
 
@@ -136,9 +137,9 @@ def shards(index, starts):
         return []
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        return sorted({file for name, file in weight_map.items() if name.startswith(starts)})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: damaged ({error}); delete it, and it is fetched again") from error
-    return sorted({file for name, file in weight_map.items() if name.startswith(starts)})
 
 
 def fetch(repository, starts):

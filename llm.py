@@ -30,18 +30,23 @@ def attention(q, k, v, mask=None, causal=False, scale=None):
 
     G < H: heads share keys and values in groups of H/G (GQA, Ainslie et al. 2023). `mask` broadcasts to (B,H,Sq,Sk): a
     bool is True where a query may look, numbers are added to the scores. scale is 1/sqrt(hd) unless given."""
+    groups = (len(q), k.shape[1], -1, q.shape[-1])
     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
-    if not (q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.requires_grad)):
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.requires_grad):
+        # these lines beat scaled_dot_product_attention in bf16, and in its backward (docs/notes.md)
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)).reshape(groups) @ k.transpose(-2, -1)
+        scores = scores.view(*q.shape[:3], -1)  # (B, H, Sq, Sk)
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1).to(v.dtype)
+        return (weights.view(*groups[:3], weights.shape[-1]) @ v).view(q.shape)
+    if mask is None or q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    # on CPUs these lines beat scaled_dot_product_attention in bf16, and in its backward (docs/notes.md)
-    by_group = lambda x: x.reshape(len(k), k.shape[1], -1, x.shape[-1])  # (B, H, Sq, .) -> (B, G, H/G Sq, .)
-    scores = by_group(q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-    scores = scores.view(*q.shape[:3], -1)  # (B, H, Sq, Sk)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return (by_group(scores.softmax(-1).to(v.dtype)) @ v).view(q.shape)
+    # with a mask, torch's fast kernels know no groups: the heads of a group become queries of one head
+    mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+    return F.scaled_dot_product_attention(q.reshape(groups), k, v, mask, scale=scale).view(q.shape)
 
 
 def split_heads(x, hd):
@@ -50,17 +55,6 @@ def split_heads(x, hd):
 
 def merge_heads(x):
     return rearrange(x, "b h s d -> b s (h d)")
-
-
-class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019: no mean, no bias."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Embedding(nn.Embedding):
@@ -76,12 +70,19 @@ def word_scores(head, x):
     return head(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-def right_align(prefix, prefix_mask):
-    """Moves each row's real positions to the right end, in order, so that holes anywhere become padding on the left.
-
-    (B,P,D), (B,P) bool -> the same two, moved. A position then depends on the row's real positions alone."""
+def take_prefix(prefix, prefix_mask, dim, dtype):
+    """(B,P,D), (B,P) bool or None -> the same two, checked; each row's real positions moved to the right end, in order, so
+    that holes anywhere become padding on the left. A position then depends on the row's real positions alone."""
+    if prefix.ndim != 3 or prefix.shape[1] == 0 or prefix.shape[2] != dim:
+        raise ValueError(f"the prefix must be (B, P >= 1, {dim}), not {tuple(prefix.shape)}; a text alone needs its BOS in it")
+    if prefix_mask is None:
+        return prefix.to(dtype), None
+    if prefix_mask.dtype != torch.bool or prefix_mask.shape != prefix.shape[:2]:
+        raise ValueError(f"prefix_mask must be {tuple(prefix.shape[:2])} of torch.bool (False: a hole), not {tuple(prefix_mask.shape)} of {prefix_mask.dtype}")
+    if prefix_mask.device.type == "cpu" and not prefix_mask.any(1).all():
+        raise ValueError("prefix_mask: a row has no real position; a text alone needs its BOS in the prefix")
     order = prefix_mask.long().argsort(dim=1, stable=True)
-    return prefix.gather(1, order[..., None].expand_as(prefix)), prefix_mask.gather(1, order)
+    return prefix.to(dtype).gather(1, order[..., None].expand_as(prefix)), prefix_mask.gather(1, order)
 
 
 def causal_mask(keep):
@@ -100,13 +101,6 @@ def caption_loss(logits, target_ids):
     return loss, (target_ids != -100).sum()
 
 
-def check_prefix(prefix, dim):
-    """The length of a prefix (B,P,D), which must not be empty and must have the LLM's width."""
-    if prefix.ndim != 3 or prefix.shape[1] == 0 or prefix.shape[2] != dim:
-        raise ValueError(f"the prefix must be (B, P >= 1, {dim}), not {tuple(prefix.shape)}; a text alone needs its BOS in it")
-    return prefix.shape[1]
-
-
 def check_ids(ids, vocab_size):
     """ValueError for ids outside of the vocabulary. On GPUs nothing waits for that: there, torch's own assertion ends it."""
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -121,7 +115,8 @@ class Cache:
 
     A text has one row of columns: its prefix, the K tokens of step 1, the K of step 2, ... A beam looks at the prefix and
     at the tokens that it has come through itself (`visible`), so that beams share a prefix, and one that goes on from
-    another takes over a row of `visible`; no key is ever copied. On GPUs shapes stay the same, and a step is one graph."""
+    another takes over a row of `visible`; no key is ever copied. On GPUs shapes stay the same, so that a step can be
+    compiled as one graph."""
 
     def __init__(self, layers, heads, hd, prefix, prefix_mask, steps, K):
         (B, P, _), device = prefix.shape, prefix.device
@@ -159,6 +154,7 @@ class Cache:
 def remember(cache, k, v):
     """Stores keys and values (B,G,s,hd) that one layer has just computed -> those that the tokens at hand look at."""
     keys, values, columns = cache
+    k, v = k.to(keys.dtype), v.to(values.dtype)  # under autocast they differ: on GPUs a norm's output is float32
     if columns is None:  # a prefix looks at itself only
         keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
         return k, v
@@ -250,10 +246,20 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
 class LanguageModel(nn.Module):
     """What all have in common, given `forward`, `start` (read a prefix) and `step` (read one more token of each beam)."""
 
-    def tie_head(self, tied=True):
-        """The head is the word embeddings, where config.json ties them."""
-        if tied:
-            self.lm_head.weight = self.get_parameter(self.WORDS)
+    def finish(self, config):
+        """What all constructors end with: ties the head to the word embeddings, and notes which tokens end a text."""
+        if config["tie_word_embeddings"]:
+            self.tie_head()
+        ends = config.get("eos_token_id")
+        self.stop = [(end,) for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+
+    def tie_head(self):
+        self.lm_head.weight = self.get_parameter(self.WORDS)
+
+    def embed(self, ids):
+        """(B,T) -> (B,T,D): word embeddings, in the space where soft prompts enter."""
+        check_ids(ids, self.vocab_size)
+        return F.embedding(ids, self.get_parameter(self.WORDS))
 
     def loss(self, prefix, target_ids, prefix_mask=None):
         """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not count."""
@@ -261,15 +267,21 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0, min_new_tokens=0,
-                 temperature=0.0, top_p=1.0, stop=((2,),)):
+                 temperature=0.0, top_p=1.0, stop=None):
         """Continues a prefix. (B,P,D), (B,P) bool -> B lists of ids, without the stop sequence and what follows.
 
-        `stop` holds the sequences of ids that end a text, `max_new_tokens` and `min_new_tokens` count the end mark.
+        `stop` holds the sequences of ids that end a text, such as ((2,), (835,), (2277, 29937)); None: config.json's
+        eos_token_id. `max_new_tokens` counts the end mark; none of the first `min_new_tokens` ids completes one.
         num_beams > 1 is beam search (temperature 0 only); temperature > 0 samples from the `top_p` nucleus."""
+        stop = self.stop if stop is None else stop
         if min(max_new_tokens, num_beams) < 1:
             raise ValueError(f"generate: max_new_tokens = {max_new_tokens} and num_beams = {num_beams} must be at least 1")
         if num_beams > 1 and temperature > 0:
             raise ValueError("generate: beam search does not sample; use num_beams=1 or temperature=0")
+        if temperature < 0 or not 0 <= top_p <= 1:
+            raise ValueError(f"generate: temperature = {temperature} must not be below 0, and top_p = {top_p} must be from 0 to 1")
+        if not all(isinstance(sequence, (tuple, list)) and sequence for sequence in stop):
+            raise ValueError(f"generate: stop = {stop} must be sequences of at least one id each, such as ((2,),)")
         logits, cache = self.start(prefix, prefix_mask, max_new_tokens, num_beams)
         if num_beams > 1:
             ids = beam_search(self, logits, cache, max_new_tokens, min_new_tokens, num_beams, length_penalty, stop)
@@ -285,17 +297,17 @@ class DecoderOnly(LanguageModel):
 
     def check_length(self, S):
         if self.longest is not None and S > self.longest:
-            raise ValueError(f"{S} positions (prefix and target) are more than this {type(self).__name__}'s {self.longest}; shorten them")
+            raise ValueError(f"{S} positions (prefix, holes included, and target) are more than this {type(self).__name__}'s {self.longest} (OPT's "
+                             "max_position_embeddings, else the sliding_window, beyond which attention is not implemented); shorten them")
 
     def lay_out(self, prefix, prefix_mask, T):
         """A prefix (B,P,D) with T tokens behind it: -> the prefix with its holes moved to the left end, which positions are real
         (B,P) or None, the positions' numbers (B or 1,P+T), and the mask or None, which is causal."""
-        S = check_prefix(prefix, self.dim) + T
+        prefix, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.lm_head.weight.dtype)
+        S = prefix.shape[1] + T
         self.check_length(S)
-        prefix = prefix.to(self.lm_head.weight.dtype)
         if prefix_mask is None:
             return prefix, None, torch.arange(S, device=prefix.device)[None], None
-        prefix, prefix_mask = right_align(prefix, prefix_mask)
         keep = F.pad(prefix_mask, (0, T), value=True)  # (B, S)
         return prefix, prefix_mask, (keep.cumsum(1) - 1).clamp(min=0), causal_mask(keep)
 
@@ -383,7 +395,7 @@ class OPT(DecoderOnly):
 
     DEFAULTS = dict(do_layer_norm_before=True, _remove_final_layer_norm=False, activation_function="relu", vocab_size=50272,
                     max_position_embeddings=2048, enable_bias=True, layer_norm_elementwise_affine=True, hidden_size=768,
-                    num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072, tie_word_embeddings=True)
+                    num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072, tie_word_embeddings=True, eos_token_id=2)
     ONLY = dict(activation_function="relu", enable_bias=True, layer_norm_elementwise_affine=True)
     WORDS, PROJECT_IN = "model.decoder.embed_tokens.weight", "model.decoder.project_in.weight"
 
@@ -395,7 +407,7 @@ class OPT(DecoderOnly):
         self.kv_heads, self.head_dim = config["num_attention_heads"], self.dim // config["num_attention_heads"]
         self.model = nn.ModuleDict({"decoder": OPTDecoder(config)})
         self.lm_head = nn.Linear(config["word_embed_proj_dim"], self.vocab_size, bias=False)
-        self.tie_head(config["tie_word_embeddings"])
+        self.finish(config)
 
     @property
     def layers(self):
@@ -404,8 +416,7 @@ class OPT(DecoderOnly):
 
     def embed(self, ids):
         """(B,T) -> (B,T,D): word embeddings in the space where soft prompts enter (after project_in)."""
-        check_ids(ids, self.vocab_size)
-        x, project_in = self.model["decoder"].embed_tokens(ids), self.model["decoder"].project_in
+        x, project_in = super().embed(ids), self.model["decoder"].project_in
         return x if project_in is None else project_in(x)
 
     def read(self, x, positions, mask=None, cache=None):
@@ -438,9 +449,10 @@ def rotary_frequencies(config, hd):
     rope = {"rope_theta": config.get("rope_theta") or 1e4, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if kind not in ("default", "linear", "llama3") or partial != 1.0:
-        raise ValueError(f"rope_type = {kind!r} with partial_rotary_factor = {partial} is not implemented; only "
-                         "'default', 'linear' and 'llama3' with 1.0 are")
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope_type = {kind!r} is not implemented; only 'default', 'linear' and 'llama3' are")
+    if partial != 1.0:
+        raise ValueError(f"partial_rotary_factor = {partial} is not implemented; only 1.0 is")
     frequencies = rope["rope_theta"] ** -(torch.arange(0, hd, 2, device="cpu").float() / hd)
     if kind == "linear":
         return frequencies / rope["factor"]
@@ -466,7 +478,7 @@ class LLaMAAttention(nn.Module):
         self.k_proj, self.v_proj = (nn.Linear(dim, G * self.head_dim, bias=config["qkv_bias"]) for _ in range(2))
         self.o_proj = nn.Linear(H * self.head_dim, dim, bias=config["attention_bias"])
         if config["qk_norm"]:
-            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config["rms_norm_eps"]) for _ in range(2))
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config["rms_norm_eps"]) for _ in range(2))
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
@@ -482,7 +494,7 @@ class LLaMALayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim, hidden, eps, bias = (config[key] for key in ("hidden_size", "intermediate_size", "rms_norm_eps", "mlp_bias"))
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
         self.self_attn = LLaMAAttention(config)
         self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(dim, hidden, bias), "up_proj": nn.Linear(dim, hidden, bias),
                                   "down_proj": nn.Linear(hidden, dim, bias)})
@@ -498,8 +510,9 @@ class LLaMA(DecoderOnly):
 
     DEFAULTS = dict(hidden_act="silu", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                     num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, attention_bias=False,
-                    mlp_bias=False, tie_word_embeddings=False, sliding_window=None, qk_norm=False)
-    QWEN = dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, use_sliding_window=False)
+                    mlp_bias=False, tie_word_embeddings=False, sliding_window=None, qk_norm=False, eos_token_id=2)
+    QWEN = dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, use_sliding_window=False, sliding_window=4096,
+                eos_token_id=None)
     MEMBERS = {  # what the members of the family do in their own way, where their config.json does not say
         "llama": {}, "mistral": dict(intermediate_size=14336, num_key_value_heads=8, sliding_window=4096),
         "qwen2": QWEN | dict(qkv_bias=True), "qwen3": QWEN | dict(qk_norm=True, head_dim=128)}
@@ -516,21 +529,16 @@ class LLaMA(DecoderOnly):
         # up to the width of its window, a sliding window is all of the text
         self.longest = config["sliding_window"] if config.get("use_sliding_window", True) else None
         self.dim, self.vocab_size = config["hidden_size"], config["vocab_size"]
-        self.model = nn.ModuleDict({"embed_tokens": Embedding(self.vocab_size, self.dim), "norm": RMSNorm(self.dim, config["rms_norm_eps"]),
+        self.model = nn.ModuleDict({"embed_tokens": Embedding(self.vocab_size, self.dim), "norm": nn.RMSNorm(self.dim, config["rms_norm_eps"]),
                                     "layers": nn.ModuleList(LLaMALayer(config) for _ in range(config["num_hidden_layers"]))})
         self.lm_head = nn.Linear(self.dim, self.vocab_size, bias=False)
-        self.tie_head(config["tie_word_embeddings"])
+        self.finish(config)
         self.register_buffer("frequencies", rotary_frequencies(config, self.head_dim), persistent=False)
 
     @property
     def layers(self):
         """The repeated blocks, for torch.compile."""
         return self.model["layers"]
-
-    def embed(self, ids):
-        """(B,T) -> (B,T,D): word embeddings."""
-        check_ids(ids, self.vocab_size)
-        return self.model["embed_tokens"](ids)
 
     def read(self, x, positions, mask=None, cache=None):
         """(B,S,D) embeddings -> (B,S,D) hidden states; positions (B or 1,S) count a row's real positions from 0."""
@@ -600,7 +608,7 @@ class T5Block(nn.Module):
 
     def __init__(self, config, decodes, first):
         super().__init__()
-        part = lambda name, module: nn.ModuleDict({name: module, "layer_norm": RMSNorm(config["d_model"], config["layer_norm_epsilon"])})
+        part = lambda name, module: nn.ModuleDict({name: module, "layer_norm": nn.RMSNorm(config["d_model"], config["layer_norm_epsilon"])})
         crosses = [part("EncDecAttention", T5Attention(config))] if decodes else []
         self.layer = nn.ModuleList([part("SelfAttention", T5Attention(config, holds_bias=first)), *crosses,
                                     part("DenseReluDense", T5FeedForward(config))])
@@ -622,7 +630,7 @@ class T5Stack(nn.Module):
     def __init__(self, config, layers, decodes):
         super().__init__()
         self.block = nn.ModuleList(T5Block(config, decodes, first=i == 0) for i in range(layers))
-        self.final_layer_norm = RMSNorm(config["d_model"], config["layer_norm_epsilon"])
+        self.final_layer_norm = nn.RMSNorm(config["d_model"], config["layer_norm_epsilon"])
         self.bidirectional, self.farthest = not decodes, config["relative_attention_max_distance"]
 
     def bias(self, queries, keys, keep=None):
@@ -641,7 +649,8 @@ class T5(LanguageModel):
 
     DEFAULTS = dict(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8,
                     relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
-                    feed_forward_proj="relu", dense_act_fn="gelu_new", is_gated_act=True, tie_word_embeddings=True, decoder_start_token_id=0)
+                    feed_forward_proj="relu", dense_act_fn="gelu_new", is_gated_act=True, tie_word_embeddings=True, decoder_start_token_id=0,
+                    eos_token_id=1)
     ONLY = dict(feed_forward_proj="gated-gelu", is_gated_act=True)
     GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
     WORDS, PROJECT_IN = "shared.weight", None
@@ -657,7 +666,7 @@ class T5(LanguageModel):
         self.encoder = T5Stack(config, config["num_layers"], decodes=False)
         self.decoder = T5Stack(config, config["num_decoder_layers"] or config["num_layers"], decodes=True)
         self.lm_head = nn.Linear(self.dim, self.vocab_size, bias=False)
-        self.tie_head(config["tie_word_embeddings"])
+        self.finish(config)
         self.start_id = config["decoder_start_token_id"]
         # a tied head reads scaled hidden states (T5 1.0); today's writer ties all and says that apart
         self.scale = self.dim**-0.5 if config.get("scale_decoder_outputs", config["tie_word_embeddings"]) else 1.0
@@ -667,19 +676,11 @@ class T5(LanguageModel):
         """The repeated blocks, for torch.compile."""
         return [*self.encoder.block, *self.decoder.block]
 
-    def embed(self, ids):
-        """(B,T) -> (B,T,D): word embeddings."""
-        check_ids(ids, self.vocab_size)
-        return self.shared(ids)
-
     def read(self, prefix, prefix_mask):
         """The encoder: (B,P,D), (B,P) bool or None -> keys and values for each block of the decoder, and their mask."""
-        P, keep = check_prefix(prefix, self.dim), None
-        x = prefix.to(self.shared.weight.dtype)
-        if prefix_mask is not None:
-            x, prefix_mask = right_align(x, prefix_mask)
-            keep = prefix_mask[:, None, None]  # (B, 1, 1, P)
-        positions = torch.arange(P, device=x.device)
+        x, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.shared.weight.dtype)
+        keep = None if prefix_mask is None else prefix_mask[:, None, None]  # (B, 1, 1, P)
+        positions = torch.arange(x.shape[1], device=x.device)
         bias = self.encoder.bias(positions, positions, keep)
         for block in self.encoder.block:
             x = block(x, bias)
@@ -738,7 +739,8 @@ def read_options(config, defaults, only):
     config = defaults | config
     for key, value in {**only, "quantization_config": None}.items():
         if config.get(key) != value:
-            raise ValueError(f"{key} = {config[key]!r} is not implemented for {config.get('model_type')}; only {value!r} is")
+            remedy = f"only {value!r} is" if value is not None else "use the checkpoint without"
+            raise ValueError(f"{key} = {config[key]!r} is not implemented for {config.get('model_type')}; {remedy}")
     return config
 
 
@@ -750,7 +752,7 @@ def checkpoint_files(folder):
         if index.is_file():
             try:
                 return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index}: damaged ({error}); download it again") from error
         if single.is_file():
             return {name: single for name, _ in read_file(single, lambda name: False)}
@@ -813,15 +815,13 @@ def renaming(architecture, prefix):
     return lambda name: architecture.checkpoint_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
 
 
-def complete_tied(llm, tensors):
-    """Where head and word embeddings are tied, files hold either or both: adds the other. -> whether they are tied.
+def complete_tied(tensors, words):
+    """Where config.json ties head and word embeddings, files hold either or both: one tensor gets both names.
 
     A head that differs from the word embeddings stays, whatever config.json says (as in transformers)."""
-    words, head = tensors.get(llm.WORDS), tensors.get(HEAD)
-    tied = llm.lm_head.weight is llm.get_parameter(llm.WORDS) and (words is None or head is None or torch.equal(words, head))
-    if tied and not words is head is None:
-        tensors[llm.WORDS] = tensors[HEAD] = head if words is None else words
-    return tied
+    held = [tensors[name] for name in (words, HEAD) if name in tensors]
+    if held and torch.equal(held[0], held[-1]):
+        tensors[words] = tensors[HEAD] = nn.Parameter(held[0], requires_grad=False)
 
 
 def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
@@ -838,11 +838,13 @@ def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
         raise ValueError(f"{folder}/config.json: {error} is missing") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
+    if architecture is T5 and dtype == torch.float16:
+        raise ValueError(f"{folder}: T5 overflows in float16; load it in bfloat16 or float32")
     rename = renaming(architecture, prefix)
     tensors = {rename(name): tensor.to(device, dtype) for name, tensor in read_tensors(folder, rename)}
-    tied = complete_tied(llm, tensors)
+    if llm.lm_head.weight is llm.get_parameter(llm.WORDS):
+        complete_tied(tensors, llm.WORDS)
     assign_tensors(llm, tensors, folder)
-    llm.tie_head(tied)
     return llm.to(device).requires_grad_(False).eval()
 
 
@@ -851,10 +853,10 @@ def read_word_embeddings(folder):
     config, prefix = read_config(folder)
     architecture = ARCHITECTURES[config["model_type"]]
     rename, words = renaming(architecture, prefix), architecture.WORDS
-    names = {rename(name) for name in checkpoint_files(folder)}
-    if words not in names and (architecture.DEFAULTS | config)["tie_word_embeddings"]:
+    if (architecture.DEFAULTS | config)["tie_word_embeddings"] and words not in map(rename, checkpoint_files(folder)):
         words = HEAD
-    tensors = {rename(name): tensor.float() for name, tensor in read_tensors(folder, lambda name: rename(name) in {words, architecture.PROJECT_IN} - {None})}
+    wanted = {words, architecture.PROJECT_IN} - {None}
+    tensors = {rename(name): tensor.float() for name, tensor in read_tensors(folder, lambda name: rename(name) in wanted)}
     if words not in tensors:
         raise ValueError(f"{folder}: {architecture.WORDS} is missing; is this the right checkpoint?")
     project_in = tensors.get(architecture.PROJECT_IN)

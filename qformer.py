@@ -234,7 +234,7 @@ def checkpoint_files(folder):
         if index.is_file():
             try:
                 return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index}: damaged ({error}); download it again") from error
         if single.is_file():
             return {name: single for name, _ in read_file(single, lambda name: False)}

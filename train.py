@@ -228,11 +228,15 @@ def plan_length(args, name, stage, pairs, world):
 
 
 def find_models(args):
-    """-> where the source and the target lie"""
-    src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
+    """-> where the source and the target lie. Gigabytes for a target that cannot be used are not fetched: its config.json and
+    tokenizer come first."""
+    tokenizer = hub.resolve(args.tgt, "tokenizer").tokenizer
+    language_models.read_config(tokenizer)
     if args.tgt_tokenizer:
-        tgt = dataclasses.replace(tgt, tokenizer=hub.resolve(args.tgt_tokenizer, "tokenizer").tokenizer)
-    return src, tgt
+        tokenizer = hub.resolve(args.tgt_tokenizer, "tokenizer").tokenizer
+    data.load_tokenizer(tokenizer)
+    src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
+    return src, dataclasses.replace(tgt, tokenizer=tokenizer)
 
 
 def convert_projector(projector, src, tgt, captions, say):

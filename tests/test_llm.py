@@ -1,5 +1,6 @@
 """Facts about llm.py, established against transformers on small random models in which every tensor is random."""
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 import llm as language_models
 from conftest import randomise, relative_error
@@ -35,7 +37,7 @@ VARIANTS = {
     "qwen3": LLAMA | dict(model_type="qwen3", num_key_value_heads=2, head_dim=12),
     "flan-t5": T5,
     "blip-2 t5": T5 | dict(dense_act_fn="gelu"),
-    "t5, tied": T5 | dict(tie_word_embeddings=True),
+    "t5, tied": T5 | dict(tie_word_embeddings=True, decoder_start_token_id=3, layer_norm_epsilon=1e-2),
 }
 DECODERS = [name for name in VARIANTS if VARIANTS[name]["model_type"] != "t5"]
 
@@ -112,14 +114,20 @@ def test_it_is_frozen_and_in_eval_mode(pair):
     assert not any(parameter.requires_grad for parameter in pair[0].parameters()) and not pair[0].training
 
 
-def test_each_row_ignores_its_holes(pair):
+@pytest.mark.parametrize("gradient", [True, False])  # on CPUs each takes another attention
+def test_each_row_ignores_its_holes(pair, gradient):
     ours, theirs, _ = pair
-    prefix, target = random_prefix(3, 6), random_ids(3, 4)
+    prefix, target = random_prefix(3, 6).requires_grad_(gradient), random_ids(3, 4)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
     logits = ours(prefix, target, mask)
     for row in range(3):
-        alone = their_logits(theirs, prefix[row : row + 1, mask[row]], target[row : row + 1])
-        assert relative_error(logits[row : row + 1], alone) < 2e-5
+        alone = prefix[row : row + 1, mask[row]].detach().requires_grad_(gradient)
+        reference = their_logits(theirs, alone, target[row : row + 1])
+        assert relative_error(logits[row : row + 1], reference) < 2e-5
+        if gradient:
+            whole, = torch.autograd.grad(logits[row].square().sum(), prefix, retain_graph=True)
+            expected, = torch.autograd.grad(reference.square().sum(), alone)
+            assert relative_error(whole[row : row + 1, mask[row]], expected) < 2e-5 and not whole[row, ~mask[row]].any()
 
 
 def test_an_all_true_mask_equals_none(pair):
@@ -142,15 +150,13 @@ def test_bf16_is_as_near_to_float32_as_transformers_bf16_is(pair):
     prefix, target, low = random_prefix(4, 9), random_ids(4, 6), load_llm(folder, dtype=torch.bfloat16)
     exact = ours(prefix, target)
     error = relative_error(low(prefix, target).float(), exact)
-    theirs.bfloat16()
-    their_error = relative_error(their_logits(theirs, prefix.bfloat16(), target).float(), exact)
-    theirs.float().load_state_dict({k: v for k, v in load_file(folder / "model.safetensors").items()}, strict=False)
+    their_error = relative_error(their_logits(copy.deepcopy(theirs).bfloat16(), prefix.bfloat16(), target).float(), exact)
     assert low.lm_head.weight.dtype == torch.bfloat16 and 0 < error < 1.5 * their_error
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
 
-GENERATION = [(1, 1.0, 0), (3, 1.0, 0), (5, 1.0, 4), (5, -1.0, 0), (3, -1.0, 3)]
+GENERATION = [(1, 1.0, 0), (1, 1.0, 4), (3, 1.0, 0), (5, 1.0, 4), (5, -1.0, 0), (3, -1.0, 3)]
 
 
 @pytest.mark.parametrize("variant", ["opt", "llama-3.1", "qwen3", "flan-t5"])
@@ -191,8 +197,55 @@ def test_several_stop_sequences_of_several_ids(pair):
         text = " ".join(map(str, full)) + " "
         cut = min((text.find(" ".join(map(str, s)) + " ") for s in stop if " ".join(map(str, s)) + " " in text), default=len(text))
         assert ids == [int(i) for i in text[:cut].split()]
-    for ids in ours.generate(prefix, max_new_tokens=12, num_beams=3, stop=stop):
-        assert not any(tuple(ids[i : i + len(s)]) == s for s in stop for i in range(len(ids)))
+
+
+class EndsWith(StoppingCriteria):
+    def __init__(self, stop):
+        self.stop = [torch.tensor(s) for s in stop]
+
+    def __call__(self, ids, scores, **_):
+        return torch.stack([(ids[:, -len(s) :] == s).all(1) if len(s) <= ids.shape[1] else ids[:, 0] < 0 for s in self.stop]).any(0)
+
+
+@pytest.mark.parametrize("variant", ["opt", "llama-1", "flan-t5"])
+@pytest.mark.parametrize("num_beams, length_penalty", [(2, 1.0), (5, -1.0)])
+def test_beams_end_at_stop_sequences_as_transformers_do(tmp_path, variant, num_beams, length_penalty):
+    ours, theirs, _ = make_pair(tmp_path, variant)
+    options, early = dict(max_new_tokens=12, num_beams=num_beams, length_penalty=length_penalty), 0
+    for seed in range(6):
+        prefix = random_prefix(1, 5, seed=seed)
+        whole, = ours.generate(prefix, **options, stop=())
+        stop = [tuple(whole[3:5]), tuple(whole[6:9])]
+        theirs_ids = theirs.generate(inputs_embeds=prefix, **options, eos_token_id=None, pad_token_id=1, do_sample=False,
+                                     stopping_criteria=StoppingCriteriaList([EndsWith(stop)]))[0].tolist()
+        ids, = ours.generate(prefix, **options, stop=stop)
+        assert ids == language_models.without_end(theirs_ids[int(theirs.config.is_encoder_decoder) :], stop)
+        early += len(ids) < 12
+    assert early
+
+
+def test_no_stop_sequence_is_completed_before_min_new_tokens(pair):
+    ours, prefix = pair[0], random_prefix(4, 5)
+    for whole, row in zip(ours.generate(prefix, max_new_tokens=9, stop=()), prefix):
+        for num_beams in (1, 3):
+            ids, = ours.generate(row[None], max_new_tokens=9, min_new_tokens=6, num_beams=num_beams, stop=[tuple(whole[2:4])])
+            assert len(ids) >= 6 + 1 - 2
+
+
+def test_the_nucleus_is_the_smallest_set_that_makes_up_top_p():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
+    for top_p, temperature, expected in ((0.7, 1.0, [5 / 8, 3 / 8, 0, 0]), (0.9, 1.0, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]), (1.0, 0.5, [0.685, 0.247, 0.062, 0.007])):
+        shares = language_models.sample_next(logits, temperature, top_p).bincount(minlength=4) / 4000
+        assert torch.allclose(shares, torch.tensor(expected), atol=0.03) and not shares[torch.tensor(expected) == 0].any()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_generates_under_autocast(pair, dtype):
+    low = load_llm(pair[2], dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(low.generate(random_prefix(1, 5), max_new_tokens=4, num_beams=2, stop=())[0]) == 4
 
 
 def test_sampling_follows_the_nucleus(pair):
@@ -207,9 +260,9 @@ def test_sampling_follows_the_nucleus(pair):
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_decoding_step_is_one_static_graph(tmp_path, monkeypatch, variant, num_beams):
     """As on GPUs, where a step looks at all columns of the cache."""
-    monkeypatch.setattr(language_models.Cache, "width", lambda cache: cache.keys.shape[-2])
     ours, prefix = make_pair(tmp_path, variant)[0], random_prefix(2, 5)
     ids, graphs = ours.generate(prefix, max_new_tokens=12, num_beams=num_beams), []
+    monkeypatch.setattr(language_models.Cache, "width", lambda cache: cache.keys.shape[-2])
 
     def count(graph, inputs):
         graphs.append(graph)
@@ -457,6 +510,46 @@ def test_damaged_checkpoints_are_named(tmp_path, variant):
 def test_inputs_that_do_not_fit_are_refused(pair, prefix, target, says):
     with pytest.raises(ValueError, match=says):
         pair[0](prefix, torch.tensor(target))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4), torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool)])
+def test_masks_that_do_not_fit_are_refused(pair, mask):
+    for read in (lambda: pair[0](random_prefix(1, 4), random_ids(1, 3), mask), lambda: pair[0].generate(random_prefix(1, 4), mask)):
+        with pytest.raises(ValueError, match="prefix_mask"):
+            read()
+
+
+@pytest.mark.parametrize("options", [dict(max_new_tokens=0), dict(num_beams=0), dict(num_beams=2, temperature=1.0), dict(temperature=-1.0), dict(top_p=1.5),
+                                     dict(stop=(2,)), dict(stop=((),))])
+def test_options_of_generate_that_make_no_sense_are_refused(pair, options):
+    with pytest.raises(ValueError, match="generate: .*" + list(options)[-1]):
+        pair[0].generate(random_prefix(1, 4), **options)
+
+
+@pytest.mark.parametrize("variant, ends", [("opt", [(2,)]), ("llama-1", [(2,)]), ("flan-t5", [(1,)]), ("qwen2", [(2,)])])
+def test_without_stop_sequences_the_eos_of_config_json_ends_a_text(tmp_path, variant, ends):
+    folder = make_pair(tmp_path, variant)[2]
+    assert load_llm(folder).stop == ends
+    edit_config(folder, drop=["eos_token_id"])
+    assert load_llm(folder).stop == ([] if variant == "qwen2" else ends)
+    prefix = random_prefix(2, 5)
+    whole = load_llm(folder, dtype=torch.float32).generate(prefix, stop=())
+    edit_config(folder, eos_token_id=[whole[0][3], whole[1][2]])
+    assert load_llm(folder, dtype=torch.float32).generate(prefix) == load_llm(folder, dtype=torch.float32).generate(
+        prefix, stop=((whole[0][3],), (whole[1][2],))) != whole
+
+
+def test_t5_in_float16_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="bfloat16"):
+        load_llm(make_pair(tmp_path, "flan-t5")[2], dtype=torch.float16)
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", "{}"])
+def test_a_damaged_index_is_named(tmp_path, index):
+    folder = make_pair(tmp_path, "opt")[2]
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match="model.safetensors.index.json: damaged"):
+        load_llm(folder)
 
 
 def test_a_text_longer_than_the_position_table_is_refused(tmp_path):

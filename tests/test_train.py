@@ -159,7 +159,8 @@ def test_other_families_are_sources(other_family, world, tmp_path, capsys):
     """Back to an OPT: the run's LLM lends its word embeddings."""
     train.main(arguments((other_family[1], world[1], world[2]), tmp_path / "back"))
     assert "word converter: 32 -> 32" in capsys.readouterr().out
-    assert rows(tmp_path / "back", "val_loss")[-1][0] < 20
+    losses = [loss for loss, in rows(tmp_path / "back", "val_loss")]
+    assert losses[-1] < losses[0]
 
 
 def test_a_target_without_tokenizer_takes_that_of_another(other_family, world, tmp_path, capsys):
