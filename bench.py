@@ -126,7 +126,8 @@ def build_llms(name, dtype, device):
     tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(ours.state_dict(), dtype, device).items()}
     tensors |= {"lm_head.weight": tensors[ours.WORDS]} if tied else {}
     ours.load_state_dict(tensors, assign=True)
-    ours.tie_head(tied)
+    if tied:
+        ours.tie_head()
     for peer in peers.values():
         also = {name: tensors[ours.WORDS] for name in peer.state_dict().keys() - tensors.keys()}  # T5's other names of its word embeddings
         peer.load_state_dict(tensors | also, assign=True)
