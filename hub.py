@@ -75,7 +75,7 @@ def resolve(name, role):
     names = TARGETS if role in ("target", "tokenizer") else SOURCES
     repository = names.get(name, name)
     if repository.count("/") != 1 or repository.startswith((".", "/")):
-        raise FileNotFoundError(f"{name}: no such folder, and no short name of a {role}: those are {', '.join(names)}; a Hub id "
+        raise FileNotFoundError(f"{name}: no such folder, and no short name of a {'target' if role == 'tokenizer' else role}: those are {', '.join(names)}; a Hub id "
                                 "reads owner/name")
     folder = fetch(repository, ROLES[role])
     return Place(name, folder, folder, folder, folder)
@@ -158,8 +158,8 @@ def fetch(repository, starts):
             f"{repository}: not (whole) in the cache {constants.HF_HUB_CACHE}, and the Hub cannot be reached. Either run "
             f"`hf download {repository}` where there is a network and copy that cache here, or put these files of "
             f"{constants.ENDPOINT}/{repository} into a folder and name the folder instead: config.json; tokenizer.json (or "
-            "vocab.json and merges.txt); model.safetensors (or pytorch_model.bin; where it is sharded, the .index.json and the "
-            f"shards with {'all tensors' if starts == ('',) else ', '.join(start + '*' for start in starts)})")
+            f"vocab.json and merges.txt); {'' if starts else 'of a target, though not of a --tgt-tokenizer, also '}model.safetensors (or pytorch_model.bin; where it is sharded, the .index.json and the "
+            f"shards with {'all tensors' if starts in ((), ('',)) else ', '.join(start + '*' for start in starts)})")
     try:
         needed = first_files(set(HfApi().list_repo_files(repository)))[: None if starts else -1]
         folder = Path([hf_hub_download(repository, file) for file in needed][0]).parent
