@@ -158,7 +158,8 @@ def fetch(repository, starts):
             f"{repository}: not (whole) in the cache {constants.HF_HUB_CACHE}, and the Hub cannot be reached. Either run "
             f"`hf download {repository}` where there is a network and copy that cache here, or put these files of "
             f"{constants.ENDPOINT}/{repository} into a folder and name the folder instead: config.json; tokenizer.json (or "
-            f"vocab.json and merges.txt); {'' if starts else 'of a target, though not of a --tgt-tokenizer, also '}model.safetensors (or pytorch_model.bin; where it is sharded, the .index.json and the "
+            f"vocab.json and merges.txt); {'' if starts else 'of a target, though not of a --tgt-tokenizer, also '}model.safetensors (or "
+            "pytorch_model.bin; where it is sharded, the .index.json and the "
             f"shards with {'all tensors' if starts in ((), ('',)) else ', '.join(start + '*' for start in starts)})")
     try:
         needed = first_files(set(HfApi().list_repo_files(repository)))[: None if starts else -1]
