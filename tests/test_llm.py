@@ -130,6 +130,18 @@ def test_each_row_ignores_its_holes(pair, gradient):
             assert relative_error(whole[row : row + 1, mask[row]], expected) < 2e-5 and not whole[row, ~mask[row]].any()
 
 
+@pytest.mark.parametrize("variant", ["llama-1", "llama-3.1", "llama, linear rope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_far_positions_turn_by_transformers_angles(tmp_path, variant, dtype):
+    """Also in bf16, in which angles of hundreds of radians would be rounded away."""
+    _, theirs, folder = make_pair(tmp_path, variant)
+    ours, seen, prefix = load_llm(folder, dtype=dtype), [], random_prefix(1, 240)
+    ours.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.extend(inputs[1]))
+    ours(prefix, random_ids(1, 1))
+    for angles, reference in zip(seen, theirs.model.rotary_emb(prefix.to(dtype), torch.arange(240)[None])):
+        assert relative_error(angles[0].float(), reference.float()) < 1e-5
+
+
 def test_an_all_true_mask_equals_none(pair):
     ours, _, _ = pair
     prefix, target = random_prefix(2, 5), random_ids(2, 4)
