@@ -221,17 +221,17 @@ def step_flops(model, stage, B, T):
 
 
 def llm_flops(llm, B, T, P=32):
-    """As step_flops, for a language model alone: 2 x parameters x tokens forward, and as much for gradients to activations."""
+    """As step_flops, for a language model alone: 2 x parameters x tokens forward, and as much for gradients to activations;
+    the products in attention, of two activations, need twice as much backward."""
     matrices = lambda modules: sum(p.numel() for p in modules.parameters() if p.ndim > 1)
     head = T * llm.vocab_size * llm.dim
     if isinstance(llm, language_models.T5):  # the decoder reads T, but makes keys and values of what the encoder has read
         keys = sum(matrices(block.layer[1]["EncDecAttention"].k) for block in llm.decoder.block) * 2
         read = matrices(llm.encoder.block) * P + (matrices(llm.decoder.block) - keys) * T + keys * P
         inner = llm.heads * llm.encoder.block[0].layer[0]["SelfAttention"].head_dim
-        return 4 * B * (read + 2 * inner * (len(llm.encoder.block) * P * P + len(llm.decoder.block) * (T * T / 2 + T * P)) + head)
+        return 4 * B * (read + 3 * inner * (len(llm.encoder.block) * P * P + len(llm.decoder.block) * (T * T / 2 + T * P)) + head)
     S = P + T - 1
-    inner = llm.head_dim * llm.layers[0].self_attn.q_proj.out_features // llm.head_dim
-    return 4 * B * (matrices(llm.layers) * S + len(llm.layers) * S * S * inner + head)
+    return 4 * B * (matrices(llm.layers) * S + 1.5 * len(llm.layers) * S * S * llm.layers[0].self_attn.q_proj.out_features + head)
 
 
 def take_turns(functions, repeats, device):
@@ -336,7 +336,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size if args.batch_size is not None else 16 if args.llm else 8
     if min(args.generation_batch_size, args.batch_size, args.target_tokens, args.repeats) < 1:
-        parser.error("--batch-size, --target-tokens and --repeats must be at least 1")
+        parser.error("--batch-size, --generation-batch-size, --target-tokens and --repeats must be at least 1")
     return args
 
 

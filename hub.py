@@ -75,7 +75,8 @@ def resolve(name, role):
     names = TARGETS if role in ("target", "tokenizer") else SOURCES
     repository = names.get(name, name)
     if repository.count("/") != 1 or repository.startswith((".", "/")):
-        raise FileNotFoundError(f"{name}: no such folder, and no short name of a {'target' if role == 'tokenizer' else role}: those are {', '.join(names)}; a Hub id "
+        kind = "target" if role == "tokenizer" else role
+        raise FileNotFoundError(f"{name}: no such folder, and no short name of a {kind}: those are {', '.join(names)}; a Hub id "
                                 "reads owner/name")
     folder = fetch(repository, ROLES[role])
     return Place(name, folder, folder, folder, folder)

@@ -39,7 +39,6 @@ VARIANTS = {
     "blip-2 t5": T5 | dict(dense_act_fn="gelu"),
     "t5, tied": T5 | dict(tie_word_embeddings=True, decoder_start_token_id=3, layer_norm_epsilon=1e-2),
 }
-DECODERS = [name for name in VARIANTS if VARIANTS[name]["model_type"] != "t5"]
 
 
 def make_model(folder, options):
