@@ -480,6 +480,8 @@ def test_a_sliding_window_is_refused_where_it_would_matter(tmp_path):
     folder = make_pair(tmp_path / "qwen2", "qwen2")[2]
     edit_config(folder, sliding_window=12)  # use_sliding_window is false
     assert load_llm(folder, dtype=torch.float32)(random_prefix(1, 8), random_ids(1, 6)).isfinite().all()
+    edit_config(folder, drop=["sliding_window"], use_sliding_window=True)
+    assert load_llm(folder).longest == 4096  # transformers' default
 
 
 def test_pickles_with_code_are_never_run(tmp_path):
