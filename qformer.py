@@ -31,10 +31,35 @@ def attention(q, k, v, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
-# -------------------------------------------------------------------------- ViT (EVA ViT-g/14 in BLIP-2; pre-norm blocks)
+# ------------------------------------------------- ViTs, of pre-norm blocks: EVA ViT-g/14 (BLIP-2's), and CLIP ViT-L/14
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
-class ViTAttention(nn.Module):
+def interpolate_positions(positions, h, w):
+    """Position embeddings (1,1+side*side,Dv) of a class token and a square of patches -> (1,1+h*w,Dv): bicubic (Dosovitskiy et al. 2021)."""
+    side = int((positions.shape[1] - 1) ** 0.5)
+    if (h, w) == (side, side):
+        return positions
+    grid = rearrange(positions[:, 1:].float(), "one (h w) d -> one d h w", h=side)
+    grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], rearrange(grid, "one d h w -> one (h w) d").to(positions.dtype)], dim=1)
+
+
+def embed_patches(images, patch_embedding, class_embedding, positions):
+    """(B,3,H,W), and (1,1,Dv) and (1,N,Dv) -> (B,1+h*w,Dv): the class token, then the patches, each with its position's embedding.
+
+    Images may have another size than the ViT's: its position embeddings are interpolated."""
+    patch = patch_embedding.kernel_size[0]
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch or images.shape[3] % patch:
+        raise ValueError(f"this ViT reads images (B, 3, H, W) whose sides are multiples of its patch, {patch} pixels; not {tuple(images.shape)}")
+    patches = patch_embedding(images.to(patch_embedding.weight.dtype))  # (B, Dv, h, w)
+    positions = interpolate_positions(positions, *patches.shape[2:])
+    class_token = class_embedding.expand(len(images), -1, -1)
+    return torch.cat([class_token, rearrange(patches, "b d h w -> b (h w) d")], dim=1) + positions
+
+
+class EVAAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim = config["hidden_size"]
@@ -47,52 +72,99 @@ class ViTAttention(nn.Module):
         return self.projection(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
 
 
-class ViTLayer(nn.Module):
+class CLIPAttention(nn.Module):
     def __init__(self, config):
+        super().__init__()
+        dim = config["hidden_size"]
+        self.heads = config["num_attention_heads"]
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (rearrange(proj(x), "b n (h d) -> b h n d", h=self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class ViTLayer(nn.Module):
+    def __init__(self, config, self_attn):
         super().__init__()
         dim, eps = config["hidden_size"], config["layer_norm_eps"]
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
-        self.self_attn = ViTAttention(config)
+        self.self_attn, self.activation = self_attn, ACTIVATIONS[config["hidden_act"]]
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, config["intermediate_size"]),
                                   "fc2": nn.Linear(config["intermediate_size"], dim)})
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x))))
+        return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 
 
-class ViTEmbeddings(nn.Module):
+class EVA(nn.Module):
+    """The ViT of BLIP-2. `post_layernorm` belongs to it by name but to the Q-Former by training: VPGTrans fine-tunes it."""
+
+    DEFAULTS = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16, image_size=224,
+                    patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True)
+
     def __init__(self, config):
         super().__init__()
         dim, patch = config["hidden_size"], config["patch_size"]
-        self.image_size, tokens = config["image_size"], (config["image_size"] // patch) ** 2 + 1
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.position_embedding = nn.Parameter(torch.randn(1, tokens, dim) * 0.02)
-        self.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch)
+        self.embeddings = nn.Module()
+        self.embeddings.class_embedding = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.embeddings.position_embedding = nn.Parameter(torch.randn(1, (config["image_size"] // patch) ** 2 + 1, dim) * 0.02)
+        self.embeddings.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
+            ViTLayer(config, EVAAttention(config)) for _ in range(config["num_hidden_layers"]))})
+        self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
     def forward(self, images):
-        if images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"this ViT reads images (B, 3, {self.image_size}, {self.image_size}), not {tuple(images.shape)}")
-        patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
-        patches = rearrange(patches, "b d h w -> b (h w) d")
-        class_token = self.class_embedding.expand(len(images), -1, -1)
-        return torch.cat([class_token, patches], dim=1) + self.position_embedding  # (B, N, Dv)
-
-
-class ViT(nn.Module):
-    """`post_layernorm` belongs to the ViT by name but to the Q-Former by training: VPGTrans fine-tunes it."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.embeddings = ViTEmbeddings(config)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTLayer(config) for _ in range(config["num_hidden_layers"]))})
-        self.post_layernorm = nn.LayerNorm(config["hidden_size"], config["layer_norm_eps"])
-
-    def forward(self, images):
-        x = self.embeddings(images)
+        e = self.embeddings
+        x = embed_patches(images, e.patch_embedding, e.class_embedding, e.position_embedding)
         for layer in self.encoder["layers"]:
             x = layer(x)
         return x
+
+
+class CLIP(nn.Module):
+    """The ViT of CLIP (Radford et al. 2021), such as openai/clip-vit-large-patch14: what is behind its blocks is `post_layernorm`'s
+    job here, as with EVA. pre_layrnorm is spelled as in the checkpoints."""
+
+    DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+                    patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+
+    def __init__(self, config):
+        super().__init__()
+        dim, patch = config["hidden_size"], config["patch_size"]
+        self.embeddings = nn.Module()
+        self.embeddings.class_embedding = nn.Parameter(torch.randn(dim) * 0.02)
+        self.embeddings.position_embedding = nn.Embedding((config["image_size"] // patch) ** 2 + 1, dim)
+        self.embeddings.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
+        self.pre_layrnorm = nn.LayerNorm(dim, config["layer_norm_eps"])
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
+            ViTLayer(config, CLIPAttention(config)) for _ in range(config["num_hidden_layers"]))})
+        self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
+
+    def forward(self, images):
+        e = self.embeddings
+        x = embed_patches(images, e.patch_embedding, e.class_embedding[None, None], e.position_embedding.weight[None])
+        x = self.pre_layrnorm(x)
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return x
+
+
+VITS = {"blip_2_vision_model": EVA, "clip_vision_model": CLIP}
+
+
+def vit_options(config, layers=None):
+    """`vision_config` of a BLIP-2 or CLIP config.json -> (its class, its options: those left out filled in, cut to `layers` blocks)"""
+    kind = config.get("model_type", "blip_2_vision_model")
+    if kind not in VITS:
+        raise ValueError(f"config.json: a ViT of model_type {kind!r} is not implemented; there are {', '.join(VITS)}")
+    options = VITS[kind].DEFAULTS | config
+    if options["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(f"config.json: vision_config: hidden_act = {options['hidden_act']!r} is not implemented; there are {', '.join(ACTIVATIONS)}")
+    if layers and not 1 <= layers <= options["num_hidden_layers"]:
+        raise ValueError(f"this ViT has {options['num_hidden_layers']} blocks; there are no features after block {layers}")
+    return VITS[kind], options | {"num_hidden_layers": layers or options["num_hidden_layers"]}
 
 
 # ----------------------------------------------------------------------------------- Q-Former (a BERT; post-norm blocks)
@@ -154,26 +226,30 @@ class QFormer(nn.Module):
 
 
 class VPG(nn.Module):
-    """ViT + Q-Former. `config` is a BLIP-2 config.json as a dict; fields left out have BLIP-2's values."""
+    """ViT + Q-Former. `config` is a BLIP-2 config.json as a dict; fields left out have BLIP-2's values.
 
-    VISION = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16, image_size=224,
-                  patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True)
+    `image_size` and `vit_layers` (features are read after this block of the ViT) beside its `vision_config`, as our runs have
+    them, say how the ViT is used; the default is as its checkpoint is. Dropout (0.1 in the checkpoints) is the Q-Former's
+    alone, and active in train mode: in stage 2, not in stage 1 and not in generation."""
+
     QFORMER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="gelu",
                    layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
                    cross_attention_frequency=2, encoder_hidden_size=1408)
 
     def __init__(self, config):
         super().__init__()
-        vision, qformer = self.VISION | config.get("vision_config", {}), self.QFORMER | config.get("qformer_config", {})
-        for part, found in (("vision_config", vision), ("qformer_config", qformer)):
-            if found["hidden_act"] != "gelu":
-                raise ValueError(f"config.json: {part}: hidden_act = {found['hidden_act']!r} is not implemented; only 'gelu' is")
+        vit, vision = vit_options(config.get("vision_config", {}), config.get("vit_layers"))
+        qformer = self.QFORMER | config.get("qformer_config", {})
+        if qformer["hidden_act"] != "gelu":
+            raise ValueError(f"config.json: qformer_config: hidden_act = {qformer['hidden_act']!r} is not implemented; only 'gelu' is")
         if qformer["encoder_hidden_size"] != vision["hidden_size"]:
             raise ValueError(f"config.json: the Q-Former looks at {qformer['encoder_hidden_size']} wide features "
                              f"(encoder_hidden_size), the ViT's are {vision['hidden_size']} wide (hidden_size)")
-        self.image_size, self.dim = vision["image_size"], qformer["hidden_size"]
-        self.num_query_tokens = config.get("num_query_tokens", 32)
-        self.vision_model = ViT(vision)
+        self.image_size = config.get("image_size", vision["image_size"])
+        if self.image_size < 1 or self.image_size % vision["patch_size"]:
+            raise ValueError(f"image size {self.image_size} is not a multiple of the ViT's patch, {vision['patch_size']} pixels")
+        self.dim, self.num_query_tokens = qformer["hidden_size"], config.get("num_query_tokens", 32)
+        self.vision_model = vit(vision)
         self.query_tokens = nn.Parameter(torch.randn(1, self.num_query_tokens, self.dim) * 0.02)
         self.qformer = QFormer(qformer)
 
@@ -278,7 +354,7 @@ def assign_tensors(module, tensors, folder):
 
 
 def read_config(folder):
-    """config.json of a BLIP-2 folder, or of one of our runs, as a dict."""
+    """config.json of a BLIP-2 folder, of one of our runs, or of CLIP, as BLIP-2 would spell it."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing; {folder} is not a checkpoint in Hugging Face layout")
@@ -286,25 +362,56 @@ def read_config(folder):
         config = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
+    if config.get("model_type") in ("clip", "clip_vision_model"):
+        vision = CLIP.DEFAULTS | config.get("vision_config", config) | {"model_type": "clip_vision_model"}
+        return {"vision_config": vision, "qformer_config": {"encoder_hidden_size": vision["hidden_size"]}}
     if "qformer_config" not in config:
         raise ValueError(f"{file}: model_type {config.get('model_type')!r} has no Q-Former (no qformer_config): a source must be "
                          "a BLIP-2 checkpoint or one of our runs")
     return config
 
 
-def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None):
+def read_vit(folder, layers=None):
+    """(name in a BLIP-2 checkpoint, tensor) of the ViT in a BLIP-2 or CLIP folder, without the blocks behind the first `layers`."""
+    # CLIPVisionModel alone is written with or without "vision_model." before its names
+    prefix = "" if any(name.startswith("vision_model.") for name in checkpoint_files(folder)) else "vision_model."
+    block = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
+    kept = lambda name: (name.startswith("vision_model.") and not name.endswith(".position_ids")
+                         and not (layers and (found := block.match(name)) and int(found[1]) >= layers))
+    yield from ((prefix + name, tensor) for name, tensor in read_tensors(folder, lambda name: kept(prefix + name)))
+
+
+def load_vit(folder, dtype=torch.bfloat16, device="cpu", layers=None):
+    """The frozen ViT of a BLIP-2 or CLIP folder alone, up to block `layers` (None: all): vit(images) -> (B,N,Dv), to which
+    vit.post_layernorm may be applied. FileNotFoundError or ValueError name file and tensor."""
+    kind, options = vit_options(read_config(folder).get("vision_config", {}), layers)
+    with torch.device("meta"):
+        vit = kind(options)
+    assign_tensors(vit, {name.removeprefix("vision_model."): tensor.to(device, dtype) for name, tensor in read_vit(folder, layers)}, folder)
+    return vit.requires_grad_(False).eval()
+
+
+def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_former=True, image_size=None, vit_layers=None):
     """The VPG of a BLIP-2 folder, in eval mode, with no gradients: entering a stage says what trains.
 
     The frozen ViT comes in `dtype`, what VPGTrans trains in float32. One of our runs holds only what was trained:
-    `vit_folder` is then the folder with the ViT. FileNotFoundError or ValueError name file and tensor."""
+    `vit_folder` is then the folder with the ViT. With q_former=False what trains is not read but drawn (VPG.reset), and the
+    folder may be CLIP's. `image_size` and `vit_layers` are as in VPG. FileNotFoundError or ValueError name file and tensor."""
+    choices = {"image_size": image_size, "vit_layers": vit_layers}
+    config, vit_folder = read_config(folder) | {key: n for key, n in choices.items() if n is not None}, vit_folder or folder
     with torch.device("meta"):
-        vpg = VPG(read_config(folder))
-    vit_folder = vit_folder or folder
-    ours = lambda name: not NOT_THE_VPG.match(name)
-    tensors = {name: tensor.to(device, torch.float32)
-               for name, tensor in read_tensors(folder, lambda name: ours(name) and not is_frozen(name))}
-    tensors |= {name: tensor.to(device, dtype) for name, tensor in read_tensors(vit_folder, lambda name: ours(name) and is_frozen(name))}
+        vpg = VPG(config)
+    if q_former:
+        if "query_tokens" not in checkpoint_files(folder):
+            raise ValueError(f"{folder}: a ViT without a Q-Former (no query_tokens); as a source it is good for training --from-scratch alone")
+        ours = lambda name: not NOT_THE_VPG.match(name) and not is_frozen(name)
+        tensors = {name: tensor.to(device, torch.float32) for name, tensor in read_tensors(folder, ours)}
+    else:
+        tensors = {name: torch.empty(parameter.shape, device=device) for name, parameter in vpg.trained_parameters().items()}
+    tensors |= {name: tensor.to(device, dtype) for name, tensor in read_vit(vit_folder, config.get("vit_layers")) if is_frozen(name)}
     assign_tensors(vpg, tensors, folder if vit_folder == folder else f"{folder} with the ViT of {vit_folder}")
+    if not q_former:
+        vpg.reset()
     return vpg.requires_grad_(False).eval()
 
 

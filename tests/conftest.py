@@ -40,14 +40,18 @@ def write_tokenizer(folder, text, vocab_size):
     return tokenizer.get_vocab_size()
 
 
+def make_blip2(text_config, dropout=0.0, seed=0, **options):
+    """A random BLIP-2 of transformers around a language model."""
+    config = Blip2Config(vision_config=Blip2VisionConfig(**VISION), num_query_tokens=5, qformer_config=Blip2QFormerConfig(
+        **QFORMER, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout), text_config=text_config, **options)
+    return randomise(Blip2ForConditionalGeneration._from_config(config, attn_implementation="eager"), seed)
+
+
 def write_source(folder, dropout=0.0, seed=0):
     """A random BLIP-2 whose LLM is 40 wide, as transformers writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder, TEXT, 290)
-    config = Blip2Config(vision_config=Blip2VisionConfig(**VISION), num_query_tokens=5, qformer_config=Blip2QFormerConfig(
-        **QFORMER, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout),
-        text_config=OPTConfig(**OPT, vocab_size=size, hidden_size=40, word_embed_proj_dim=40))
-    model = randomise(Blip2ForConditionalGeneration._from_config(config, attn_implementation="eager"), seed)
+    model = make_blip2(OPTConfig(**OPT, vocab_size=size, hidden_size=40, word_embed_proj_dim=40), dropout, seed)
     model.save_pretrained(folder)
     return model
 

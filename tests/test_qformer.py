@@ -1,14 +1,22 @@
 """Facts about qformer.py, established against transformers on small random models in which every tensor is random."""
 
 import copy
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig, Blip2VisionConfig, CLIPConfig, CLIPModel, CLIPTextConfig,
+                          CLIPVisionConfig, CLIPVisionModel)
 
-from conftest import relative_error, write_source
-from qformer import load_projector, load_vpg
+from conftest import QFORMER, VISION, randomise, relative_error, write_source
+from qformer import load_projector, load_vit, load_vpg
+
+
+def random_images(height, width):
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+
 
 @pytest.fixture(scope="module")
 def blip2(tmp_path_factory):
@@ -19,7 +27,7 @@ def blip2(tmp_path_factory):
 def test_features_queries_and_soft_prompts_equal_transformers(blip2):
     theirs, folder = blip2
     vpg, projector = load_vpg(folder, dtype=torch.float32), load_projector(folder)
-    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    images = random_images(28, 28)
     with torch.no_grad():
         image = theirs.vision_model(images).last_hidden_state
         queries = theirs.qformer(query_embeds=theirs.query_tokens.expand(2, -1, -1), encoder_hidden_states=image).last_hidden_state
@@ -33,7 +41,7 @@ def test_gradients_equal_transformers(blip2):
     """In float64: behind softmaxes of random weights some gradients are tiny, and float32 rounding would decide."""
     theirs, folder = copy.deepcopy(blip2[0]).double(), blip2[1]
     vpg = load_vpg(folder, dtype=torch.float32).double()
-    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1)).double()
+    images = random_images(28, 28).double()
     direction = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2)).double()
     trained = vpg.trained_parameters()
     for parameter in trained.values():
@@ -60,14 +68,19 @@ def test_dropout_is_active_in_train_mode_alone(tmp_path):
 
 
 def test_a_first_stage_checkpoint_loads_without_its_text_branch(blip2, tmp_path):
-    """Salesforce/blip2-itm-vit-g has no LLM, no projector, and a Q-Former that also reads text."""
-    tensors = {name: tensor for name, tensor in load_file(blip2[1] / "model.safetensors").items() if not name.startswith("language_")}
-    extra = ["embeddings.word_embeddings.weight", "qformer.encoder.layer.0.intermediate.dense.weight", "qformer.encoder.layer.0.output.LayerNorm.bias",
-             "itm_head.weight", "vision_projection.bias", "text_projection.weight", "embeddings.position_ids"]
-    save_file(tensors | {name: torch.zeros(3) for name in extra}, tmp_path / "model.safetensors")
-    shutil.copy(blip2[1] / "config.json", tmp_path)
-    reference = load_vpg(blip2[1]).state_dict()
-    assert all(torch.equal(tensor, reference[name]) for name, tensor in load_vpg(tmp_path).state_dict().items())
+    """Salesforce/blip2-itm-vit-g: no LLM, no projector, and a Q-Former that also reads text."""
+    config = Blip2Config(vision_config=Blip2VisionConfig(**VISION), num_query_tokens=5,
+                         qformer_config=Blip2QFormerConfig(**QFORMER, use_qformer_text_input=True))
+    theirs = randomise(Blip2ForImageTextRetrieval._from_config(config, attn_implementation="eager"))
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {"qformer.encoder.layer.0.intermediate.dense.weight", "embeddings.word_embeddings.weight", "itm_head.weight"} <= tensors.keys()
+    save_file(tensors | {"embeddings.position_ids": torch.arange(5)}, tmp_path / "model.safetensors")  # older files have it
+    vpg, images = load_vpg(tmp_path, dtype=torch.float32), random_images(28, 28)
+    with torch.no_grad():
+        image = theirs.vision_model(images).last_hidden_state
+        queries = theirs.qformer(query_embeds=theirs.query_tokens.expand(2, -1, -1), encoder_hidden_states=image).last_hidden_state
+        assert relative_error(vpg(images), queries) < 2e-5
     with pytest.raises(ValueError, match="no projector"):
         load_projector(tmp_path)
     save_file(tensors | {"qformer.surprise": torch.zeros(3)}, tmp_path / "model.safetensors")
@@ -75,6 +88,120 @@ def test_a_first_stage_checkpoint_loads_without_its_text_branch(blip2, tmp_path)
         load_vpg(tmp_path)
 
 
-def test_images_of_another_size_are_refused(blip2):
-    with pytest.raises(ValueError, match="28, 28"):
-        load_vpg(blip2[1], dtype=torch.float32)(torch.zeros(1, 3, 30, 30))
+def test_shards_and_bf16(blip2, tmp_path):
+    """In shards, as on the Hub, with the zero key part of EVA's qkv bias; the ViT comes in bf16, what trains in float32."""
+    theirs, images = copy.deepcopy(blip2[0]), random_images(28, 28)
+    for layer in theirs.vision_model.encoder.layers:
+        layer.self_attn.qkv.bias.data[48:96] = 0
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    vpg = load_vpg(tmp_path, dtype=torch.float32)
+    assert relative_error(vpg.vision_model.post_layernorm(vpg.features(images)), theirs.vision_model(images).last_hidden_state) < 2e-5
+    vpg = load_vpg(tmp_path)
+    assert {p.dtype for p in vpg.frozen_parameters().values()} == {torch.bfloat16} and {p.dtype for p in vpg.trained_parameters().values()} == {torch.float32}
+    assert load_projector(tmp_path).weight.dtype == torch.float32
+
+
+def test_the_frozen_vit_keeps_nothing_for_a_backward_pass(blip2):
+    """In stage 2 the Q-Former's activations are kept, not one of the ViT's."""
+    vpg, images, kept = load_vpg(blip2[1], dtype=torch.float32), random_images(28, 28), []
+    for parameter in vpg.trained_parameters().values():
+        parameter.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: None):
+        features = vpg.features(images)
+        assert not kept and not features.requires_grad
+        vpg.query(features)
+    assert len(kept) > 50
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"num_query_tokens": 7}, "query_tokens is .1, 5, 32., config.json says .1, 7, 32."), ({"image_size": 30}, "30 is not a multiple of the ViT's patch, 7"),
+    ({"vit_layers": 4}, "has 3 blocks"), ({"vision_config": VISION | {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
+    ({"vision_config": VISION | {"hidden_act": "silu"}}, "silu"), ({"qformer_config": QFORMER | {"hidden_act": "relu"}}, "relu"),
+    ({"qformer_config": QFORMER | {"encoder_hidden_size": 50}}, "50 wide features")])
+def test_a_config_that_does_not_fit_is_refused(blip2, tmp_path, changes, says):
+    config = json.loads((blip2[1] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    shutil.copy(blip2[1] / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match=says):
+        load_vpg(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- image sizes
+
+
+@pytest.mark.parametrize("height, width", [(42, 42), (14, 14), (21, 35), (56, 14)])  # the last has as many patches as 28 x 28
+def test_other_image_sizes_interpolate_position_embeddings_as_transformers(blip2, clip, height, width):
+    images = random_images(height, width)
+    with torch.no_grad():
+        vpg = load_vpg(blip2[1], dtype=torch.float32)
+        theirs = blip2[0].vision_model(images, interpolate_pos_encoding=True).last_hidden_state
+        assert relative_error(vpg.vision_model.post_layernorm(vpg.features(images)), theirs) < 2e-5
+        theirs = clip[0].vision_model(images, interpolate_pos_encoding=True).last_hidden_state
+        assert relative_error(load_vit(clip[1], dtype=torch.float32)(images), theirs) < 2e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 30, 28), (1, 3, 28, 30), (1, 1, 28, 28), (3, 28, 28)])
+def test_images_that_patches_do_not_cover_are_refused(blip2, clip, shape):
+    for vit in (load_vpg(blip2[1], dtype=torch.float32), load_vit(clip[1], dtype=torch.float32)):
+        with pytest.raises(ValueError, match="multiples of its patch, 7 pixels"):
+            vit(torch.zeros(shape))
+
+
+# ----------------------------------------------------------------------------------------------------------------- CLIP
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """(a random CLIPModel, its folder): as openai/clip-vit-large-patch14, with its text branch, and a buffer of older files."""
+    text = dict(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, bos_token_id=1, eos_token_id=2)
+    config, folder = CLIPConfig(vision_config=CLIPVisionConfig(**VISION), text_config=CLIPTextConfig(**text)), tmp_path_factory.mktemp("clip")
+    theirs = randomise(CLIPModel._from_config(config, attn_implementation="eager"))
+    theirs.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"vision_model.embeddings.position_ids": torch.arange(17)[None]}, folder / "model.safetensors")
+    return theirs, folder
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, None])
+def test_features_of_clip_after_any_block_equal_transformers(clip, layers):
+    theirs, images = clip[0].vision_model(random_images(28, 28), output_hidden_states=True), random_images(28, 28)
+    vit = load_vit(clip[1], dtype=torch.float32, layers=layers)
+    assert len(vit.encoder["layers"]) == (layers or 3)
+    assert relative_error(vit(images), theirs.hidden_states[layers or 3]) < 2e-5
+    if layers is None:
+        assert relative_error(vit.post_layernorm(vit(images)[:, 0]), theirs.pooler_output) < 2e-5
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_clips_vit_alone_is_written_with_and_without_a_prefix(clip, tmp_path, prefix):
+    tensors = {name.removeprefix("vision_model."): t for name, t in clip[0].state_dict().items() if name.startswith("vision_model.")}
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(clip[0].config.vision_config.to_dict()))
+    images = random_images(28, 28)
+    assert torch.equal(load_vit(tmp_path, dtype=torch.float32)(images), load_vit(clip[1], dtype=torch.float32)(images))
+
+
+def test_gelu_and_quick_gelu_are_told_apart(clip, tmp_path):
+    """OpenAI's CLIP has the quick one, others of its layout the exact one."""
+    shutil.copy(clip[1] / "model.safetensors", tmp_path)
+    config = json.loads((clip[1] / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "gelu"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    images = random_images(28, 28)
+    theirs = CLIPVisionModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert relative_error(load_vit(tmp_path, dtype=torch.float32)(images), theirs(images).last_hidden_state) < 2e-5
+    assert relative_error(load_vit(clip[1], dtype=torch.float32)(images), theirs(images).last_hidden_state) > 1e-3
+
+
+def test_clip_carries_a_q_former_from_scratch(clip):
+    """It has none of its own: one is drawn, as BERT's are, and reads the features after the block asked for."""
+    with pytest.raises(ValueError, match="without a Q-Former"):
+        load_vpg(clip[1])
+    torch.manual_seed(0)
+    vpg = load_vpg(clip[1], dtype=torch.float32, q_former=False, vit_layers=2, image_size=42)
+    images = random_images(42, 42)
+    assert vpg.image_size == 42 and vpg(images).shape == (2, 32, 768)
+    assert relative_error(vpg.features(images), load_vit(clip[1], dtype=torch.float32, layers=2)(images)) < 1e-6
+    weight, norm = vpg.qformer.encoder["layer"][0].crossattention.attention["key"].weight, vpg.vision_model.post_layernorm
+    assert weight.shape == (768, 48) and abs(weight.std() - 0.02) < 2e-3 and (norm.weight == 1).all() and (norm.bias == 0).all()

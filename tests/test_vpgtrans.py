@@ -1,13 +1,18 @@
 """Facts about vpgtrans.py: the word converter, the merged projector, the model's loss, and what trains in each stage."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig
 
 import vpgtrans
-from conftest import relative_error
+from conftest import make_blip2, relative_error
 from llm import load_llm
 from qformer import load_projector, load_vpg
+from test_llm import LLAMA, OPT, T5
 from vpgtrans import HOLE, IMAGE, STAGES, VisualLLM, enter_stage, fit_word_converter, learning_rate, merge, parameter_groups, shared_tokens
 
 
@@ -78,28 +83,41 @@ def test_merged_projector_is_projector_then_converter():
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
-def test_loss_equals_transformers_blip2(world, tmp_path):
-    """The whole source model: soft prompts, BOS, caption; the loss and its gradient at the query tokens."""
-    import conftest
+@pytest.mark.parametrize("options", [OPT, LLAMA, T5], ids=lambda options: options["model_type"])
+def test_loss_and_gradients_equal_transformers_blip2(options, tmp_path):
+    """The whole model: images in, the caption's loss out, and its gradients to all that VPGTrans trains (in float64, since some
+    of them are tiny behind softmaxes of random weights)."""
+    image_id = options["vocab_size"] - 1
+    theirs = make_blip2(AutoConfig.for_model(**options), image_token_index=image_id)
+    if options["model_type"] == "t5":  # transformers ties the head of any new T5
+        theirs.language_model.lm_head.weight = nn.Parameter(random(*theirs.language_model.lm_head.weight.shape, seed=3) * 0.25)
+    save_file({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(theirs.config.to_dict() | {"text_config": options}))
+    ours = VisualLLM(load_vpg(tmp_path, dtype=torch.float32), load_projector(tmp_path), load_llm(tmp_path, dtype=torch.float32))
+    trained = vpgtrans.blip2_names(ours)
+    for parameter in trained.values():
+        parameter.requires_grad_()
 
-    theirs = conftest.write_source(tmp_path / "source")
-    folder = tmp_path / "source"
-    ours = VisualLLM(load_vpg(folder, dtype=torch.float32), load_projector(folder), load_llm(folder, dtype=torch.float32))
-    ours.vpg.query_tokens.requires_grad_()
-    images, target = random(2, 3, 28, 28), torch.randint(4, 280, (2, 6), generator=torch.Generator().manual_seed(1))
+    images, target = random(2, 3, 28, 28), torch.randint(4, 100, (2, 6), generator=torch.Generator().manual_seed(1))
     target[1, 4:] = -100
-    prompt = torch.tensor([[IMAGE] * 5 + [2]] * 2)
-    loss, tokens = ours(prompt, target, images=images)
-    loss.backward()
+    behind = torch.full((2, 1), 1 if theirs.config.is_encoder_decoder else 2)  # </s>, BOS
+    prompt = torch.cat([torch.full((2, 5), image_id), behind], dim=1)
+    if theirs.config.is_encoder_decoder:
+        inputs = dict(input_ids=prompt, labels=target)
+    else:
+        inputs = dict(input_ids=torch.cat([prompt, target.clamp(min=0)], dim=1), labels=torch.cat([torch.full((2, 6), -100), target], dim=1))
 
-    image = theirs.vision_model(images).last_hidden_state
-    queries = theirs.qformer(query_embeds=theirs.query_tokens.expand(2, -1, -1), encoder_hidden_states=image).last_hidden_state
-    words = theirs.language_model.get_input_embeddings()(torch.cat([torch.full((2, 1), 2), target.clamp(min=0)], dim=1))
-    logits = theirs.language_model(inputs_embeds=torch.cat([theirs.language_projection(queries), words], dim=1)).logits
-    reference = nn.functional.cross_entropy(logits[:, 5:-1].flatten(0, 1), target.flatten(), reduction="sum")
-    reference.backward()
-    assert tokens == 10 and relative_error(loss, reference) < 2e-5
-    assert relative_error(ours.vpg.query_tokens.grad, theirs.query_tokens.grad) < 1e-4
+    loss, tokens = ours(prompt.where(prompt != image_id, IMAGE), target, images=images)
+    assert tokens == 10 and relative_error(loss / 10, theirs(pixel_values=images, **inputs).loss) < 2e-5
+    ours, theirs, images = ours.double(), theirs.double(), images.double()
+    (ours(prompt.where(prompt != image_id, IMAGE), target, images=images)[0] / 10).backward()
+    theirs(pixel_values=images, **inputs).loss.backward()
+    references = dict(theirs.named_parameters())
+    assert {name.split(".")[0] for name in trained} == {"vision_model", "query_tokens", "qformer", "language_projection"}
+    for name, parameter in trained.items():
+        if not name.endswith("key.bias"):  # shifts all scores of a query alike: softmax does not see it, the gradient is rounding
+            assert relative_error(parameter.grad, references[name].grad) < 2e-5, name
+    assert all(parameter.grad is None for name, parameter in ours.named_parameters() if name.startswith("llm.") or "encoder.layers" in name)
 
 
 def test_images_features_and_queries_give_one_loss(model):
