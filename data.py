@@ -10,6 +10,7 @@ every batch, a worker its share of that, and a killed run continues at any sampl
 B batch, P prompt length, T target length, Q query tokens.
 """
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -191,46 +192,71 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which EVA and BLIP-2 share
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def load_image(file):
-    """An image file of any mode -> RGB, upright, transparency on white. OSError names a file that cannot be read."""
+@contextlib.contextmanager
+def open_image(file):
+    """An image file, opened but not decoded yet. OSError names a file that cannot be read, also if that shows later on."""
     try:
         with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return image.convert("RGB")
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
 
 
+def upright_rgb(image):
+    """An opened image of any mode -> decoded, RGB, turned as its EXIF orientation says, transparency on white."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_image(file):
+    """An image file of any mode -> RGB, upright, transparency on white. OSError names a file that cannot be read."""
+    with open_image(file) as image:
+        return upright_rgb(image)
+
+
 def resize(image, size):
     """PIL -> (3,size,size) uint8; the evaluation transform of BLIP: bicubic, aspect ratio not kept."""
-    image = image.resize((size, size), Image.BICUBIC)
+    image = upright_rgb(image).resize((size, size), Image.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def random_crop(image, size, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
-    """PIL -> (3,size,size) uint8; the training transform of BLIP: a random part of the area, bicubic, and a random flip."""
-    width, height = image.size
-    box = (0, 0, width, height)
-    for _ in range(10):  # as torchvision's RandomResizedCrop: ten tries, else the whole image
+def draw_crop(width, height, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A random part of an image's area, as torchvision's RandomResizedCrop draws it. -> (left, top, right, bottom)"""
+    for _ in range(10):  # ten tries, else the whole image
         area, aspect = width * height * rng.uniform(*scale), np.exp(rng.uniform(*np.log(ratio)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
-            box = (x, y, x + w, y + h)
-            break
-    image = image.resize((size, size), Image.BICUBIC, box=box)
+            return int(x), int(y), int(x + w), int(y + h)
+    return 0, 0, width, height
+
+
+def random_crop(image, size, rng, least=0.75):
+    """PIL -> (3,size,size) uint8; the training transform of BLIP: a random part of the area, bicubic, and a random flip.
+
+    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size, which is far less work, where its crop still
+    has `least` of the pixels that are wanted, along either side; with least=inf it is always decoded whole."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+    width, height = image.size[::-1] if turned else image.size
+    left, top, right, bottom = draw_crop(width, height, rng)
+    factor = next((f for f in (8, 4, 2) if min(right - left, bottom - top) >= least * size * f), 1)
+    image.draft(None, (image.width // factor, image.height // factor))  # for JPEGs alone
+    image = upright_rgb(image)
+    across, down = image.width / width, image.height / height
+    image = image.resize((size, size), Image.BICUBIC, box=(left * across, top * down, right * across, bottom * down))
     return torch.from_numpy(np.array(ImageOps.mirror(image) if rng.random() < 0.5 else image)).permute(2, 0, 1)
 
 
 def normalise(images):
     """(B,3,H,W) uint8 -> float32, CLIP's mean and deviation. Images travel as bytes: a quarter of the traffic."""
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
-    return (images / 255 - mean) / std
+    return torch.addcmul(-mean / std, images, 1 / (255 * std))
 
 
 # ----------------------------------------------------------------------------------------------------------------- pairs
@@ -245,6 +271,7 @@ class Pairs:
     captions: list
     crop: bool = True  # augment by random crops (Visual Genome's regions are only resized)
     left_out: dict = field(default_factory=dict)  # why annotations were left out -> how many
+    cache: object = None  # cache[file] -> what a frozen VPG has made of an image, to be used instead of its pixels
 
     def __len__(self):
         return len(self.files)
@@ -380,7 +407,7 @@ def plan(sizes, samples, seed, weights=None):
 
 
 class Samples(torch.utils.data.Dataset):
-    """Samples by (position in the plan, pair): an image as the ViT wants it, a prompt and a target.
+    """Samples by (position in the plan, pair): an image as the ViT wants it (or what a cache has of it), a prompt and a target.
 
     All randomness is seeded by (seed, position): crops and flips (augment), and where captions are split for T5 (split; both
     are for training). A pair with an unreadable image is named and gives way to the pair after it."""
@@ -398,27 +425,33 @@ class Samples(torch.utils.data.Dataset):
             d = int(np.searchsorted(self.starts, index, side="right")) - 1
             pairs, i = self.sets[d], int(index - self.starts[d])
             try:
-                image = load_image(pairs.files[i])
+                image = self.look(pairs, i, position)
                 break
             except OSError as error:
                 bad.append(str(error))
                 index = (index + 1) % self.starts[-1]
         else:
             raise OSError("ten images in a row cannot be read:\n" + "\n".join(bad))
-        if self.augment and pairs.crop:
-            image = random_crop(image, self.size, np.random.default_rng((self.seed, position)))
-        else:
-            image = resize(image, self.size)
         prompt, target = self.prompt, caption_ids(self.tok, pairs.captions[i], self.max_tokens)
         if self.split:
             cut = first_part(self.tok, target, np.random.default_rng((self.seed, position, 1)))  # the crops use (seed, position)
             prompt, target = [*prompt[:-1], *target[:cut], prompt[-1]], target[cut:]
         return image, prompt, target, pairs.files[i], bad
 
+    def look(self, pairs, i, position):
+        """The pixels of pair i, (3,size,size) uint8, or its queries from the cache. OSError if it cannot be read."""
+        if pairs.cache:
+            return pairs.cache[pairs.files[i]]
+        with open_image(pairs.files[i]) as image:
+            if self.augment and pairs.crop:
+                return random_crop(image, self.size, np.random.default_rng((self.seed, position)))
+            return resize(image, self.size)
+
     @staticmethod
     def collate(samples):
         images, prompts, targets, files, bad = zip(*samples)
-        return {"images": torch.stack(images), "prompt_ids": pad(prompts, HOLE, left=True), "target_ids": pad(targets, -100),
+        kind = "images" if images[0].dtype == torch.uint8 else "queries"
+        return {kind: torch.stack(images), "prompt_ids": pad(prompts, HOLE, left=True), "target_ids": pad(targets, -100),
                 "files": files, "bad": [message for messages in bad for message in messages]}
 
 

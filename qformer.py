@@ -402,8 +402,8 @@ def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_form
     with torch.device("meta"):
         vpg = VPG(config)
     if q_former:
-        if "query_tokens" not in checkpoint_files(folder):
-            raise ValueError(f"{folder}: a ViT without a Q-Former (no query_tokens); as a source it is good for training --from-scratch alone")
+        if not any(name.startswith("qformer.") for name in checkpoint_files(folder)):
+            raise ValueError(f"{folder}: holds no Q-Former (qformer.*); a ViT alone is a source for training --from-scratch only")
         ours = lambda name: not NOT_THE_VPG.match(name) and not is_frozen(name)
         tensors = {name: tensor.to(device, torch.float32) for name, tensor in read_tensors(folder, ours)}
     else:

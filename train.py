@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+import cache
 import data
 import hub
 import llm as language_models
@@ -46,6 +47,8 @@ def parse_arguments(argv=None):
     models.add_argument("--tgt", required=True, help="the language model that it moves to")
     models.add_argument("--tgt-tokenizer", metavar="NAME", help="where the target's tokenizer is, if not with the target: lmsys/vicuna-* "
                         "lack a tokenizer.json, and huggyllama/llama-7b has the same one")
+    models.add_argument("--image-size", type=int, metavar="PIXELS", help="of the images that the ViT reads (default: the source's); its "
+                        "position embeddings are interpolated for another size")
     models.add_argument("--out", type=Path, help="folder of this run (default: out/<src>-to-<tgt>)")
     method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
     method.add_argument("--init", choices=("converter", "random"), default="converter", help="start of the projector: the "
@@ -53,7 +56,10 @@ def parse_arguments(argv=None):
     method.add_argument("--no-warm-up", action="store_true", help="skip the training of stage 1; with --init random, this is the paper's "
                         "VPG inheritance")
     method.add_argument("--from-scratch", nargs="?", const="", metavar="VPG", help="baseline: a random Q-Former (or that of "
-                        "VPG, a first-stage BLIP-2) and a random projector, trained jointly; the ViT is still the source's")
+                        "VPG, a first-stage BLIP-2) and a random projector, trained jointly; the ViT is still the source's, which may be "
+                        "CLIP alone: openai/clip-vit-large-patch14")
+    method.add_argument("--vit-layers", type=int, metavar="N", help="with --from-scratch: read features after block N of the ViT (default: "
+                        "the last; of CLIP ViT-L's 24, the paper's runs keep 21, LAVIS 23)")
     method.add_argument("--stage", choices=("warm-up", "fine-tune"), help="run one stage alone")
     pairs = parser.add_argument_group("data: without --data, the paper's sets and mixture, from datasets/ or $VPGTRANS_DATA")
     spec = "[NAME=]FILE[@IMAGES][:WEIGHT]"
@@ -84,6 +90,8 @@ def parse_arguments(argv=None):
                          help="torch.compile the repeated blocks (default: on GPUs)")
     machine.add_argument("--workers", type=int, default=min(8, os.cpu_count() // 2), help="processes that read images, for each "
                          "GPU (default: %(default)s)")
+    machine.add_argument("--cache", type=Path, metavar="DIR", help="keep there what the frozen VPG makes of each image of stage 1 (48 KB in bf16), "
+                         "computed once for all runs with this VPG and data; stage 1 then sees images without crops")
     machine.add_argument("--resume", action="store_true", help="continue the run in --out where it stands")
     log = parser.add_argument_group("log")
     log.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
@@ -93,12 +101,16 @@ def parse_arguments(argv=None):
     for one, other in (("from_scratch", "no_warm_up"), ("from_scratch", "stage"), ("no_warm_up", "stage")):
         if getattr(args, one) not in (None, False) and getattr(args, other):
             parser.error(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} exclude each other")
-    for name in ("steps", "warm_up_steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"):
+    for name in ("image_size", "vit_layers", "steps", "warm_up_steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name, least in (("lr", 0), ("warm_up_lr", 0), ("max_tokens", 1)):
         if getattr(args, name) is not None and not getattr(args, name) > least:
             parser.error(f"--{name.replace('_', '-')} must be above {least}")
+    if args.vit_layers and args.from_scratch is None:
+        parser.error("--vit-layers is for --from-scratch: a Q-Former that was trained on one block's features does not read another's")
+    if args.cache and "warm-up" not in plan_stages(args):
+        parser.error("--cache is for stage 1, which this run has not: only there the VPG stands still")
     if args.warm_up_data and not args.data:
         parser.error("--warm-up-data needs --data, for the other stage")
     args.out = args.out or Path("out") / f"{Path(args.src).name}-to-{Path(args.tgt).name}"
@@ -265,7 +277,8 @@ def build_model(args, src, tgt, captions, processes):
     device, say = processes.device, processes.say
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     q_former = hub.resolve(args.from_scratch, "VPG") if args.from_scratch else src
-    vpg = qformer.load_vpg(q_former.folder, dtype=dtype, device=device, vit_folder=src.vit)
+    vpg = qformer.load_vpg(q_former.folder, dtype=dtype, device=device, vit_folder=src.vit, q_former=args.from_scratch != "",
+                           image_size=args.image_size, vit_layers=args.vit_layers)
     hub.check_belongs(src, vit=vpg.frozen_parameters())
     llm, tok = language_models.load_llm(tgt.llm, dtype=dtype, device=device), data.load_tokenizer(tgt.tokenizer)
     if (last := max(tok.vocab().values())) >= llm.vocab_size:
@@ -296,8 +309,9 @@ def build_model(args, src, tgt, captions, processes):
 
 def run_config(args, src, tgt, model):
     """config.json of a run: what its weights are, and which ViT and LLM belong to them."""
-    source = json.loads((src.folder / "config.json").read_text())
+    source = qformer.read_config(src.folder)
     parts = {key: source[key] for key in ("vision_config", "qformer_config", "num_query_tokens") if key in source}
+    parts |= {"image_size": model.vpg.image_size, "vit_layers": len(model.vpg.vision_model.encoder["layers"])}
     vit = source["vit"]["name"] if source.get("model_type") == "vpgtrans" else hub.lasting_name(args.src)
     return {"model_type": "vpgtrans", **parts, "vit": {"name": vit, "fingerprint": hub.fingerprint(model.vpg.frozen_parameters())},
             "llm": {"name": hub.lasting_name(args.tgt), "fingerprint": hub.fingerprint(dict(model.llm.named_parameters())),
@@ -364,6 +378,13 @@ def restore(model, optimizer, tensors):
         moments.setdefault(int(i), {})[key] = tensors[name]
     if moments:
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def new_cache(args, pairs, vpg):
+    """The cache under --cache of a data set's queries, by what these depend on."""
+    made_with = {"VPG": hub.fingerprint(dict(vpg.named_parameters())), "image size": vpg.image_size}
+    return cache.FeatureCache(args.cache / pairs.name, list(dict.fromkeys(pairs.files)), (vpg.num_query_tokens, vpg.dim),
+                              torch.bfloat16 if args.precision == "bf16" else torch.float32, made_with)
 
 
 class Log:
@@ -517,14 +538,37 @@ def optimizer_step(trained, micro_batches, optimizer, processes):
     for i, micro in enumerate(micro_batches):
         more = i < len(micro_batches) - 1
         with trained.no_sync() if more and processes.world > 1 else contextlib.nullcontext(), processes.autocast():
-            images = data.normalise(micro["images"].to(processes.device, non_blocking=True))
+            sees = {key: micro[key].to(processes.device, non_blocking=True) for key in ("images", "queries") if key in micro}
+            if "images" in sees:
+                sees["images"] = data.normalise(sees["images"])
             targets = micro["target_ids"].to(processes.device, non_blocking=True)
-            loss, _ = trained(micro["prompt_ids"], targets, images=images)
+            loss, _ = trained(micro["prompt_ids"], targets, **sees)
             (loss * (processes.world / tokens)).backward()  # times world: DDP takes the mean over processes
         loss_sum += loss.detach()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return tokens, loss_sum, bool(stop)
+
+
+def fill_cache(run, samples):
+    """Computes what --cache does not hold yet of the images of stage 1."""
+    args, processes, vpg = run.args, run.processes, run.model.vpg
+
+    def read(file):
+        with data.open_image(file) as image:
+            return data.resize(image, vpg.image_size)
+
+    @torch.no_grad()
+    def queries(images):
+        with processes.autocast():
+            return vpg(data.normalise(images.to(processes.device)))
+
+    for pairs in samples.sets:
+        processes.say(f"cache: {pairs.cache.folder}, {pairs.cache.need()}")
+        done = pairs.cache.fill(read, queries, args.micro_batch, args.workers, processes.rank, processes.world, stop_asked.is_set)
+        if processes.sum(not done)[0]:
+            processes.say("stopped while the cache was computed; the same command goes on with it")
+            sys.exit(130)
 
 
 def describe_stage(name, stage, steps, pairs, table):
@@ -539,6 +583,8 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
     """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state, stands."""
     args, processes, model, log = run.args, run.processes, run.model, run.log
     processes.say(describe_stage(name, stage, steps, samples.starts[-1], vpgtrans.enter_stage(model, stage)))
+    if samples.sets[0].cache:
+        fill_cache(run, samples)
     optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=stage.lr, betas=stage.betas, fused=True)
     if resumed:
         restore(model, optimizer, resumed[1])
@@ -628,6 +674,8 @@ def prepare(args, stages):
     for name, (pairs, weights) in sets.items():
         seed = args.seed * len(STAGES) + list(STAGES).index(name)  # each stage has an order and crops of its own
         order = data.plan([len(p) for p in pairs], steps[name] * stages[name].batch_size, seed, weights)
+        if args.cache and name == "warm-up":
+            pairs = [dataclasses.replace(p, cache=new_cache(args, p, model.vpg)) for p in pairs]
         jobs[name] = new_samples(pairs, augment=args.augment == "crop", seed=seed), order, steps[name]
     if resumed:
         log.continue_from(list(stages), resumed[0])

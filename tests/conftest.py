@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, OPTForCausalLM
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 TEXT = [f"a {colour} {shape} on a {ground} table" for colour in COLOURS for shape in ("square", "circle") for ground in ("brown", "grey")]
@@ -52,6 +53,15 @@ def write_source(folder, dropout=0.0, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder, TEXT, 290)
     model = make_blip2(OPTConfig(**OPT, vocab_size=size, hidden_size=40, word_embed_proj_dim=40), dropout, seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def write_clip(folder):
+    """A random CLIP, its text branch included."""
+    text = dict(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, bos_token_id=1, eos_token_id=2)
+    config = CLIPConfig(vision_config=CLIPVisionConfig(**VISION), text_config=CLIPTextConfig(**text))
+    model = randomise(CLIPModel._from_config(config, attn_implementation="eager"))
     model.save_pretrained(folder)
     return model
 

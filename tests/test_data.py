@@ -350,11 +350,46 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
     assert data.load_image(save(tmp_path / "turned.jpg", "RGB", "red", exif=turned)).size == (30, 40)
 
 
-def test_evaluation_images_equal_transformers(tmp_path):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    theirs = BlipImageProcessorPil(size={"height": 28, "width": 28}, image_mean=list(data.MEAN), image_std=list(data.STD))
-    reference = torch.as_tensor(np.array(theirs(image)["pixel_values"][0]))
-    assert (data.normalise(data.resize(image, 28)[None])[0] - reference).abs().max() < 1e-5
+def photograph(width=640, height=480, seed=0):
+    """Smooth colours with detail at all scales, as photographs have them."""
+    rng, f = np.random.default_rng(seed), np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    channels = np.fft.ifft2(np.fft.fft2(rng.normal(size=(3, height, width))) / f.clip(1 / width) ** 1.3).real
+    return Image.fromarray(np.clip(120 + 50 * channels / channels.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("kind, options", [("RGB", {"quality": 90}), ("L", {}), ("CMYK", {}), ("RGB", {"quality": 75, "progressive": True})])
+def test_evaluation_images_equal_transformers(tmp_path, kind, options):
+    """The largest difference is what float32 arithmetic in another order leaves: 1e-6 of values up to 2.6."""
+    photograph().convert(kind).save(tmp_path / "photo.jpg", **options)
+    theirs = BlipImageProcessorPil(size={"height": 224, "width": 224})(Image.open(tmp_path / "photo.jpg"))["pixel_values"][0]
+    with data.open_image(tmp_path / "photo.jpg") as image:
+        ours = data.normalise(data.resize(image, 224)[None])[0]
+    assert (ours - torch.as_tensor(theirs)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_crops_of_jpegs_are_decoded_coarsely_and_show_the_same(tmp_path, orientation):
+    """A photograph is decoded at half its size where half its crop is large enough, and the crop is where it would be."""
+    exif, sizes = Image.Exif(), []
+    exif[0x0112] = orientation
+    photograph().save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    for seed in range(40):
+        with data.open_image(tmp_path / "photo.jpg") as image:
+            coarse = data.random_crop(image, 224, np.random.default_rng(seed)).float()
+            sizes.append(image.size)
+        with data.open_image(tmp_path / "photo.jpg") as image:
+            whole = data.random_crop(image, 224, np.random.default_rng(seed), least=np.inf).float()
+            assert sorted(image.size) == [480, 640]
+        assert (coarse - whole).abs().mean() < 3 and (coarse.mean((1, 2)) - whole.mean((1, 2))).abs().max() < 0.5
+    assert sum(sorted(size) == [240, 320] for size in sizes) > 35 and len(set(sizes)) <= 2
+
+
+def test_small_jpegs_and_small_crops_are_decoded_whole(tmp_path):
+    photograph(330, 330).save(tmp_path / "small.jpg")
+    for seed in range(10):
+        with data.open_image(tmp_path / "small.jpg") as image:
+            data.random_crop(image, 224, np.random.default_rng(seed))
+            assert image.size == (330, 330)
 
 
 def test_random_crops_are_half_to_all_of_the_area_and_half_are_flipped():

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import conftest
+import qformer
 import sample
 import train
 from test_data import write_kind
@@ -129,6 +130,33 @@ def test_from_scratch_can_start_from_a_given_vpg(world, tmp_path):
     ours, given = load_file(tmp_path / "given" / "model.safetensors"), load_file(other / "model.safetensors")
     assert torch.allclose(ours["query_tokens"], given["query_tokens"], atol=1e-5)
     assert not torch.allclose(ours["query_tokens"], load_file(world[0] / "model.safetensors")["query_tokens"], atol=1e-2)
+
+
+def test_from_scratch_on_clip(world, tmp_path, capsys):
+    """CLIP's ViT alone, cut behind a block, carries a random Q-Former; the run captions, and is a source for another LLM."""
+    conftest.write_clip(tmp_path / "clip")
+    with pytest.raises(SystemExit):
+        train.main(arguments((tmp_path / "clip", *world[1:]), tmp_path / "run"))
+    assert "--from-scratch" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    train.main(arguments((tmp_path / "clip", *world[1:]), tmp_path / "run", "--from-scratch", "--vit-layers", "2", "--image-size", "42"))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["vit_layers"], config["image_size"], config["vision_config"]["num_hidden_layers"]) == (2, 42, 3)
+    conftest.write_target(tmp_path / "other", seed=9)
+    train.main(arguments((tmp_path / "run", tmp_path / "other", world[2]), tmp_path / "chained"))
+    for run in ("run", "chained"):
+        sample.main([str(world[2].parent / "0.png"), "--model", str(tmp_path / run), "--precision", "fp32"])
+        model, _ = sample.load_model(str(tmp_path / run))
+        assert model.vpg.image_size == 42 and len(model.vpg.vision_model.encoder["layers"]) == 2
+
+
+def test_another_image_size_is_kept(world, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(world, tmp_path / "run", "--image-size", "40"))
+    assert stop.value.code == 2 and "40 is not a multiple of the ViT's patch" in capsys.readouterr().err
+    train.main(arguments(world, tmp_path / "run", "--image-size", "56"))
+    sample.main([str(world[2].parent / "0.png"), "--model", str(tmp_path / "run"), "--precision", "fp32"])
+    model, _ = sample.load_model(str(tmp_path / "run"))
+    assert model.vpg.image_size == 56 and model.vpg.vision_model.embeddings.position_embedding.shape[1] == 17
 
 
 @pytest.fixture(params=["LLaMA, pre-tokenizer", "Unigram"], scope="module")
@@ -261,6 +289,80 @@ def test_two_processes_equal_one(world, tmp_path):
     for key in ("loss", "val_loss", "val_loss_shuffled"):
         for a, b in zip(rows(tmp_path / "one", "stage", "step", key), rows(tmp_path / "two", "stage", "step", key), strict=True):
             assert a[:2] == b[:2] and abs(a[2] - b[2]) < 1e-5, key
+
+
+# ------------------------------------------------------------------------------------------------------------------ cache
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-3)])
+def test_stage_1_from_the_cache_has_the_same_losses(tmp_path, capsys, monkeypatch, precision, tolerance):
+    """As without it when augmentation is off; and a second run computes no image again but those of the validation. With the
+    demo's models, whose loss depends on the image."""
+    rows_of_demo = (ROOT / "demo" / "pairs" / "train.jsonl").read_text().splitlines()[:64]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows_of_demo))
+    world = ROOT / "demo" / "source", ROOT / "demo" / "target", f"demo={tmp_path / 'pairs.jsonl'}@{ROOT / 'demo' / 'pairs'}"
+    options = ["--precision", precision, "--stage", "warm-up", "--warm-up-steps", "4", "--val-every", "4", "--batch-size", "16", "--val-samples", "4"]
+    train.main(arguments(world, tmp_path / "plain", *options, "--augment", "none"))
+    train.main(arguments(world, tmp_path / "crops", *options))
+    features, looked_at = qformer.VPG.features, []
+    monkeypatch.setattr(qformer.VPG, "features", lambda vpg, images: looked_at.append(len(images)) or features(vpg, images))
+    losses = lambda run: torch.tensor(rows(tmp_path / run, "loss"))
+    for run in ("first", "second"):
+        looked_at.clear(), capsys.readouterr()
+        train.main(arguments(world, tmp_path / run, *options, "--cache", str(tmp_path / "cache")))
+        images, said = json.loads((tmp_path / "cache" / "demo" / "index.json").read_text())["images"], capsys.readouterr().out
+        count = sum(looked_at) - images * (run == "first")
+        assert count == 2 * (2 + 2)  # validation, before and after: two images, and again for their captions
+        assert f"{images} images x {12 * 128 * (4 if precision == 'fp32' else 2) / 1e3:.1f} KB" in said and ("which 0.0 KB are still" in said) == (run == "second")
+        assert (losses(run) - losses("plain")).abs().max() < tolerance < 0.2 * (losses("crops") - losses("plain")).abs().max()
+
+
+def test_stage_2_behind_the_cache_sees_pixels(world, tmp_path):
+    """Two processes share the work of the cache; both stages run, and give what one process gives."""
+    train.main(arguments(world, tmp_path / "one", "--cache", str(tmp_path / "a")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
+               *arguments(world, tmp_path / "two", "--cache", str(tmp_path / "b"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(rows(tmp_path / "one", "stage", "step", "loss"), rows(tmp_path / "two", "stage", "step", "loss"), strict=True):
+        assert a[:2] == b[:2] and abs(a[2] - b[2]) < 1e-5
+
+
+def test_a_killed_cache_goes_on(world, tmp_path):
+    """SIGTERM while it is computed: nothing of the run is there yet, and the same command goes on."""
+    killer = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import cache, train; write = cache.FeatureCache.write; cache.SHARD = 6\n"
+              "def kill(file, save):\n    write(file, save)\n    if '00001' in str(file): os.kill(os.getpid(), signal.SIGTERM)\n"
+              "cache.FeatureCache.write = staticmethod(kill); train.main(sys.argv[1:])")
+    command = [sys.executable, "-c", killer, *arguments(world, tmp_path / "run", "--cache", str(tmp_path / "cache"), "--micro-batch", "2")]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == 130 and "goes on with it" in killed.stdout, killed.stderr
+    shards = lambda: {file.name for file in (tmp_path / "cache" / "pairs").glob("*.safetensors")}
+    assert shards() == {"00000.safetensors", "00001.safetensors"}
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and len(shards()) == 4, done.stderr
+
+
+def test_a_cache_of_another_vpg_or_data_set_is_refused(world, tmp_path, capsys):
+    cached = lambda *changed: arguments(world, tmp_path / "run", "--cache", str(tmp_path / "cache"), *changed)
+    train.main(arguments(world, tmp_path / "first", "--cache", str(tmp_path / "cache"), "--stage", "warm-up"))
+    conftest.write_source(tmp_path / "other", seed=5)
+    conftest.write_pairs(tmp_path / "pairs", 30)
+    refused(capsys, cached("--src", str(tmp_path / "other")), "this cache was made with VPG", "delete this one")
+    refused(capsys, cached("--image-size", "42"), "image size 28, not 42")
+    refused(capsys, cached("--precision", "bf16"), "float32, not [5, 32] torch.bfloat16")
+    refused(capsys, [*cached("--data", str(tmp_path / "pairs" / "pairs.jsonl"))][:-2] + ["--data", f"pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"], "data set")
+    with pytest.raises(SystemExit):
+        train.main(cached("--no-warm-up"))
+    assert "--cache is for stage 1" in capsys.readouterr().err
+
+
+def test_an_unreadable_image_stays_one_in_the_cache(world, tmp_path, capsys):
+    pairs = conftest.write_pairs(tmp_path / "pairs", 24)
+    (tmp_path / "pairs" / "5.png").write_bytes(b"<html>")
+    for run in ("first", "second"):
+        train.main(arguments((*world[:2], pairs), tmp_path / run, "--val", str(world[2]), "--stage", "warm-up", "--cache", str(tmp_path / "cache")))
+        assert "left out: " in (said := capsys.readouterr().err) and "5.png" in said
+        assert max(bad for bad, in rows(tmp_path / run, "bad_samples")) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input

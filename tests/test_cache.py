@@ -1,0 +1,126 @@
+"""Facts about cache.py: it gives back what was computed, once, and notices what it does not belong to."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import cache
+from cache import FeatureCache
+
+FILES = [f"/pictures/{i}.jpg" for i in range(23)]
+MADE_WITH = {"VPG": "abc", "image size": 224}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 5)
+
+
+def new_cache(folder, files=FILES, dtype=torch.float32, **made_with):
+    return FeatureCache(folder, files, (2, 3), dtype, MADE_WITH | made_with)
+
+
+def number_of(file):
+    """An image file, for these tests: a pixel that is the file's number; 7.jpg cannot be read."""
+    number = int(file.split("/")[-1][:-4])
+    if number == 7:
+        raise OSError(f"{file}: broken")
+    return torch.full((3, 1, 1), number, dtype=torch.uint8)
+
+
+def features_of(images):
+    return images[:, 0].float() * torch.arange(1, 7).view(2, 3) / 7
+
+
+def fill(cache, **options):
+    seen = []
+    done = cache.fill(lambda file: seen.append(file) or number_of(file), features_of, batch_size=2, **options)
+    return done, seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_computed_once_is_there_from_then_on(tmp_path, dtype):
+    done, seen = fill(new_cache(tmp_path, dtype=dtype))
+    again = new_cache(tmp_path, dtype=dtype)
+    assert done and seen == FILES and fill(again) == (True, [])
+    for number in (22, 0, 4, 5, 13):
+        assert torch.equal(again[FILES[number]], features_of(number_of(FILES[number])[None])[0].to(dtype))
+    with pytest.raises(OSError, match="7.jpg: broken"):
+        again[FILES[7]]
+
+
+def test_processes_share_the_work(tmp_path):
+    """Each takes the same shards whether others have finished theirs or not."""
+    caches = [new_cache(tmp_path) for _ in range(3)]
+    parts = [fill(one, rank=rank, world=3)[1] for rank, one in enumerate(caches)]
+    assert parts == [FILES[0:5] + FILES[15:20], FILES[5:10] + FILES[20:23], FILES[10:15]]
+    assert not new_cache(tmp_path).missing() and sorted(f.name for f in tmp_path.iterdir()) == [f"{i:05d}.safetensors" for i in range(5)] + ["index.json"]
+
+
+def test_workers_give_the_same(tmp_path):
+    one, two = new_cache(tmp_path / "one"), new_cache(tmp_path / "two")
+    fill(one), two.fill(number_of, features_of, batch_size=3, workers=2)
+    assert all(torch.equal(one[file], two[file]) for file in FILES if file != FILES[7])
+
+
+def test_it_stops_when_asked_and_goes_on_later(tmp_path):
+    asked = iter([False] * 4 + [True])
+    done, seen = fill(new_cache(tmp_path), stop=lambda: next(asked))
+    assert not done and len(new_cache(tmp_path).missing()) == 4
+    assert fill(new_cache(tmp_path)) == (True, FILES[5:])
+
+
+@pytest.mark.parametrize("other, says", [
+    (dict(VPG="def"), "VPG abc, not def"), ({"image size": 448}, "image size 224, not 448"), (dict(dtype=torch.bfloat16), "float32, not .* torch.bfloat16"),
+    (dict(files=FILES[:-1]), "images 23, not 22"), (dict(files=[f.replace("3", "x") for f in FILES]), "data set")])
+def test_the_cache_of_another_vpg_or_data_set_is_refused(tmp_path, other, says):
+    fill(new_cache(tmp_path))
+    with pytest.raises(ValueError, match=says):
+        new_cache(tmp_path, **other)
+
+
+def test_the_data_set_may_move_but_not_change(tmp_path):
+    """It is known by names below its folder, and by sizes."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for name in ("a.jpg", "b.jpg"):
+            (tmp_path / folder / name).write_bytes(b"12345")
+    files = lambda folder: [str(tmp_path / folder / name) for name in ("a.jpg", "b.jpg")]
+    assert cache.fingerprint_files(files("here")) == cache.fingerprint_files(files("there"))
+    (tmp_path / "there" / "b.jpg").write_bytes(b"1234")
+    assert cache.fingerprint_files(files("here")) != cache.fingerprint_files(files("there"))
+
+
+def test_damaged_shards_are_computed_again_and_a_damaged_index_is_named(tmp_path):
+    fill(new_cache(tmp_path))
+    shard = tmp_path / "00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    (tmp_path / "00003.safetensors").write_bytes(b"")
+    assert new_cache(tmp_path).missing() == [2, 3] and fill(new_cache(tmp_path))[1] == FILES[10:20]
+    (tmp_path / "index.json").write_text(json.dumps(MADE_WITH)[:9])
+    with pytest.raises(ValueError, match="index.json: damaged"):
+        new_cache(tmp_path)
+
+
+def test_it_says_what_it_needs_and_refuses_a_disk_that_is_too_small(tmp_path, monkeypatch):
+    new = new_cache(tmp_path / "not" / "there" / "yet")
+    assert "23 images x 0.0 KB = 0.6 KB, of which 0.6 KB" in new.need() and not (tmp_path / "not").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1000, 900, 100))
+    with pytest.raises(OSError, match="does not fit on this disk"):
+        new.need()
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    one, save = new_cache(tmp_path), cache.save_file
+
+    def fail_later(tensors, file, metadata):
+        save(tensors, file, metadata)
+        if "00002" in str(file):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", fail_later)
+    with pytest.raises(OSError, match="00002.safetensors: cannot be written.*No space left"):
+        fill(one)
+    assert new_cache(tmp_path).missing() == [2, 3, 4] and not list(tmp_path.glob("*.tmp"))
