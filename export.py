@@ -2,7 +2,7 @@
 
     python export.py out/opt-2.7b-to-opt-6.7b blip2-opt-6.7b
 
-DIR then holds the whole model (ViT and LLM in bf16, what was trained in float32), config, tokenizer and image processor:
+DIR then holds the whole model, config, tokenizer and image processor:
 
     model = transformers.Blip2ForConditionalGeneration.from_pretrained(DIR)
     processor = transformers.Blip2Processor.from_pretrained(DIR)
@@ -89,10 +89,9 @@ def make_room(llm, tensors, id):
 def blip2_config(place, model, tok, image_id, vocab_size, dtype):
     """config.json, as transformers writes it for BLIP-2."""
     source = qformer.read_config(place.folder)
-    text = dict(language_models.read_config(place.llm)[0])
-    text.pop("dtype", None)
+    text = {key: value for key, value in language_models.read_config(place.llm)[0].items() if key not in ("dtype", "torch_dtype")}
     ends = [tok.end_id] + [tok.eos_id] * (tok.eos_id != tok.end_id)
-    text |= {"vocab_size": vocab_size, "torch_dtype": dtype, "eos_token_id": ends, "pad_token_id": tok.eos_id if tok.pad_id is None else tok.pad_id}
+    text |= {"vocab_size": vocab_size, "eos_token_id": ends, "pad_token_id": tok.eos_id if tok.pad_id is None else tok.pad_id}
     if tok.encoder_decoder or tok.bos_id is not None:  # where no text is given, transformers makes a prompt of image tokens and this
         text["bos_token_id"] = tok.eos_id if tok.encoder_decoder else tok.bos_id
     vision = qformer.EVA.DEFAULTS | source.get("vision_config", {}) | {
@@ -158,7 +157,8 @@ def export(run, folder, precision="bf16"):
     check_expressible(model.vpg, language_models.read_config(place.llm)[0])
     image_id = add_image_token(tok)
     tensors, vocab_size = blip2_tensors(model, image_id)
-    dtype_name = str(dtype).removeprefix("torch.")
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}  # all alike: older versions do not load a mixture
+    dtype_name, llm_name = str(dtype).removeprefix("torch."), Path(hub.read_config(place.folder).get("llm", {}).get("name", run)).name
     files = {"config.json": blip2_config(place, model, tok, image_id, vocab_size, dtype_name), **processor_files(model.vpg, tok)}
 
     size, unfinished = sum(tensor.nbytes for tensor in tensors.values()), folder.with_name(folder.name + ".unfinished")
@@ -170,7 +170,7 @@ def export(run, folder, precision="bf16"):
         for name, content in files.items():
             (unfinished / name).write_text(json.dumps(content, indent=2) + "\n")
         tok.encoder.save(str(unfinished / "tokenizer.json"))
-        (unfinished / "README.md").write_text(CARD.format(name=folder.name, llm=Path(place.llm).name if place.llm == place.folder else place.name, dtype=dtype_name))
+        (unfinished / "README.md").write_text(CARD.format(name=folder.name, llm=llm_name, dtype=dtype_name))
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -181,8 +181,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a run's folder (out/...)")
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write: a new folder")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of ViT and LLM; take the one that the run was trained "
-                        "with (default: %(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of all weights; fp32 keeps what was trained to the last "
+                        "digit, and takes twice the space (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         size = export(args.run, args.folder, args.precision)

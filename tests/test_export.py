@@ -115,19 +115,21 @@ def test_the_tokenizer_is_the_same_and_knows_the_image_token(exported):
         assert processor.tokenizer(text)["input_ids"] == ours and processor.tokenizer.decode(ours, skip_special_tokens=True) == tok.decode(ours)
 
 
-def test_in_bf16_it_is_what_from_pretrained_loads_by_default(world, tmp_path, monkeypatch):
-    """In shards; frozen weights are stored in bf16, trained ones in float32, of which transformers keeps the Q-Former's."""
+def test_in_bf16_and_in_shards(world, tmp_path, monkeypatch):
+    """The default: all weights in bf16, which from_pretrained loads them in if nothing else is said."""
     run = train_a_little(*world, tmp_path / "run")
-    monkeypatch.setattr(export, "SHARD_BYTES", 1e5)
+    monkeypatch.setattr(export, "SHARD_BYTES", 5e4)
     export.main([str(run), str(tmp_path / "blip2")])
-    assert len(list((tmp_path / "blip2").glob("model-*.safetensors"))) > 2
-    assert all(file.stat().st_size < 1.3e5 for file in (tmp_path / "blip2").glob("model-*.safetensors"))
+    files = list((tmp_path / "blip2").glob("model-*.safetensors"))
+    assert len(files) > 3 and all(file.stat().st_size < 7e4 for file in files)
     theirs, loading = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "blip2", output_loading_info=True)
     assert not any(loading.values()) and theirs.language_projection.weight.dtype == theirs.language_model.lm_head.weight.dtype == torch.bfloat16
-    stored = {name: t for file in (tmp_path / "blip2").glob("model-*.safetensors") for name, t in load_file(file).items()}
-    trained = load_file(run / "model.safetensors")
-    assert all(torch.equal(stored[name], tensor) for name, tensor in trained.items())
-    assert all(tensor.dtype == torch.bfloat16 for name, tensor in stored.items() if name not in trained)
+    stored, trained = {name: t for file in files for name, t in load_file(file).items()}, load_file(run / "model.safetensors")
+    assert trained.keys() < stored.keys() and {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in trained.items())
+    assert json.loads((tmp_path / "blip2" / "model.safetensors.index.json").read_text())["weight_map"].keys() == stored.keys()
+    card = (tmp_path / "blip2" / "README.md").read_text()
+    assert 'from_pretrained("blip2", dtype="bfloat16")' in card and "moved to target by VPGTrans" in card
 
 
 def test_an_export_is_a_source(exported, world, tmp_path, capsys):
