@@ -4,13 +4,16 @@
     python bench.py --size opt-2.7b --batch-size 32 --compile    # the paper's source with random weights, on one GPU
     python bench.py --llm opt-125m                               # a language model alone, behind soft prompts
     python bench.py --loading                                    # a checkpoint of 2 GB, from disk to the first logits
+    python bench.py --images                                     # JPEG photographs to the ViT's input, on one core
 
 Ours and transformers' two kinds of attention run in one process, on the same random weights (each tensor exists once) and
 the same batch, with the same parts frozen, and take turns. They are timed only if they agree: in the loss and in the
-projector's gradient, and with fp32 in the generated ids. Prints two Markdown tables, to be pasted as they are:
+projector's gradient, and with fp32 in the generated ids. Prints three Markdown tables, to be pasted as they are:
 
+    forward       ViT and Q-Former alone, without gradients
     training      forward, backward and AdamW, in both stages. "of the limit" is the time that the arithmetic alone would
-                  take, at the speed of one large matrix product measured here, over the time it took
+                  take, at the speed of one large matrix product measured here, over the time it took. "ours, cached" has the
+                  queries of the frozen VPG at hand, as with train.py --cache
     generation    30 tokens behind 33 embeddings, greedy and with 5 beams; nothing ends early, and nothing is compiled
 
 With --llm, training is forward and backward to the soft prompts: 32 of them, then the target.
@@ -30,11 +33,14 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import data
 import llm as language_models
 import qformer
 import vpgtrans
@@ -158,8 +164,8 @@ def mean_losses(models, B, T, device):
     labels = input_ids.clone()
     labels[:, :-T] = -100
 
-    def our_loss():
-        loss, tokens = ours(prompt(vpgtrans.IMAGE), target_ids, images=images)
+    def our_loss(queries=None):
+        loss, tokens = ours(prompt(vpgtrans.IMAGE), target_ids, images=images, queries=queries)
         return loss / tokens
 
     their_loss = lambda peer: peer(pixel_values=images, input_ids=input_ids, labels=labels).loss
@@ -204,18 +210,27 @@ def check_agreement(losses, weights, autocast, tolerance):
 # ----------------------------------------------------------------------------------------------------------- measurement
 
 
+def matrices(module, only=""):
+    """The number of parameters in the matrices of a module."""
+    return sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and only in name)
+
+
+def vpg_products(vpg):
+    """Multiply-adds that ViT and Q-Former need for an image."""
+    vit, former, N, Q = vpg.vision_model, vpg.qformer, vpg.vision_model.embeddings.position_embedding.shape[1], vpg.num_query_tokens
+    blocks = former.encoder["layer"]
+    crossings, on_image = sum(hasattr(b, "crossattention") for b in blocks), 2 * matrices(former, "crossattention.attention.key")  # and value
+    see = (matrices(vit.encoder) * N + matrices(vit.embeddings.patch_embedding) * (N - 1)
+           + 2 * len(vit.encoder["layers"]) * N * N * vit.post_layernorm.weight.numel())  # attention: scores, then weighted sums
+    return see, (matrices(former) - on_image) * Q + on_image * N + 2 * Q * (len(blocks) * Q + crossings * N) * vpg.dim
+
+
 def step_flops(model, stage, B, T):
     """Floating-point operations that a training step cannot do without: forward 2 x parameters x tokens, backward as much
     for gradients to activations, and as much for those to weights. So 2 x for the ViT; 4 x for the LLM, frozen, but gradients
     pass through it; 2 x, then 6 x for the Q-Former; 4 x, then 6 x for the projector. Below in multiply-adds."""
-    matrices = lambda module, only="": sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and only in name)
-    vit, former, llm = model.vpg.vision_model, model.vpg.qformer, model.llm
-    blocks, joint = former.encoder["layer"], "Q-Former" in stage.trains
-    N, Q, S = vit.embeddings.position_embedding.shape[1], model.vpg.num_query_tokens, model.vpg.num_query_tokens + T  # S = P + T - 1
-    crossings, on_image = sum(hasattr(b, "crossattention") for b in blocks), 2 * matrices(former, "crossattention.attention.key")  # and value
-    see = (matrices(vit.encoder) * N + matrices(vit.embeddings.patch_embedding) * (N - 1)
-           + 2 * len(vit.encoder["layers"]) * N * N * vit.post_layernorm.weight.numel())  # attention: scores, then weighted sums
-    query = (matrices(former) - on_image) * Q + on_image * N + 2 * Q * (len(blocks) * Q + crossings * N) * model.vpg.dim
+    llm, Q, S = model.llm, model.vpg.num_query_tokens, model.vpg.num_query_tokens + T  # S = P + T - 1
+    see, query, joint = *vpg_products(model.vpg), "Q-Former" in stage.trains
     read = 2 * (matrices(llm.layers) * S + llm.vocab_size * llm.dim * T) + 3 * len(llm.layers) * S * S * llm.dim  # causal: half
     return 2 * B * (see + (3 if joint else 1) * query + (3 if joint else 2) * matrices(model.projector) * Q + read)
 
@@ -223,7 +238,6 @@ def step_flops(model, stage, B, T):
 def llm_flops(llm, B, T, P=32):
     """As step_flops, for a language model alone: 2 x parameters x tokens forward, and as much for gradients to activations;
     the products in attention, of two activations, need twice as much backward."""
-    matrices = lambda modules: sum(p.numel() for p in modules.parameters() if p.ndim > 1)
     head = T * llm.vocab_size * llm.dim
     if isinstance(llm, language_models.T5):  # the decoder reads T, but makes keys and values of what the encoder has read
         keys = sum(matrices(block.layer[1]["EncDecAttention"].k) for block in llm.decoder.block) * 2
@@ -282,6 +296,34 @@ def time_training(models, stage, losses, autocast, repeats, device):
     return take_turns({name: new_step(name) for name in models}, repeats, device), peak
 
 
+def time_vpg(models, B, autocast, repeats, device):
+    """-> ((part, {name: seconds of each forward pass}), ...) of ViT and Q-Former; ValueError if they compute different things."""
+    ours, outputs, rows = models["ours"].vpg, {}, []
+    images = torch.randn(B, 3, ours.image_size, ours.image_size, device=device)
+
+    @torch.no_grad()
+    def run(what, name):
+        model = models[name]
+        with autocast():
+            if name == "ours":
+                y = ours.vision_model.post_layernorm(ours.features(images)) if what == "ViT" else ours.qformer(ours.query_tokens.expand(B, -1, -1), image)
+            elif what == "ViT":
+                y = model.vision_model(images).last_hidden_state
+            else:
+                y = model.qformer(query_embeds=model.query_tokens.expand(B, -1, -1), encoder_hidden_states=image).last_hidden_state
+        outputs[what, name] = y.float()
+
+    for what in ("ViT", "Q-Former"):
+        for name in models:
+            run(what, name)
+            apart = ((outputs[what, name] - outputs[what, "ours"]).norm() / outputs[what, "ours"].norm()).item()
+            if not apart < 5e-2:
+                raise ValueError(f"{what}: ours and {name} compute different things: {apart:.2g} apart (relative)")
+        image = outputs["ViT", "ours"]  # what the Q-Formers look at
+        rows.append((what, take_turns({name: partial(run, what, name) for name in models}, repeats, device)))
+    return rows
+
+
 def time_generation(llms, B, beams, repeats, device, exact):
     """{name: language model} -> {name: seconds of each batch}, share of ids that are equal; ValueError if `exact` and some are not."""
     llm = llms["ours"]
@@ -305,7 +347,7 @@ def table(header, results, B):
     yield from (f"\n| {header} |", "|---" * (header.count("|") + 1) + "|")
     for what, seconds, further in results:
         medians = {name: statistics.median(times) for name, times in seconds.items()}
-        better = min(median for name, median in medians.items() if name != "ours")
+        better = min(median for name, median in medians.items() if not name.startswith("ours"))
         for name, median in medians.items():
             spread = f"{min(seconds[name]) * 1e3:,.1f} - {max(seconds[name]) * 1e3:,.1f}"
             yield f"| {what} | {name} | {median * 1e3:,.1f} | {spread} | {B / median:,.1f} | {better / median:.2f} | {further(name, median)} |"
@@ -325,6 +367,7 @@ def parse_arguments(argv=None):
                         "ViT-g, Q-Former 12 x 768 and that OPT, 8 and 16 GB of weights in bf16 (default: %(default)s)")
     parser.add_argument("--llm", choices=LLMS, help="a language model of these shapes alone, in the place of a BLIP-2")
     parser.add_argument("--loading", action="store_true", help="the loading of a checkpoint, in the place of both")
+    parser.add_argument("--images", action="store_true", help="reading and resizing of JPEG photographs, in the place of all these")
     parser.add_argument("--batch-size", type=int, help="samples a training step (default: 8, and 16 with --llm)")
     parser.add_argument("--generation-batch-size", type=int, default=8, help="captions generated at a time (default: %(default)s)")
     parser.add_argument("--target-tokens", type=int, default=16, help="of each caption (default: %(default)s)")
@@ -385,6 +428,54 @@ def bench_loading(args):
                 print(f"| {dtype} | {who} | {load:.2f} | {first:.2f} | {peak / (size * (2 if dtype == 'float32' else 1)):.2f} |")
 
 
+def photograph(rng, width=640, height=480):
+    """A picture with detail at all scales, as photographs have it: a JPEG of 130 KB at quality 90."""
+    f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]).clip(1 / width)
+    channels = np.fft.ifft2(np.fft.fft2(rng.normal(size=(3, height, width))) / f**1.2).real
+    return Image.fromarray(np.clip(120 + 50 * channels / channels.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def bench_images(args, size=224, count=32):
+    """JPEG files to the ViT's input: ours for evaluation and for training, transformers' processor, and decoding alone, all on one core."""
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil  # what BlipImageProcessor is without torchvision
+
+    torch.set_num_threads(1)
+    rng, theirs = np.random.default_rng(0), BlipImageProcessorPil(size={"height": size, "width": size})
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.jpg" for i in range(count)]
+        for file in files:
+            photograph(rng).save(file, quality=90)
+        kilobytes = sum(file.stat().st_size for file in files) / count / 1e3
+
+        def each(look):
+            images = []
+            for file in files:
+                with data.open_image(file) as image:
+                    images.append(look(image))
+            return images
+
+        def draft(image):
+            image.draft(None, (image.width // 2, image.height // 2))
+            image.load()
+
+        ours = {"evaluation, normalised": lambda: data.normalise(torch.stack(each(lambda image: data.resize(image, size)))),
+                "evaluation": lambda: torch.stack(each(lambda image: data.resize(image, size))),
+                "training, decoded whole": lambda: torch.stack(each(lambda image: data.random_crop(image, size, rng, least=float("inf")))),
+                "training": lambda: torch.stack(each(lambda image: data.random_crop(image, size, rng)))}
+        peer, decoding = "transformers' BlipImageProcessorPil", {"decoding alone": lambda: each(lambda image: image.load()) and None,
+                                                                 "decoding alone, at half size": lambda: each(draft) and None}
+        process = lambda file: theirs(Image.open(file), return_tensors="pt")["pixel_values"]  # one at a time, which is faster than many
+        apart = (ours["evaluation, normalised"]() - torch.cat(list(map(process, files)))).abs()
+        seconds = take_turns({peer: lambda: list(map(process, files))} | ours | decoding, args.repeats, torch.device("cpu"))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"`python bench.py --images`: {count} JPEGs of 640 x 480 and {kilobytes:.0f} KB to {size} x {size}, one thread, medians of {args.repeats}\n"
+          f"{machine(torch.device('cpu'))}\n\n| | images/s | min - max | ratio |\n|---|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {count / median:,.0f} | {count / max(seconds[name]):,.0f} - {count / min(seconds[name]):,.0f} | {medians[peer] / median:.2f} |")
+    print(f"\nevaluation, normalised: at most {apart.max():.1e} from transformers' (a level of 255 is {1 / 255 / min(data.STD):.1e}), {(apart > 1e-3).float().mean():.2%} "
+          "of the values not the same. Without normalisation it is uint8, which the device normalises.")
+
+
 def bench_llm(args, device, dtype):
     B, T, low = args.batch_size, args.target_tokens, dtype == torch.bfloat16
     llms = build_llms(args.llm, dtype, device)
@@ -431,6 +522,8 @@ def bench_blip2(args, device, dtype):
             for block in [*vpg, *compiled_blocks(llms[name])]:
                 block.compile()
     speed = matrix_product_speed(dtype, device)
+    forward = [(what, seconds, lambda name, median, best=2 * B * products / speed: f"{best / median:.0%}") for (what, seconds), products
+               in zip(time_vpg(models, B, autocast, args.repeats, device), vpg_products(models["ours"].vpg))]
     losses = mean_losses(models, B, args.target_tokens, device)
     projectors = {name: (model.projector if name == "ours" else model.language_projection).weight for name, model in models.items()}
     for what in ("warm-up", "fine-tune"):
@@ -442,12 +535,15 @@ def bench_blip2(args, device, dtype):
         for model in models.values():
             model.zero_grad()
         enter_stage(models, stage)  # dropout is on again
-        seconds, peak = time_training(models, stage, losses, autocast, args.repeats, device)
+        queries = torch.randn(B, models["ours"].vpg.num_query_tokens, models["ours"].vpg.dim, device=device)
+        cached = {"ours, cached": partial(losses["ours"], queries)} if what == "warm-up" else {}
+        seconds, peak = time_training(models | dict.fromkeys(cached, models["ours"]), stage, losses | cached, autocast, args.repeats, device)
         best = step_flops(models["ours"], stage, B, args.target_tokens) / speed
         training.append((what, seconds, lambda name, median, peak=peak, best=best:
                          (f"{peak[name]:.2f}" if peak else "-") + f" | {best / median:.0%}"))
         notes.append(f"{what}: {best * speed / 1e12:.3g} TFLOP a step, at best {best * 1e3:,.1f} ms; losses within {apart[0]:.1e}, projector "
                      f"gradients within {apart[1]:.1e} of transformers'")
+    print(*table("forward | implementation | ms | min - max | images/s | ratio | of the limit", forward, B), sep="\n")
     print(*table("training | implementation | ms | min - max | samples/s | ratio | peak GiB | of the limit", training, B), sep="\n")
     print(f"\nThe limit: a large matrix product in {args.precision} runs at {speed / 1e12:.3g} TFLOP/s", *notes, sep="\n")
     print(*table(f"{NEW_TOKENS} tokens, batch {args.generation_batch_size} | implementation | ms | min - max | captions/s | ratio | equal ids",
@@ -470,6 +566,8 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     if args.loading:
         return bench_loading(args)
+    if args.images:
+        return bench_images(args)
     device, dtype = torch.device(args.device), torch.bfloat16 if args.precision == "bf16" else torch.float32
     torch._dynamo.config.recompile_limit = 64  # all blocks of a kind share one function; past 8 variants, they run eagerly
     print(f"`python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}`: {args.llm or args.size}, {args.precision}, batch {args.batch_size}, "

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, models, pre_tokenizers
@@ -220,10 +221,18 @@ def load_image(file):
         return upright_rgb(image)
 
 
+def scale(image, size):
+    """RGB -> (3,size,size) uint8: bicubic with antialiasing, aspect ratio not kept.
+
+    By torch's kernel, which transformers takes too where torchvision is installed: four times as fast as Pillow's, and at most
+    one of 255 levels from it."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return F.interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
+
+
 def resize(image, size):
-    """PIL -> (3,size,size) uint8; the evaluation transform of BLIP: bicubic, aspect ratio not kept."""
-    image = upright_rgb(image).resize((size, size), Image.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """PIL -> (3,size,size) uint8; the evaluation transform of BLIP: the whole image."""
+    return scale(upright_rgb(image), size)
 
 
 def draw_crop(width, height, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -249,8 +258,8 @@ def random_crop(image, size, rng, least=0.75):
     image.draft(None, (image.width // factor, image.height // factor))  # for JPEGs alone
     image = upright_rgb(image)
     across, down = image.width / width, image.height / height
-    image = image.resize((size, size), Image.BICUBIC, box=(left * across, top * down, right * across, bottom * down))
-    return torch.from_numpy(np.array(ImageOps.mirror(image) if rng.random() < 0.5 else image)).permute(2, 0, 1)
+    pixels = scale(image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down))), size)
+    return pixels.flip(2) if rng.random() < 0.5 else pixels
 
 
 def normalise(images):
