@@ -224,8 +224,8 @@ def load_image(file):
 def scale(image, size):
     """RGB -> (3,size,size) uint8: bicubic with antialiasing, aspect ratio not kept.
 
-    By torch's kernel, which transformers takes too where torchvision is installed: four times as fast as Pillow's, and at most
-    one of 255 levels from it."""
+    By torch's kernel, four times as fast as Pillow's and at most one of 255 levels from it. transformers takes the one where
+    torchvision is installed, the other where it is not."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return F.interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
 
