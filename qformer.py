@@ -33,7 +33,13 @@ def attention(q, k, v, dropout=0.0):
 
 # ------------------------------------------------- ViTs, of pre-norm blocks: EVA ViT-g/14 (BLIP-2's), and CLIP ViT-L/14
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+def quick_gelu(x):
+    """The approximation of GELU that OpenAI trained CLIP with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 def interpolate_positions(positions, h, w):
@@ -124,8 +130,8 @@ class EVA(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The ViT of CLIP (Radford et al. 2021), such as openai/clip-vit-large-patch14: what is behind its blocks is `post_layernorm`'s
-    job here, as with EVA. pre_layrnorm is spelled as in the checkpoints."""
+    """The ViT of CLIP (Radford et al. 2021), such as openai/clip-vit-large-patch14, names misspelled as there. CLIP itself applies
+    `post_layernorm` to the class token alone; here it is, as EVA's, the LayerNorm in front of the Q-Former."""
 
     DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
                     patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
