@@ -65,13 +65,14 @@ def check_expressible(vpg, llm_config):
 
 
 def add_image_token(tok):
-    """Makes tok.encoder as transformers' processor wants it: with the image token, whose id is returned, and with the specials
-    around a prompt that our prompts have (BOS in front, behind T5's </s>)."""
+    """Makes `tok` as transformers' processor wants it: with the image token, whose id is returned, with the specials around a
+    prompt that our prompts have (BOS in front, behind T5's </s>), and with a token to pad with."""
     tok.encoder.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     before, after = ([], [tok.eos_id]) if tok.encoder_decoder else ([] if tok.bos_id is None else [tok.bos_id], [])
     piece = tok.encoder.id_to_token
     tok.encoder.post_processor = processors.TemplateProcessing(
         single=[*map(piece, before), "$A", *map(piece, after)], special_tokens=[(piece(id), id) for id in before + after])
+    tok.pad_id = tok.eos_id if tok.pad_id is None else tok.pad_id
     return tok.encoder.token_to_id(IMAGE_TOKEN)
 
 
@@ -91,21 +92,22 @@ def blip2_config(place, model, tok, image_id, vocab_size, dtype):
     source = qformer.read_config(place.folder)
     text = {key: value for key, value in language_models.read_config(place.llm)[0].items() if key not in ("dtype", "torch_dtype")}
     ends = [tok.end_id] + [tok.eos_id] * (tok.eos_id != tok.end_id)
-    text |= {"vocab_size": vocab_size, "eos_token_id": ends, "pad_token_id": tok.eos_id if tok.pad_id is None else tok.pad_id}
+    tied = {"tie_word_embeddings": text.get("tie_word_embeddings", model.llm.DEFAULTS["tie_word_embeddings"])}
+    text |= tied | {"vocab_size": vocab_size, "eos_token_id": ends, "pad_token_id": tok.pad_id}
     if tok.encoder_decoder or tok.bos_id is not None:  # where no text is given, transformers makes a prompt of image tokens and this
         text["bos_token_id"] = tok.eos_id if tok.encoder_decoder else tok.bos_id
     vision = qformer.EVA.DEFAULTS | source.get("vision_config", {}) | {
         "model_type": "blip_2_vision_model", "image_size": model.vpg.image_size, "num_hidden_layers": len(model.vpg.vision_model.encoder["layers"])}
     return {"architectures": ["Blip2ForConditionalGeneration"], "model_type": "blip-2", "torch_dtype": dtype, "vision_config": vision,
             "qformer_config": qformer.VPG.QFORMER | source.get("qformer_config", {}) | {"model_type": "blip_2_qformer"}, "text_config": text,
-            "num_query_tokens": model.vpg.num_query_tokens, "image_token_index": image_id, "tie_word_embeddings": text.get("tie_word_embeddings", True),
+            "num_query_tokens": model.vpg.num_query_tokens, "image_token_index": image_id, **tied,
             "use_decoder_only_language_model": not tok.encoder_decoder}
 
 
 def processor_files(vpg, tok):
     """{file name: object} of transformers' Blip2Processor, but for tokenizer.json."""
-    named = {f"{key}_token": tok.encoder.id_to_token(id) for key, id in (("bos", tok.bos_id), ("eos", tok.eos_id),
-                                                                      ("pad", tok.eos_id if tok.pad_id is None else tok.pad_id)) if id is not None}
+    specials = {"bos_token": tok.bos_id, "eos_token": tok.eos_id, "pad_token": tok.pad_id}
+    named = {key: tok.encoder.id_to_token(id) for key, id in specials.items() if id is not None}
     return {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "Blip2Processor", **named,
                                       "padding_side": "right" if tok.encoder_decoder else "left", "clean_up_tokenization_spaces": False},
             "preprocessor_config.json": {"image_processor_type": "BlipImageProcessor", "processor_class": "Blip2Processor", "do_convert_rgb": True,
