@@ -1,7 +1,7 @@
 """What a frozen network makes of images, computed once and kept on disk, so that training behind it need not run it again.
 
     cache = FeatureCache("cache/coco", files, shape=(32, 768), dtype=torch.bfloat16, made_with={"VPG": "5f0c..."})
-    print(cache.need())                                                        # "118,287 images x 49.2 KB = 5.8 GB, ..."
+    whole, left = cache.need()                                                        # bytes on the disk, before it is begun
     cache.fill(read, compute)                     # compute(images (B,3,H,W)) -> (B,32,768), for those that are not there yet
     cache[files[7]]                                                            # (32,768)
 
@@ -12,7 +12,7 @@ folder holds index.json, which says what the features belong to, and shards of 4
 import hashlib
 import json
 import os
-import shutil
+import uuid
 from math import prod
 from pathlib import Path
 
@@ -40,75 +40,88 @@ class FeatureCache:
         self.folder, self.files, self.shape, self.dtype = Path(folder), files, tuple(shape), dtype
         self.rows, self.opened = {file: row for row, file in enumerate(files)}, {}
         self.index = made_with | {"data set": fingerprint_files(files), "images": len(files), "features": f"{list(shape)} {dtype}"}
+        self.identity = hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()[:16]
+        self.check()
+
+    def check(self):
+        """ValueError where the folder holds the cache of something else."""
         file = self.folder / "index.json"
-        if file.is_file():
-            try:
-                found = dict(json.loads(file.read_text()))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{file}: damaged ({error}); delete {self.folder}, and it is computed again") from error
-            other = [f"{key} {found.get(key)}, not {value}" for key, value in self.index.items() if found.get(key) != value]
-            if other:
-                raise ValueError(f"{self.folder}: this cache was made with {'; '.join(other)}. Name another folder, or delete this one")
+        if not file.is_file():
+            return
+        try:
+            found = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: damaged ({error}); delete {self.folder}, and it is computed again") from error
+        other = [f"{key} {found.get(key)}, not {value}" for key, value in self.index.items() if found.get(key) != value]
+        if other:
+            raise ValueError(f"{self.folder}: this cache was made with {'; '.join(other)}. Name another folder, or delete this one")
 
     def shard(self, number):
         return self.folder / f"{number:05d}.safetensors"
 
-    def missing(self):
-        """The numbers of the shards that are not there yet, or damaged."""
-        def is_whole(number):
-            try:
-                with safe_open(self.shard(number), framework="pt") as file:
-                    return file.get_slice("features").get_shape()[0] == len(self.files[number * SHARD : (number + 1) * SHARD])
-            except Exception:  # safetensors has its own kind
-                return False
+    def length(self, number):
+        """The number of images of a shard."""
+        return min(SHARD, len(self.files) - number * SHARD)
 
-        return [number for number in range(-(-len(self.files) // SHARD)) if not is_whole(number)]
+    def read_shard(self, number):
+        """(features, of which slices can be read; {row: why its image could not be read}) or None: not there, damaged, another's."""
+        try:
+            shard = safe_open(self.shard(number), framework="pt")
+            features, metadata = shard.get_slice("features"), shard.metadata()
+            return (features, json.loads(metadata["bad"])) if metadata["identity"] == self.identity else None
+        except Exception:  # safetensors has its own kind
+            return None
+
+    def to_do(self):
+        """{shard: rows of it to compute}: all where it is missing, else those whose image could not be read when it was made."""
+        todo = {}
+        for number in range(-(-len(self.files) // SHARD)):
+            found = self.read_shard(number)
+            rows = sorted(map(int, found[1])) if found else list(range(self.length(number)))
+            if rows:
+                todo[number] = rows
+        return todo
 
     def need(self):
-        """What the cache takes on the disk, in words. OSError where the disk has not that much."""
+        """(bytes of the whole cache, bytes that are still to be computed)"""
         each = prod(self.shape) * self.dtype.itemsize
-        left = sum(len(self.files[number * SHARD : (number + 1) * SHARD]) for number in self.missing())
-        folder = next(f for f in [self.folder, *self.folder.absolute().parents] if f.is_dir())
-        free = shutil.disk_usage(folder).free
-        size = lambda n: next(f"{n / unit:.1f} {name}" for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if n >= unit or name == "KB")
-        text = f"{len(self.files):,} images x {size(each)} = {size(len(self.files) * each)}, of which {size(left * each)} are still to be computed; " \
-               f"{size(free)} are free"
-        if left * each > free:
-            raise OSError(f"{self.folder}: the cache does not fit on this disk: {text}")
-        return text
+        return len(self.files) * each, sum(map(len, self.to_do().values())) * each
 
     def fill(self, read, compute, batch_size=32, workers=0, rank=0, world=1, stop=lambda: False):
-        """Computes the shards that are missing, of every `world` of them the one of this `rank`. -> was it done, not ended by stop()?
+        """Computes what is missing; of `world` processes each takes the shards with number % world == rank. -> False if stop() ended it.
 
-        read(file) gives the pixels of an image, as a uint8 tensor, or an OSError, which is kept in the place of the features;
-        compute((B, ...) of them) gives (B, *shape)."""
-        shards = [number for number in self.missing() if number % world == rank]
-        rows = [range(number * SHARD, min((number + 1) * SHARD, len(self.files))) for number in shards]
-        if shards:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        read(file) gives the pixels of an image, as a uint8 tensor, or an OSError, which is kept in the place of the features and
+        tried again the next time; compute((B, ...) of them) gives (B, *shape)."""
+        self.check()
+        todo = {number: rows for number, rows in self.to_do().items() if number % world == rank}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "index.json").exists():
             self.write(self.folder / "index.json", lambda file: file.write_text(json.dumps(self.index, indent=2)))
-        batches = [r[i : i + batch_size] for r in rows for i in range(0, len(r), batch_size)]
+        batches = [[number * SHARD + row for row in rows[i : i + batch_size]] for number, rows in todo.items() for i in range(0, len(rows), batch_size)]
         loader = iter(torch.utils.data.DataLoader(Images(self.files, read), batch_sampler=batches, num_workers=workers, collate_fn=list,
                                                   pin_memory=torch.cuda.is_available()))
-        with tqdm(total=sum(map(len, rows)), desc=f"cache {self.folder}", unit="image", disable=None if rank == 0 else True) as bar:
-            for number, r in zip(shards, rows):
-                features, bad = torch.zeros(len(r), *self.shape, dtype=self.dtype), {}
-                for start in range(0, len(r), batch_size):
+        with tqdm(total=sum(map(len, batches)), desc=f"cache {self.folder}", unit="image", disable=None if rank == 0 else True) as bar:
+            for number, rows in todo.items():
+                found, bad = self.read_shard(number), {}
+                features = found[0][:] if found else torch.zeros(self.length(number), *self.shape, dtype=self.dtype)
+                for start in range(0, len(rows), batch_size):
                     if stop():
                         return False
-                    images = next(loader)
-                    good = [i for i, image in enumerate(images) if not isinstance(image, str)]
-                    bad |= {start + i: image for i, image in enumerate(images) if isinstance(image, str)}
+                    images = dict(zip(rows[start : start + batch_size], next(loader), strict=True))
+                    bad |= {row: image for row, image in images.items() if isinstance(image, str)}
+                    good = [row for row in images if row not in bad]
                     if good:
-                        features[start + torch.tensor(good)] = compute(torch.stack([images[i] for i in good])).to("cpu", self.dtype)
+                        features[good] = compute(torch.stack([images[row] for row in good])).to("cpu", self.dtype)
                     bar.update(len(images))
-                self.write(self.shard(number), lambda file: save_file({"features": features}, file, metadata={"bad": json.dumps(bad)}))
+                if not found or len(bad) < len(rows):
+                    metadata = {"bad": json.dumps(bad), "identity": self.identity}
+                    self.write(self.shard(number), lambda file: save_file({"features": features}, file, metadata=metadata))
         return True
 
     @staticmethod
     def write(file, save):
         """Under another name first, so that a kill or a full disk leaves no half of a file."""
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             save(temporary)
             os.replace(temporary, file)
@@ -121,8 +134,9 @@ class FeatureCache:
         """The features of an image file. OSError if the image could not be read, as it would say itself."""
         number, row = divmod(self.rows[file], SHARD)
         if number not in self.opened:
-            shard = safe_open(self.shard(number), framework="pt")
-            self.opened[number] = shard.get_slice("features"), json.loads(shard.metadata()["bad"])
+            self.opened[number] = self.read_shard(number)
+            if self.opened[number] is None:
+                raise ValueError(f"{self.shard(number)}: missing or damaged since the cache was filled; start again, and it is computed anew")
         features, bad = self.opened[number]
         if str(row) in bad:
             raise OSError(bad[str(row)])

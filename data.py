@@ -199,12 +199,12 @@ def open_image(file):
     try:
         with Image.open(file) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises all kinds at damaged files: SyntaxError, struct.error, DecompressionBombError, ...
         raise OSError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
 
 
 def upright_rgb(image):
-    """An opened image of any mode -> decoded, RGB, turned as its EXIF orientation says, transparency on white."""
+    """An opened image of any mode -> decoded, RGB, turned as its EXIF orientation says (in place), transparency on white."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -221,18 +221,24 @@ def load_image(file):
         return upright_rgb(image)
 
 
-def scale(image, size):
+def resample(image, size):
     """RGB -> (3,size,size) uint8: bicubic with antialiasing, aspect ratio not kept.
 
-    By torch's kernel, four times as fast as Pillow's and at most one of 255 levels from it. transformers takes the one where
-    torchvision is installed, the other where it is not."""
+    By torch's kernel, four times as fast as Pillow's; photographs that are made smaller come out within one of 255 levels of it.
+    transformers takes the one where torchvision is installed, the other where it is not."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return F.interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
 
 
 def resize(image, size):
     """PIL -> (3,size,size) uint8; the evaluation transform of BLIP: the whole image."""
-    return scale(upright_rgb(image), size)
+    return resample(upright_rgb(image), size)
+
+
+def read_image(file, size):
+    """A file -> (3,size,size) uint8, as for evaluation. OSError names a file that cannot be read."""
+    with open_image(file) as image:
+        return resize(image, size)
 
 
 def draw_crop(width, height, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -249,16 +255,17 @@ def draw_crop(width, height, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
 def random_crop(image, size, rng, least=0.75):
     """PIL -> (3,size,size) uint8; the training transform of BLIP: a random part of the area, bicubic, and a random flip.
 
-    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size, which is far less work, where its crop still
+    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size (in place), which is less work, where its crop still
     has `least` of the pixels that are wanted, along either side; with least=inf it is always decoded whole."""
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+    # turned by a quarter, when upright; of a TIFF, Pillow says the size that it then has
+    turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     width, height = image.size[::-1] if turned else image.size
     left, top, right, bottom = draw_crop(width, height, rng)
     factor = next((f for f in (8, 4, 2) if min(right - left, bottom - top) >= least * size * f), 1)
     image.draft(None, (image.width // factor, image.height // factor))  # for JPEGs alone
     image = upright_rgb(image)
     across, down = image.width / width, image.height / height
-    pixels = scale(image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down))), size)
+    pixels = resample(image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down))), size)
     return pixels.flip(2) if rng.random() < 0.5 else pixels
 
 

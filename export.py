@@ -7,14 +7,15 @@ DIR then holds the whole model, config, tokenizer and image processor:
     model = transformers.Blip2ForConditionalGeneration.from_pretrained(DIR)
     processor = transformers.Blip2Processor.from_pretrained(DIR)
 
-Of two things that format knows nothing: an LLM whose words are embedded in another width than its own (opt-350m), and a ViT
-other than EVA (CLIP). They are refused.
+That format has no place for two things, which are refused: an LLM that embeds words in another width than its own (opt-350m),
+and a ViT other than EVA (CLIP).
 """
 
 import argparse
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -50,22 +51,23 @@ print(processor.batch_decode(model.generate(**inputs, num_beams=5, max_new_token
 ```
 
 `text=""` asks for a caption; `text="Question: what colour is the cat? Answer:"` is BLIP-2's way to ask. What a decoder-only language
-model generates begins with its prompt.
+model generates begins with its prompt. Images are expected upright and opaque: EXIF orientation and transparency are not looked at.
 """
 
 
-def check_expressible(vpg, llm_config):
-    """ValueError for what a BLIP-2 checkpoint cannot say."""
+def check_expressible(place):
+    """ValueError for a model that a BLIP-2 checkpoint cannot hold; from the configs, before anything large is read."""
+    llm_config = language_models.read_config(place.llm)[0]
     width = llm_config.get("hidden_size")
     if llm_config.get("word_embed_proj_dim", width) != width:
         raise ValueError(f"this LLM embeds words in {llm_config['word_embed_proj_dim']} numbers and works with {width} (opt-350m); soft prompts enter "
                          "behind that step, for which BLIP-2's format has no place. Use sample.py with this run")
-    if not isinstance(vpg.vision_model, qformer.EVA):
+    if qformer.vit_options(qformer.read_config(place.folder).get("vision_config", {}))[0] is not qformer.EVA:
         raise ValueError("this run's ViT is CLIP's, for which BLIP-2's format has no place. Use sample.py with this run")
 
 
 def add_image_token(tok):
-    """Makes `tok` as transformers' processor wants it: with the image token, whose id is returned, with the specials around a
+    """Changes `tok` for transformers' processor: with the image token, whose id is returned, with the specials around a
     prompt that our prompts have (BOS in front, behind T5's </s>), and with a token to pad with."""
     tok.encoder.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     before, after = ([], [tok.eos_id]) if tok.encoder_decoder else ([] if tok.bos_id is None else [tok.bos_id], [])
@@ -89,19 +91,18 @@ def make_room(llm, tensors, id):
 
 def blip2_config(place, model, tok, image_id, vocab_size, dtype):
     """config.json, as transformers writes it for BLIP-2."""
-    source = qformer.read_config(place.folder)
     text = {key: value for key, value in language_models.read_config(place.llm)[0].items() if key not in ("dtype", "torch_dtype")}
     ends = [tok.end_id] + [tok.eos_id] * (tok.eos_id != tok.end_id)
-    tied = {"tie_word_embeddings": text.get("tie_word_embeddings", model.llm.DEFAULTS["tie_word_embeddings"])}
-    text |= tied | {"vocab_size": vocab_size, "eos_token_id": ends, "pad_token_id": tok.pad_id}
-    if tok.encoder_decoder or tok.bos_id is not None:  # where no text is given, transformers makes a prompt of image tokens and this
-        text["bos_token_id"] = tok.eos_id if tok.encoder_decoder else tok.bos_id
-    vision = qformer.EVA.DEFAULTS | source.get("vision_config", {}) | {
-        "model_type": "blip_2_vision_model", "image_size": model.vpg.image_size, "num_hidden_layers": len(model.vpg.vision_model.encoder["layers"])}
-    return {"architectures": ["Blip2ForConditionalGeneration"], "model_type": "blip-2", "torch_dtype": dtype, "vision_config": vision,
-            "qformer_config": qformer.VPG.QFORMER | source.get("qformer_config", {}) | {"model_type": "blip_2_qformer"}, "text_config": text,
-            "num_query_tokens": model.vpg.num_query_tokens, "image_token_index": image_id, **tied,
-            "use_decoder_only_language_model": not tok.encoder_decoder}
+    # left without a text, transformers makes a prompt of image tokens and BOS; None makes it fail where we have no BOS (Qwen)
+    text |= {"vocab_size": vocab_size, "eos_token_id": ends, "pad_token_id": tok.pad_id, "bos_token_id": tok.eos_id if tok.encoder_decoder else tok.bos_id}
+    if tok.encoder_decoder:
+        text["decoder_start_token_id"] = model.llm.start_id
+    parts = model.vpg.config
+    return {"architectures": ["Blip2ForConditionalGeneration"], "model_type": "blip-2", "torch_dtype": dtype,
+            "vision_config": parts["vision_config"] | {"model_type": "blip_2_vision_model", "image_size": model.vpg.image_size},
+            "qformer_config": parts["qformer_config"] | {"model_type": "blip_2_qformer"}, "text_config": text,
+            "num_query_tokens": model.vpg.num_query_tokens, "image_token_index": image_id,
+            "tie_word_embeddings": text.get("tie_word_embeddings", model.llm.DEFAULTS["tie_word_embeddings"])}
 
 
 def processor_files(vpg, tok):
@@ -151,21 +152,24 @@ def export(run, folder, precision="bf16"):
     """A run (or a BLIP-2 checkpoint) -> a folder for transformers; it appears whole or not at all. -> bytes of its weights
 
     OSError and ValueError say what is wrong and what to do."""
+    folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: is not empty; name a new folder")
     place = hub.resolve(run, "model")
+    check_expressible(place)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     model, tok = load_model(run, dtype)
-    check_expressible(model.vpg, language_models.read_config(place.llm)[0])
     image_id = add_image_token(tok)
     tensors, vocab_size = blip2_tensors(model, image_id)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}  # all alike: older versions do not load a mixture
     dtype_name, llm_name = str(dtype).removeprefix("torch."), Path(hub.read_config(place.folder).get("llm", {}).get("name", run)).name
     files = {"config.json": blip2_config(place, model, tok, image_id, vocab_size, dtype_name), **processor_files(model.vpg, tok)}
 
-    size, unfinished = sum(tensor.nbytes for tensor in tensors.values()), folder.with_name(folder.name + ".unfinished")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.unfinished.", dir=folder.parent))
     try:
-        unfinished.mkdir(parents=True, exist_ok=True)
+        unfinished.chmod(0o755)
         if (free := shutil.disk_usage(unfinished).free) < size + 1e8:
             raise OSError(f"{folder}: the weights are {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
         write_shards(unfinished, tensors)

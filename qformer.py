@@ -164,10 +164,10 @@ def vit_options(config, layers=None):
     """`vision_config` of a BLIP-2 or CLIP config.json -> (its class, its options: those left out filled in, cut to `layers` blocks)"""
     kind = config.get("model_type", "blip_2_vision_model")
     if kind not in VITS:
-        raise ValueError(f"config.json: a ViT of model_type {kind!r} is not implemented; there are {', '.join(VITS)}")
+        raise ValueError(f"a ViT of model_type {kind!r} is not implemented; there are {', '.join(VITS)}")
     options = VITS[kind].DEFAULTS | config
     if options["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"config.json: vision_config: hidden_act = {options['hidden_act']!r} is not implemented; there are {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"vision_config: hidden_act = {options['hidden_act']!r} is not implemented; there are {', '.join(ACTIVATIONS)}")
     if layers and not 1 <= layers <= options["num_hidden_layers"]:
         raise ValueError(f"this ViT has {options['num_hidden_layers']} blocks; there are no features after block {layers}")
     return VITS[kind], options | {"num_hidden_layers": layers or options["num_hidden_layers"]}
@@ -247,14 +247,16 @@ class VPG(nn.Module):
         vit, vision = vit_options(config.get("vision_config", {}), config.get("vit_layers"))
         qformer = self.QFORMER | config.get("qformer_config", {})
         if qformer["hidden_act"] != "gelu":
-            raise ValueError(f"config.json: qformer_config: hidden_act = {qformer['hidden_act']!r} is not implemented; only 'gelu' is")
+            raise ValueError(f"qformer_config: hidden_act = {qformer['hidden_act']!r} is not implemented; only 'gelu' is")
         if qformer["encoder_hidden_size"] != vision["hidden_size"]:
-            raise ValueError(f"config.json: the Q-Former looks at {qformer['encoder_hidden_size']} wide features "
+            raise ValueError(f"the Q-Former looks at {qformer['encoder_hidden_size']} wide features "
                              f"(encoder_hidden_size), the ViT's are {vision['hidden_size']} wide (hidden_size)")
-        self.image_size = config.get("image_size", vision["image_size"])
+        self.image_size, self.dim = config.get("image_size", vision["image_size"]), qformer["hidden_size"]
         if self.image_size < 1 or self.image_size % vision["patch_size"]:
             raise ValueError(f"image size {self.image_size} is not a multiple of the ViT's patch, {vision['patch_size']} pixels")
-        self.dim, self.num_query_tokens = qformer["hidden_size"], config.get("num_query_tokens", 32)
+        self.num_query_tokens = config.get("num_query_tokens", 32)
+        self.config = {"vision_config": vision, "qformer_config": qformer, "num_query_tokens": self.num_query_tokens,
+                       "image_size": self.image_size, "vit_layers": vision["num_hidden_layers"]}  # with nothing left out
         self.vision_model = vit(vision)
         self.query_tokens = nn.Parameter(torch.randn(1, self.num_query_tokens, self.dim) * 0.02)
         self.qformer = QFormer(qformer)
@@ -377,6 +379,14 @@ def read_config(folder):
     return config
 
 
+def checked(folder, build, *config):
+    """build(*config), whose errors are those of the folder's config.json."""
+    try:
+        return build(*config)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
+
+
 def read_vit(folder, layers=None):
     """(name in a BLIP-2 checkpoint, tensor) of the ViT in a BLIP-2 or CLIP folder, without the blocks behind the first `layers`."""
     # CLIPVisionModel alone is written with or without "vision_model." before its names
@@ -390,10 +400,11 @@ def read_vit(folder, layers=None):
 def load_vit(folder, dtype=torch.bfloat16, device="cpu", layers=None):
     """The frozen ViT of a BLIP-2 or CLIP folder alone, up to block `layers` (None: all): vit(images) -> (B,N,Dv), to which
     vit.post_layernorm may be applied. FileNotFoundError or ValueError name file and tensor."""
-    kind, options = vit_options(read_config(folder).get("vision_config", {}), layers)
+    kind, options = checked(folder, vit_options, read_config(folder).get("vision_config", {}), layers)
     with torch.device("meta"):
-        vit = kind(options)
-    assign_tensors(vit, {name.removeprefix("vision_model."): tensor.to(device, dtype) for name, tensor in read_vit(folder, layers)}, folder)
+        vit = checked(folder, kind, options)
+    named = nn.ModuleDict({"vision_model": vit})  # names as in the checkpoint
+    assign_tensors(named, {name: tensor.to(device, dtype) for name, tensor in read_vit(folder, layers)}, folder)
     return vit.requires_grad_(False).eval()
 
 
@@ -406,7 +417,7 @@ def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_form
     choices = {"image_size": image_size, "vit_layers": vit_layers}
     config, vit_folder = read_config(folder) | {key: n for key, n in choices.items() if n is not None}, vit_folder or folder
     with torch.device("meta"):
-        vpg = VPG(config)
+        vpg = checked(folder, VPG, config)
     if q_former:
         if not any(name.startswith("qformer.") for name in checkpoint_files(folder)):
             raise ValueError(f"{folder}: holds no Q-Former (qformer.*); a ViT alone is a source for training --from-scratch only")

@@ -12,10 +12,13 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
+import hashlib
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -107,8 +110,8 @@ def parse_arguments(argv=None):
     for name, least in (("lr", 0), ("warm_up_lr", 0), ("max_tokens", 1)):
         if getattr(args, name) is not None and not getattr(args, name) > least:
             parser.error(f"--{name.replace('_', '-')} must be above {least}")
-    if args.vit_layers and args.from_scratch is None:
-        parser.error("--vit-layers is for --from-scratch: a Q-Former that was trained on one block's features does not read another's")
+    if args.vit_layers and args.from_scratch != "":
+        parser.error("--vit-layers is for --from-scratch with a random Q-Former: a Q-Former that was trained on one block's features does not read another's")
     if args.cache and "warm-up" not in plan_stages(args):
         parser.error("--cache is for stage 1, which this run has not: only there the VPG stands still")
     if args.warm_up_data and not args.data:
@@ -309,17 +312,16 @@ def build_model(args, src, tgt, captions, processes):
 
 def run_config(args, src, tgt, model):
     """config.json of a run: what its weights are, and which ViT and LLM belong to them."""
-    source = qformer.read_config(src.folder)
-    parts = {key: source[key] for key in ("vision_config", "qformer_config", "num_query_tokens") if key in source}
-    parts |= {"image_size": model.vpg.image_size, "vit_layers": len(model.vpg.vision_model.encoder["layers"])}
+    source = hub.read_config(src.folder)
     vit = source["vit"]["name"] if source.get("model_type") == "vpgtrans" else hub.lasting_name(args.src)
-    return {"model_type": "vpgtrans", **parts, "vit": {"name": vit, "fingerprint": hub.fingerprint(model.vpg.frozen_parameters())},
+    return {"model_type": "vpgtrans", **model.vpg.config, "vit": {"name": vit, "fingerprint": hub.fingerprint(model.vpg.frozen_parameters())},
             "llm": {"name": hub.lasting_name(args.tgt), "fingerprint": hub.fingerprint(dict(model.llm.named_parameters())),
                     "tokenizer": args.tgt_tokenizer and hub.lasting_name(args.tgt_tokenizer)}, "arguments": arguments(args)}
 
 
 def arguments(args):
-    return json.loads(json.dumps(vars(args), default=str))
+    """As JSON has them; where the cache lies does not matter, but whether there is one."""
+    return json.loads(json.dumps(vars(args) | {"cache": bool(args.cache) or None}, default=str))
 
 
 def write(file, save):
@@ -380,11 +382,28 @@ def restore(model, optimizer, tensors):
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def new_cache(args, pairs, vpg):
-    """The cache under --cache of a data set's queries, by what these depend on."""
-    made_with = {"VPG": hub.fingerprint(dict(vpg.named_parameters())), "image size": vpg.image_size}
-    return cache.FeatureCache(args.cache / pairs.name, list(dict.fromkeys(pairs.files)), (vpg.num_query_tokens, vpg.dim),
-                              torch.bfloat16 if args.precision == "bf16" else torch.float32, made_with)
+def open_caches(args, sets, vpg, say):
+    """-> the data sets of stage 1, each with the cache of its images' queries under --cache, after making sure that they fit there."""
+    if len({pairs.name for pairs in sets}) < len(sets):
+        raise ValueError("--cache: two data sets of stage 1 have the same name; give each its own, --data NAME=...")
+    configuration = hashlib.sha256(json.dumps(vpg.config, sort_keys=True).encode()).hexdigest()[:16]
+    made_with = {"VPG": hub.fingerprint(dict(vpg.named_parameters())), "image size": vpg.image_size, "configuration": configuration}
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    sets = [dataclasses.replace(pairs, cache=cache.FeatureCache(args.cache / pairs.name, list(dict.fromkeys(pairs.files)), (vpg.num_query_tokens, vpg.dim),
+                                                                dtype, made_with)) for pairs in sets]
+    whole, left = (sum(sizes) for sizes in zip(*(pairs.cache.need() for pairs in sets)))
+    free = shutil.disk_usage(next(folder for folder in [args.cache, *args.cache.absolute().parents] if folder.is_dir())).free
+    images = sum(len(pairs.cache.files) for pairs in sets)
+    need = (f"{images:,} images x {in_words(whole / images)} = {in_words(whole)}, of which {in_words(left)} are still to be computed; {in_words(free)} are free")
+    if left > free:
+        raise OSError(f"{args.cache}: the cache does not fit on this disk: {need}")
+    say(f"cache: {args.cache}, {need}; stage 1 sees these images whole, without crops")
+    return sets
+
+
+def in_words(size):
+    """Bytes for people."""
+    return next(f"{size / unit:.1f} {name}" for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if size >= unit or name == "KB")
 
 
 class Log:
@@ -553,10 +572,7 @@ def optimizer_step(trained, micro_batches, optimizer, processes):
 def fill_cache(run, samples):
     """Computes what --cache does not hold yet of the images of stage 1."""
     args, processes, vpg = run.args, run.processes, run.model.vpg
-
-    def read(file):
-        with data.open_image(file) as image:
-            return data.resize(image, vpg.image_size)
+    read = functools.partial(data.read_image, size=vpg.image_size)
 
     @torch.no_grad()
     def queries(images):
@@ -564,7 +580,6 @@ def fill_cache(run, samples):
             return vpg(data.normalise(images.to(processes.device)))
 
     for pairs in samples.sets:
-        processes.say(f"cache: {pairs.cache.folder}, {pairs.cache.need()}")
         done = pairs.cache.fill(read, queries, args.micro_batch, args.workers, processes.rank, processes.world, stop_asked.is_set)
         if processes.sum(not done)[0]:
             processes.say("stopped while the cache was computed; the same command goes on with it")
@@ -660,7 +675,8 @@ def prepare(args, stages):
         if not args.resume and any((args.out / file).exists() for file in ("resume.safetensors", "model.safetensors")):
             raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
         find_models(args)
-        check_writable(args.out)
+        for folder in [args.out] + [args.cache] * bool(args.cache):
+            check_writable(folder)
     processes = Processes.start(args.precision)
     src, tgt = find_models(args)
     sets, val = find_data(args, stages, processes.say)
@@ -674,8 +690,8 @@ def prepare(args, stages):
     for name, (pairs, weights) in sets.items():
         seed = args.seed * len(STAGES) + list(STAGES).index(name)  # each stage has an order and crops of its own
         order = data.plan([len(p) for p in pairs], steps[name] * stages[name].batch_size, seed, weights)
-        if args.cache and name == "warm-up":
-            pairs = [dataclasses.replace(p, cache=new_cache(args, p, model.vpg)) for p in pairs]
+        if args.cache and name == "warm-up" and not (resumed and resumed[0]["stage"] != name):
+            pairs = open_caches(args, pairs, model.vpg, processes.say)
         jobs[name] = new_samples(pairs, augment=args.augment == "crop", seed=seed), order, steps[name]
     if resumed:
         log.continue_from(list(stages), resumed[0])

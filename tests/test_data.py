@@ -1,5 +1,6 @@
 """Facts about data.py: tokenizers, captions, images, files of pairs, the order of samples."""
 
+import dataclasses
 import json
 import random
 import re
@@ -335,6 +336,7 @@ def save(path, mode, colour, size=(40, 30), **options):
 
 def test_every_kind_of_image_becomes_rgb(tmp_path):
     rgb = lambda file: data.load_image(file).getpixel((0, 0))
+    assert rgb(save(tmp_path / "plain.png", "RGB", (1, 2, 3))) == (1, 2, 3)
     assert rgb(save(tmp_path / "grey.png", "L", 90)) == (90, 90, 90)
     assert rgb(save(tmp_path / "clear.png", "RGBA", (10, 20, 30, 0))) == (255, 255, 255)  # transparency is white
     assert rgb(save(tmp_path / "half.png", "LA", (0, 128))) == (127, 127, 127)
@@ -368,29 +370,51 @@ def test_evaluation_images_equal_transformers(tmp_path, kind, options):
     assert apart.max() < 1.001 and (apart > 1e-3).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_crops_of_jpegs_are_decoded_coarsely_and_show_the_same(tmp_path, orientation):
-    """A photograph is decoded at half its size where half its crop is large enough, and the crop is where it would be."""
-    exif, sizes = Image.Exif(), []
-    exif[0x0112] = orientation
-    photograph().filter(ImageFilter.GaussianBlur(3)).save(tmp_path / "photo.jpg", quality=95, exif=exif)
-    for seed in range(40):
-        with data.open_image(tmp_path / "photo.jpg") as image:
-            coarse = data.random_crop(image, 224, np.random.default_rng(seed)).float()
-            sizes.append(image.size)
-        with data.open_image(tmp_path / "photo.jpg") as image:
-            whole = data.random_crop(image, 224, np.random.default_rng(seed), least=np.inf).float()
-            assert sorted(image.size) == [480, 640]
-        assert (coarse - whole).abs().mean() < 4 and (coarse.mean((1, 2)) - whole.mean((1, 2))).abs().max() < 0.5
-    assert sum(sorted(size) == [240, 320] for size in sizes) > 35 and len(set(sizes)) <= 2
-
-
-def test_small_jpegs_and_small_crops_are_decoded_whole(tmp_path):
-    photograph(330, 330).save(tmp_path / "small.jpg")
+def random_crops(file, **options):
+    """Crops of a file by ten seeds, and the sizes at which it was decoded."""
+    crops, sizes = [], []
     for seed in range(10):
-        with data.open_image(tmp_path / "small.jpg") as image:
-            data.random_crop(image, 224, np.random.default_rng(seed))
-            assert image.size == (330, 330)
+        with data.open_image(file) as image:
+            crops.append(data.random_crop(image, 224, np.random.default_rng(seed), **options).float())
+            sizes.append(image.size)
+    return torch.stack(crops), sizes
+
+
+@pytest.mark.parametrize("width, height, factors", [(640, 480, {2}), (330, 330, {1}), (1500, 1100, {4}), (2900, 2700, {8}), (700, 360, {1, 2})])
+def test_crops_of_jpegs_are_decoded_as_coarsely_as_they_allow(tmp_path, width, height, factors):
+    """At a half, a quarter, an eighth, where 3/4 of the pixels that are wanted are left; and the crop is where it would be."""
+    photograph(width, height).filter(ImageFilter.GaussianBlur(width / 200)).save(tmp_path / "photo.jpg", quality=95)
+    coarse, sizes = random_crops(tmp_path / "photo.jpg")
+    whole, all_of_it = random_crops(tmp_path / "photo.jpg", least=np.inf)
+    assert {round(width / size[0]) for size in sizes} == factors and set(all_of_it) == {(width, height)}
+    assert (coarse - whole).abs().mean((1, 2, 3)).max() < 4 and (coarse.mean((2, 3)) - whole.mean((2, 3))).abs().max() < 1
+
+
+TOP = b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0top\0\0\0\0\0"  # an orientation that is the text "top"
+
+
+@pytest.mark.parametrize("kind, orientation", [(kind, o) for kind in ("jpg", "tif", "png") for o in (*range(1, 10), TOP) if (kind, o) != ("tif", TOP)])
+def test_turned_images_are_cropped_as_upright_ones(tmp_path, kind, orientation):
+    """By their EXIF orientation. One that Pillow does not know turns nothing."""
+    back = {2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180], 4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE],
+            6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270]}.get(orientation, [])
+    upright, exif = photograph().filter(ImageFilter.GaussianBlur(3)), Image.Exif()
+    upright.save(tmp_path / f"upright.{kind}", quality=95)
+    for turn in back:
+        stored = upright.transpose(turn)
+    if isinstance(orientation, int):
+        exif[0x0112] = orientation
+    else:
+        exif = b"Exif\0\0" + orientation
+    (stored if back else upright).save(tmp_path / f"turned.{kind}", exif=exif, quality=95)
+    assert (random_crops(tmp_path / f"turned.{kind}")[0] - random_crops(tmp_path / f"upright.{kind}")[0]).abs().mean((1, 2, 3)).max() < 4
+
+
+def test_a_decompression_bomb_is_an_unreadable_image(tmp_path, monkeypatch):
+    save(tmp_path / "bomb.png", "RGB", "red", (300, 300))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(OSError, match="bomb.png.*bomb"):
+        data.load_image(tmp_path / "bomb.png")
 
 
 def test_random_crops_are_half_to_all_of_the_area_and_half_are_flipped():
@@ -521,10 +545,13 @@ def test_an_unreadable_image_is_replaced_and_named(tok, tmp_path):
 
 
 def test_crops_are_drawn_by_the_position_in_the_plan(samples):
-    """The same sample comes out the same, at another position differently; and validation is not cropped at all."""
+    """The same sample comes out the same, at another position or with another seed differently; and validation is not cropped at
+    all, nor is a set that says so (Visual Genome's regions)."""
     image, again, elsewhere = (samples[position, 5][0] for position in (3, 3, 4))
     assert torch.equal(image, again) and not torch.equal(image, elsewhere)
+    assert not torch.equal(image, data.Samples(samples.sets, samples.tok, 28, 5, seed=1)[3, 5][0])
     plain = data.Samples(samples.sets, samples.tok, 28, 5, augment=False)[3, 5][0]
+    assert torch.equal(plain, data.Samples([dataclasses.replace(samples.sets[0], crop=False)], samples.tok, 28, 5)[3, 5][0])
     assert torch.equal(plain, data.resize(data.load_image(samples.sets[0].files[5]), 28)) and not torch.equal(image, plain)
 
 

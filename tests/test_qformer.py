@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig, Blip2VisionConfig, CLIPVisionModel
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2QFormerConfig, Blip2VisionConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from conftest import QFORMER, VISION, randomise, relative_error, write_clip, write_source
-from qformer import load_projector, load_vit, load_vpg
+from qformer import CLIP, EVA, VPG, interpolate_positions, load_projector, load_vit, load_vpg
 
 
 def random_images(height, width):
@@ -58,12 +59,32 @@ def test_gradients_equal_transformers(blip2):
     assert all(p.grad is None for n, p in vpg.named_parameters() if n not in trained)
 
 
-def test_dropout_is_active_in_train_mode_alone(tmp_path):
-    write_source(tmp_path, dropout=0.5)
-    vpg, images = load_vpg(tmp_path, dtype=torch.float32), torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("kind", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_is_active_in_train_mode_alone(blip2, tmp_path, kind):
+    """Both of its kinds, and in all the places that transformers has."""
+    config = json.loads((blip2[1] / "config.json").read_text())
+    config["qformer_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, kind: 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(blip2[1] / "model.safetensors", tmp_path)
+    vpg, images, drawn = load_vpg(tmp_path, dtype=torch.float32), random_images(28, 28), []
     assert torch.equal(vpg(images), vpg(images))
     vpg.qformer.train()
     assert not torch.allclose(vpg(images), vpg(images), atol=1e-2)
+    dropout = torch.nn.functional.dropout
+    vpg.requires_grad_()  # or attention and its dropout are torch's fused ones
+    with pytest.MonkeyPatch.context() as patched:  # nn.Dropout, too, calls this function
+        patched.setattr(torch.nn.functional, "dropout", lambda x, p=0.5, training=True, inplace=False: drawn.append(p * training) or dropout(x, p, training))
+        vpg(images)
+        ours = sum(p > 0 for p in drawn)
+        drawn.clear()
+        theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").qformer.train()
+        theirs(query_embeds=vpg.query_tokens.expand(2, -1, -1), encoder_hidden_states=vpg.features(images))
+    assert ours == sum(p > 0 for p in drawn) == {"hidden_dropout_prob": 1 + 4 + 2 + 4, "attention_probs_dropout_prob": 4 + 2}[kind]
+
+
+def test_options_left_out_are_transformers_defaults():
+    for ours, theirs in ((EVA.DEFAULTS, Blip2VisionConfig()), (CLIP.DEFAULTS, CLIPVisionConfig()), (VPG.QFORMER, Blip2QFormerConfig())):
+        assert ours.items() <= theirs.to_dict().items()
 
 
 def test_a_first_stage_checkpoint_loads_without_its_text_branch(blip2, tmp_path):
@@ -115,6 +136,7 @@ def test_the_frozen_vit_keeps_nothing_for_a_backward_pass(blip2):
 
 @pytest.mark.parametrize("changes, says", [
     ({"num_query_tokens": 7}, "query_tokens is .1, 5, 32., config.json says .1, 7, 32."), ({"image_size": 30}, "30 is not a multiple of the ViT's patch, 7"),
+    ({"image_size": 0}, "image size 0"), ({"image_size": "28"}, "config.json: "), ({"vision_config": None}, "config.json: "),
     ({"vit_layers": 4}, "has 3 blocks"), ({"vision_config": VISION | {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
     ({"vision_config": VISION | {"hidden_act": "silu"}}, "silu"), ({"qformer_config": QFORMER | {"hidden_act": "relu"}}, "relu"),
     ({"qformer_config": QFORMER | {"encoder_hidden_size": 50}}, "50 wide features")])
@@ -122,8 +144,9 @@ def test_a_config_that_does_not_fit_is_refused(blip2, tmp_path, changes, says):
     config = json.loads((blip2[1] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     shutil.copy(blip2[1] / "model.safetensors", tmp_path)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as error:
         load_vpg(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------- image sizes
@@ -138,6 +161,11 @@ def test_other_image_sizes_interpolate_position_embeddings_as_transformers(blip2
         assert relative_error(vpg.vision_model.post_layernorm(vpg.features(images)), theirs) < 2e-5
         theirs = clip[0].vision_model(images, interpolate_pos_encoding=True).last_hidden_state
         assert relative_error(load_vit(clip[1], dtype=torch.float32)(images), theirs) < 2e-5
+
+
+def test_position_embeddings_in_bf16_are_interpolated_in_float32():
+    table = torch.randn(1, 17, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(interpolate_positions(table, 7, 5), interpolate_positions(table.float(), 7, 5).bfloat16())
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 30, 28), (1, 3, 28, 30), (1, 1, 28, 28), (3, 28, 28)])
