@@ -38,7 +38,7 @@ def write_llm(folder, family):
 
 def train_a_little(source, target, pairs, out, *options):
     """One step from a random projector: nothing of a run is left at what it started from."""
-    train.main(["--src", str(source), "--tgt", str(target), "--data", str(pairs), "--out", str(out), "--no-warm-up", "--init", "random", "--steps", "1",
+    train.main(["--src", str(source), "--tgt", str(target), "--data", str(pairs), "--out", str(out), *(() if "--from-scratch" in options else ("--no-warm-up", "--init", "random")), "--steps", "1",
                 "--batch-size", "8", "--lr", "1e-2", "--workers", "0", "--precision", "fp32", *options])
     return out
 
@@ -128,9 +128,56 @@ def test_in_bf16_and_in_shards(world, tmp_path, monkeypatch):
     stored, trained = {name: t for file in files for name, t in load_file(file).items()}, load_file(run / "model.safetensors")
     assert trained.keys() < stored.keys() and {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in trained.items())
-    assert json.loads((tmp_path / "blip2" / "model.safetensors.index.json").read_text())["weight_map"].keys() == stored.keys()
+    index = json.loads((tmp_path / "blip2" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == stored.keys() and index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored.values())
     card = (tmp_path / "blip2" / "README.md").read_text()
     assert 'from_pretrained("blip2", dtype="bfloat16")' in card and "moved to target by VPGTrans" in card
+
+
+def test_padded_prompts_and_grey_images(exported):
+    """Prompts of two lengths in a batch, padded as the processor does, and an image that is not RGB."""
+    run, folder, files = exported
+    ours, tok = sample.load_model(str(run), torch.float32)
+    theirs, processor = load_theirs(folder), Blip2Processor.from_pretrained(folder)
+    images, prompts = [Image.open(files[0]), Image.open(files[1]).convert("L")], ["a red", "a green square on a"]
+    inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
+    if tok.encoder_decoder:
+        ids = theirs.generate(**inputs, max_new_tokens=8)
+    else:  # image tokens stand before the padding
+        ids = theirs.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    says = [sample.answer(ours, tok, data.resize(image, 28)[None], prompt, num_beams=1, max_new_tokens=8)[0] for image, prompt in zip(images, prompts)]
+    assert [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)] == says
+
+
+def test_what_is_left_out_of_configs_is_written_down(world, tmp_path):
+    """A ViT that is cut behind its second block, in a source whose config.json leaves out what is BLIP-2's default."""
+    source = tmp_path / "source"
+    shutil.copytree(world[0], source)
+    config = json.loads((source / "config.json").read_text())
+    for part in ("vision_config", "qformer_config"):
+        config[part] = {key: value for key, value in config[part].items() if key not in ("hidden_act", "layer_norm_eps", "qkv_bias", "model_type",
+                                                                                        "cross_attention_frequency")}
+    (source / "config.json").write_text(json.dumps(config))
+    run = train_a_little(source, world[1], world[2], tmp_path / "run")
+    scratch = train_a_little(source, world[1], world[2], tmp_path / "scratch", "--from-scratch", "--vit-layers", "2")
+    for run in (run, scratch):
+        export.main([str(run), str(tmp_path / f"{run.name}-blip2"), "--precision", "fp32"])
+        ours, theirs = sample.load_model(str(run), torch.float32)[0], load_theirs(tmp_path / f"{run.name}-blip2")
+        assert len(theirs.vision_model.encoder.layers) == (2 if run == scratch else 3)
+        images = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+        assert conftest.relative_error(theirs.get_image_features(images).pooler_output[0], ours.projector(ours.vpg(images))[0]) < 2e-5
+
+
+def test_what_a_killed_export_left_is_not_taken_over(world, tmp_path):
+    """Shards of another run under a name that an export in progress had."""
+    run = train_a_little(*world, tmp_path / "run")
+    (tmp_path / "blip2.unfinished").mkdir()
+    (tmp_path / "blip2.unfinished" / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "blip2").symlink_to(tmp_path / "here")
+    export.main([str(run), str(tmp_path / "blip2")])
+    assert "model.safetensors" in os.listdir(tmp_path / "here") and "model.safetensors.index.json" not in os.listdir(tmp_path / "here")
+    assert os.listdir(tmp_path / "blip2.unfinished") == ["model.safetensors.index.json"] and len(list(tmp_path.iterdir())) == 4
 
 
 def test_an_export_is_a_source(exported, world, tmp_path, capsys):

@@ -132,6 +132,18 @@ def test_from_scratch_can_start_from_a_given_vpg(world, tmp_path):
     assert not torch.allclose(ours["query_tokens"], load_file(world[0] / "model.safetensors")["query_tokens"], atol=1e-2)
 
 
+def test_a_run_remembers_how_its_vpg_is_configured(world, tmp_path, capsys):
+    """That of --from-scratch VPG, not that of the source."""
+    seven = broken(world[0], tmp_path / "seven", query_tokens=torch.randn(1, 7, 32))
+    config = json.loads((seven / "config.json").read_text())
+    config["qformer_config"]["layer_norm_eps"] = 1e-6
+    (seven / "config.json").write_text(json.dumps(config | {"num_query_tokens": 7}))
+    train.main(arguments(world, tmp_path / "run", "--from-scratch", str(seven)))
+    sample.main([str(world[2].parent / "0.png"), "--model", str(tmp_path / "run"), "--precision", "fp32"])
+    vpg = sample.load_model(str(tmp_path / "run"))[0].vpg
+    assert vpg.num_query_tokens == 7 and vpg.qformer.layernorm.eps == 1e-6
+
+
 def test_from_scratch_on_clip(world, tmp_path, capsys):
     """CLIP's ViT alone, cut behind a block, carries a random Q-Former; the run captions, and is a source for another LLM."""
     conftest.write_clip(tmp_path / "clip")
@@ -343,18 +355,43 @@ def test_a_killed_cache_goes_on(world, tmp_path):
     assert done.returncode == 0 and len(shards()) == 4, done.stderr
 
 
-def test_a_cache_of_another_vpg_or_data_set_is_refused(world, tmp_path, capsys):
+def test_a_cache_of_another_vpg_or_data_set_is_refused(world, tmp_path, capsys, monkeypatch):
     cached = lambda *changed: arguments(world, tmp_path / "run", "--cache", str(tmp_path / "cache"), *changed)
     train.main(arguments(world, tmp_path / "first", "--cache", str(tmp_path / "cache"), "--stage", "warm-up"))
     conftest.write_source(tmp_path / "other", seed=5)
+    fine_tuned = broken(world[0], tmp_path / "fine-tuned", **{"qformer.layernorm.bias": torch.ones(32)})  # the ViT is the same
+    corrected = broken(world[0], tmp_path / "corrected")
+    config = json.loads((corrected / "config.json").read_text())
+    config["vision_config"]["layer_norm_eps"] = 1e-5
+    (corrected / "config.json").write_text(json.dumps(config))
     conftest.write_pairs(tmp_path / "pairs", 30)
     refused(capsys, cached("--src", str(tmp_path / "other")), "this cache was made with VPG", "delete this one")
+    refused(capsys, cached("--src", str(fine_tuned)), "this cache was made with VPG")
+    refused(capsys, cached("--src", str(corrected)), "this cache was made with configuration")
     refused(capsys, cached("--image-size", "42"), "image size 28, not 42")
+    refused(capsys, cached("--data", f"pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"), "two data sets of stage 1 have the same name", "NAME=")
+    (tmp_path / "file").write_text("")
+    refused(capsys, [*cached(), "--cache", str(tmp_path / "file")], "file")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(20_000, 10_000, 10_000))
+    both = cached("--data", f"more={tmp_path / 'pairs' / 'pairs.jsonl'}")
+    refused(capsys, [*both, "--cache", str(tmp_path / "small")], "the cache does not fit on this disk: 52 images x 0.6 KB = 33.3 KB", "10.0 KB are free")
     refused(capsys, cached("--precision", "bf16"), "float32, not [5, 32] torch.bfloat16")
     refused(capsys, [*cached("--data", str(tmp_path / "pairs" / "pairs.jsonl"))][:-2] + ["--data", f"pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"], "data set")
     with pytest.raises(SystemExit):
         train.main(cached("--no-warm-up"))
     assert "--cache is for stage 1" in capsys.readouterr().err
+
+
+def test_captions_of_one_image_share_its_place_in_the_cache(world, tmp_path):
+    """And the cache may move between a kill and --resume."""
+    rows_of_pairs = [json.loads(line) for line in world[2].read_text().splitlines()]
+    twice = [json.dumps({"image": row["image"], "caption": [row["caption"], "a square"]}) for row in rows_of_pairs]
+    (tmp_path / "twice.jsonl").write_text("\n".join(twice))
+    argv = arguments((*world[:2], f"twice={tmp_path / 'twice.jsonl'}@{world[2].parent}"), tmp_path / "run", "--save-every", "1")
+    train.main([*argv, "--cache", str(tmp_path / "cache")])
+    assert json.loads((tmp_path / "cache" / "twice" / "index.json").read_text())["images"] == 22
+    train.main([*argv, "--cache", str(tmp_path / "elsewhere"), "--resume"])
+    assert not (tmp_path / "elsewhere").exists()  # the run stands in stage 2, at its end
 
 
 def test_an_unreadable_image_stays_one_in_the_cache(world, tmp_path, capsys):
