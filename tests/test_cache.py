@@ -112,6 +112,7 @@ def test_the_data_set_may_move_but_not_change(tmp_path):
     assert cache.fingerprint_files(files("here")) == cache.fingerprint_files(files("there"))
     (tmp_path / "there" / "b.jpg").write_bytes(b"1234")
     assert cache.fingerprint_files(files("here")) != cache.fingerprint_files(files("there"))
+    assert cache.fingerprint_files(["/x/a/1.jpg", "/x/b/1.jpg"]) != cache.fingerprint_files(["/x/a/1.jpg", "/x/c/1.jpg"])
 
 
 def test_damaged_shards_are_computed_again_and_a_damaged_index_is_named(tmp_path):
