@@ -10,18 +10,33 @@ every batch, a worker its share of that, and a killed run continues at any sampl
 B batch, P prompt length, T target length, Q query tokens.
 """
 
+import argparse
+import concurrent.futures
 import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
 import json
+import multiprocessing
+import os
 import re
+import sys
+import tarfile
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, models, pre_tokenizers
+from tqdm import tqdm
 
 IMAGE, HOLE = -1, -100  # in prompts: the place of a soft prompt, and a place to be passed over
 
@@ -142,8 +157,8 @@ def load_tokenizer(folder):
 
 
 def clean_caption(text, max_words=50):
-    """BLIP's caption clean-up: lower case, punctuation to spaces, single spaces, at most 50 words."""
-    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:max_words])
+    """BLIP's caption clean-up: lower case, punctuation (and control characters) to spaces, single spaces, at most 50 words."""
+    return " ".join(re.sub(r'[.!"()*#:;~\x00-\x1f\x7f-\x9f]', " ", text.lower()).split()[:max_words])
 
 
 def caption_ids(tok, caption, max_tokens=32):
@@ -181,8 +196,9 @@ def pad(rows, value, left=False):
 def count_tokens(tok, captions, vocab_size, max_tokens=32):
     """(V,) how often the captions use each token, end marks included: the weights of the word converter."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
-    for start in range(0, len(captions), 10_000):
-        ids = [i for row in tok.encode_all(captions[start : start + 10_000]) for i in row[: max_tokens - 1] + [tok.end_id]]
+    captions = iter(captions)
+    while some := list(itertools.islice(captions, 10_000)):
+        ids = [i for row in tok.encode_all(some) for i in row[: max_tokens - 1] + [tok.end_id]]
         counts += torch.bincount(torch.tensor(ids), minlength=vocab_size)
     return counts
 
@@ -195,9 +211,16 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @contextlib.contextmanager
 def open_image(file):
-    """An image file, opened but not decoded yet. OSError names a file that cannot be read, also if that shows later on."""
+    """An image file, or SHARD.tar::MEMBER@OFFSET+SIZE, opened but not decoded yet. OSError names one that cannot be read, also if
+    that shows later on."""
     try:
-        with Image.open(file) as image:
+        if shard := re.fullmatch(r"(.+)::.+@(\d+)\+(\d+)", str(file)):
+            with open(shard[1], "rb") as tar:
+                tar.seek(int(shard[2]))
+                source = io.BytesIO(tar.read(int(shard[3])))
+        else:
+            source = file
+        with Image.open(source) as image:
             yield image
     except Exception as error:  # Pillow raises all kinds at damaged files: SyntaxError, struct.error, DecompressionBombError, ...
         raise OSError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
@@ -278,57 +301,341 @@ def normalise(images):
 # ----------------------------------------------------------------------------------------------------------------- pairs
 
 
+class Strings:
+    """Many strings in two arrays, `text` one behind the other and where each `ends`: a third of a list's memory, which processes
+    share (of a list's strings each would get a copy, since reading one counts its references), and which is saved as it is."""
+
+    def __init__(self, text, ends):
+        self.text, self.ends = text, ends  # (bytes,) uint8; (N,) int64
+
+    @classmethod
+    def of(cls, strings):
+        encoded = [string.encode() for string in strings]
+        return cls(np.frombuffer(bytearray(b"".join(encoded)), np.uint8), np.cumsum([len(e) for e in encoded], dtype=np.int64))
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        return self.text[self.ends[i - 1] if i else 0 : self.ends[i]].tobytes().decode()
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def take(self, indices):
+        return Strings.of([self[i] for i in indices])
+
+    @classmethod
+    def joined(cls, parts):
+        before = np.cumsum([0, *(len(part.text) for part in parts)])
+        return cls(np.concatenate([part.text for part in parts]), np.concatenate([part.ends + b for part, b in zip(parts, before)]))
+
+
 @dataclass
 class Pairs:
-    """One data set: image files and their cleaned captions, one of each a sample."""
+    """One data set: images, and cleaned captions of them, each of which is a sample."""
 
     name: str
-    files: list
-    captions: list
+    root: str  # folder that the images are named from
+    images: Strings  # without doubles: a file, or FILE.tar::MEMBER@OFFSET+SIZE
+    captions: Strings
+    image: np.ndarray  # (captions,) which image each belongs to
+    left_out: dict = field(default_factory=dict)  # why pairs were left out -> which
     crop: bool = True  # augment by random crops (Visual Genome's regions are only resized)
-    left_out: dict = field(default_factory=dict)  # why annotations were left out -> how many
     cache: object = None  # cache[file] -> what a frozen VPG has made of an image, to be used instead of its pixels
 
     def __len__(self):
-        return len(self.files)
+        return len(self.captions)
+
+    def file(self, i):
+        """The image of pair i, as open_image takes it."""
+        return os.path.join(self.root, self.images[self.image[i]])
+
+    def files(self):
+        """All images, without doubles."""
+        return [os.path.join(self.root, image) for image in self.images]
+
+    def without(self, files, instead=False):
+        """The pairs whose image is not one of `files`, or (instead) those whose image is."""
+        chosen = np.array([file in files for file in self.files()])
+        return self.subset(np.flatnonzero(chosen[self.image] == instead)) if instead or chosen.any() else self
 
     def subset(self, indices):
-        return replace(self, files=[self.files[i] for i in indices], captions=[self.captions[i] for i in indices])
+        used, image = np.unique(self.image[indices], return_inverse=True)
+        return replace(self, images=self.images.take(used), captions=self.captions.take(indices), image=image)
+
+
+def collect_pairs(rows):
+    """(where, image, caption or None, problem or None) of many annotations -> (images, captions, image, left_out) of Pairs."""
+    number_of, captions, image_of, left_out = {}, [], [], {}
+    for where, image, caption, problem in rows:
+        if not problem:
+            caption = clean_caption(caption) if isinstance(caption, str) else ""
+            problem = None if caption else "empty caption"
+        if not problem and re.search("[\ud800-\udfff]", image + caption):
+            problem = "broken Unicode"
+        if problem:
+            left_out.setdefault(problem, []).append(where)
+            continue
+        captions.append(caption)
+        image_of.append(number_of.setdefault(image, len(number_of)))
+    return Strings.of(number_of), Strings.of(captions), np.array(image_of, np.int64), left_out
+
+
+# What annotations call the two, in the formats that lie around; the first that is there counts.
+IMAGE_KEYS = ("image", "file_name", "filename", "filepath", "image_path", "path", "file")
+CAPTION_KEYS = ("caption", "captions", "text", "title", "sentence")
+
+
+def row_pairs(where, row):
+    """One annotation {image: ..., caption: ...} -> rows for collect_pairs; a list of captions is that many pairs.
+
+    Of LAION-COCO's `all_captions` it is the one with the largest of `all_similarities`."""
+    if not isinstance(row, dict):
+        yield where, None, None, "no object with image and caption"
+        return
+    image = next((row[key] for key in IMAGE_KEYS if isinstance(row.get(key), (str, int))), None)
+    caption = next((row[key] for key in CAPTION_KEYS if key in row), None)
+    if isinstance(row.get("all_captions"), list) and isinstance(row.get("all_similarities"), list):
+        scored = [pair for pair in zip(row["all_similarities"], row["all_captions"]) if isinstance(pair[0], (int, float))]
+        caption = max(scored, key=lambda pair: pair[0])[1] if scored else caption
+    if image is None or caption is None:
+        yield where, None, None, f"no {'image' if image is None else 'caption'}"
+        return
+    for one in caption if isinstance(caption, list) else [caption]:
+        yield where, str(image), one, None
+
+
+def read_jsonl(file):
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line, strict=False)  # control characters in captions are cleaned away
+                except ValueError:
+                    yield f"{file}, line {number}", None, None, "damaged line"
+                else:
+                    yield from row_pairs(f"{file}, line {number}", row)
+
+
+def read_annotations(file):
+    """A list of annotations, or COCO's {"images": [...], "annotations": [...]}, whose captions refer to images by id."""
+    try:
+        rows = json.loads(file.read_bytes(), strict=False)
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON in UTF-8 ({error}); download it again") from error
+    if isinstance(rows, dict) and {"images", "annotations"} <= rows.keys():
+        names = {image["id"]: image["file_name"] for image in rows["images"] if isinstance(image, dict) and {"id", "file_name"} <= image.keys()}
+        for number, row in enumerate(rows["annotations"], 1):
+            image = names.get(row.get("image_id")) if isinstance(row, dict) else None
+            yield from row_pairs(f"{file}, annotation {number}", {"image": image, "caption": row.get("caption")} if image else row)
+    elif isinstance(rows, list):
+        for number, row in enumerate(rows, 1):
+            yield from row_pairs(f"{file}, annotation {number}", row)
+    else:
+        raise ValueError(f'{file}: holds neither a list of {{"image", "caption"}} nor COCO\'s "images" and "annotations"')
+
+
+def read_table(file):
+    """A .csv or .tsv whose first row names its columns."""
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
+        rows = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+        try:
+            columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
+        except csv.Error as error:
+            raise ValueError(f"{file}: no table ({error})") from error
+        if not (columns.keys() & set(IMAGE_KEYS) and columns.keys() & set(CAPTION_KEYS)):
+            raise ValueError(f"{file}: its first row must name a column {' or '.join(IMAGE_KEYS)} and one {' or '.join(CAPTION_KEYS)}; it "
+                             f"names {', '.join(columns) or 'none'}")
+        while True:
+            where = f"{file}, line {rows.line_num + 1}"
+            try:
+                row = next(rows, None)
+            except csv.Error:
+                yield where, None, None, "damaged line"
+                continue
+            if row is None:
+                return
+            yield from row_pairs(where, {key: row[name] for key, name in columns.items()})
+
+
+IMAGE_TYPES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
+
+
+def read_folder(folder):
+    """Images anywhere in a folder, and beside each a .txt of its captions, one a line."""
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            stem, _, kind = name.rpartition(".")
+            if kind.lower() in IMAGE_TYPES:
+                where, text = os.path.join(place, name), Path(place, stem + ".txt")
+                try:
+                    lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+                except FileNotFoundError:
+                    yield where, None, None, "no caption file"
+                except (OSError, UnicodeDecodeError):
+                    yield str(text), None, None, "damaged caption file"
+                else:
+                    for line in lines or [""]:
+                        yield where, os.path.relpath(where, folder), line, None
+
+
+class Header(tarfile.TarInfo):
+    """tarfile passes damaged headers over in silence, looking for the next whole one; this has the shard write them down."""
+
+    @classmethod
+    def fromtarfile(cls, shard):
+        try:
+            return super().fromtarfile(shard)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError):
+            shard.damaged.append(shard.offset)
+            raise
+
+
+class Shard(tarfile.TarFile):
+    tarinfo, ignore_zeros, errors = Header, True, "surrogateescape"
+
+    def __init__(self, *args, **options):
+        self.damaged = []  # where a header should be and is not
+        super().__init__(*args, **options)
+
+
+def sample_of_shard(shard, where, parts, place):
+    """The pairs of one sample of a shard, {ending: member} -> rows for collect_pairs."""
+    kind = next((kind for kind in parts if kind in IMAGE_TYPES), None)
+    texts = {kind: parts[kind] for kind in ("txt", "json") if kind in parts}
+    if kind is None or not texts:
+        yield where, None, None, "no image" if kind is None else "no caption"
+        return
+    row = {"image": f"{place}::{parts[kind].name}@{parts[kind].offset_data}+{parts[kind].size}"}
+    try:
+        for ending, member in texts.items():
+            shard.fileobj.seek(member.offset_data)
+            text = shard.fileobj.read(min(member.size, 1_000_000)).decode()
+            row = (json.loads(text, strict=False) if ending == "json" else {"caption": text}) | row  # .txt goes before the caption in .json
+    except (ValueError, TypeError):
+        yield where, None, None, "damaged caption"
+        return
+    yield from row_pairs(where, {key: row[key] for key in ("image", *CAPTION_KEYS, "all_captions", "all_similarities") if key in row})
+
+
+def read_shard(file, place):
+    """A tar as img2dataset and webdataset write them: KEY.jpg (.png, .webp, ...), and behind or before it KEY.txt or KEY.json.
+
+    Only headers and captions are read. An image is known by its bytes in the shard, called `place` in the rows; nothing is ever
+    extracted to disk."""
+    size, seen, key, parts = os.path.getsize(file), set(), None, {}
+    with open(file, "rb") as content:
+        try:
+            shard = Shard(fileobj=content)
+        except tarfile.TarError as error:
+            yield f"{file}: {error}", None, None, "damaged shard"
+            return
+        while True:
+            try:
+                member = shard.next()
+            except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+                member = None
+                yield f"{file}: {error}, at byte {shard.offset}", None, None, "damaged shard"
+            shard.members.clear()  # or tarfile keeps them all
+            folder, _, name = member.name.rpartition("/") if member else ("", "", "")
+            stem, _, kind = name.partition(".")
+            new, kind = f"{folder}/{stem}" if folder else stem, kind.lower()
+            if parts and (not member or new != key or kind in parts):  # the sample before is whole
+                if key in seen:
+                    yield f"{file}: {key}", None, None, "duplicate key"
+                else:
+                    yield from sample_of_shard(shard, f"{file}: {key}", parts, place)
+                seen.add(key)
+                parts = {}
+            if not member:
+                break
+            key = new
+            if member.isdir():
+                continue
+            if not member.isreg() or ".." in member.name.split("/") or member.name.startswith("/"):
+                yield f"{file}: {member.name}", None, None, "link or unsafe name"
+            elif member.offset_data + member.size > size:
+                yield f"{file}: {member.name}", None, None, "cut short"
+            else:
+                parts[kind] = member
+        for at in shard.damaged:
+            if at - 512 not in shard.damaged:  # the first of a row of blocks that are no headers
+                yield f"{file}: byte {at}", None, None, "damaged header"
+
+
+READERS = {".jsonl": read_jsonl, ".json": read_annotations, ".csv": read_table, ".tsv": read_table}
+
+
+def expand(source):
+    """The shards that SHARDS/{00000..00200}.tar, SHARDS/*.tar or a folder of them name; of another source [source]."""
+    if numbers := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(source)):
+        before, first, last, behind = numbers.groups()
+        return [Path(f"{before}{i:0{len(first)}d}{behind}") for i in range(int(first), int(last) + 1)]
+    if "*" in source.name or "?" in source.name:
+        return sorted(source.parent.glob(source.name))
+    if source.is_dir():
+        return sorted(source.glob("*.tar")) or [source]
+    return [source]
+
+
+def scan_one(source, root):
+    """A shard, folder or file of annotations -> (images, captions, image, left_out), images named from `root` where it is a shard."""
+    if source.suffix == ".tar":
+        return collect_pairs(read_shard(source, os.path.relpath(source, root)))
+    return collect_pairs(read_folder(source) if source.is_dir() else READERS[source.suffix](source))
+
+
+def scan(sources, root):
+    """As scan_one, of many shards on all cores, or of one other source."""
+    if len(sources) == 1:
+        return scan_one(sources[0], root)
+    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), len(sources)), multiprocessing.get_context("spawn")) as pool:
+        parts = list(tqdm(pool.map(functools.partial(scan_one, root=root), sources), total=len(sources), desc=f"scan {root}", unit="shard"))
+    left_out = {}
+    for *_, of_part in parts:
+        for problem, places in of_part.items():
+            left_out.setdefault(problem, []).extend(places)
+    before = np.cumsum([0, *(len(images) for images, *_ in parts)])
+    return (Strings.joined([p[0] for p in parts]), Strings.joined([p[1] for p in parts]),
+            np.concatenate([p[2] + b for p, b in zip(parts, before)]), left_out)
+
+
+KEPT_FROM = 100_000  # pairs
+
+
+def kept_scan(sources, root):
+    """scan(), a large one kept in $VPGTRANS_CACHE (~/.cache/vpgtrans) until a source changes, and from then on mapped into memory."""
+    state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in sources]
+    if sources[0].is_dir():
+        state += [[place, os.stat(place).st_mtime_ns] for place, _, _ in os.walk(sources[0])]
+    folder = Path(os.environ.get("VPGTRANS_CACHE", "~/.cache/vpgtrans")).expanduser()
+    file = folder / f"{hashlib.sha256(json.dumps([1, state]).encode()).hexdigest()[:24]}.safetensors"
+    try:
+        with safe_open(file, framework="pt") as saved:
+            tensors = {name: saved.get_tensor(name).numpy() for name in saved.keys()}
+            left_out = json.loads(saved.metadata()["left_out"])
+    except Exception:  # not there yet, or damaged
+        images, captions, image, left_out = scan(sources, root)
+        tensors = {"images.text": images.text, "images.ends": images.ends, "captions.text": captions.text, "captions.ends": captions.ends, "image": image}
+        if len(captions) >= KEPT_FROM:
+            temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+            with contextlib.suppress(OSError, SafetensorError):  # it costs a scan the next time, no more
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file({name: torch.from_numpy(array) for name, array in tensors.items()}, temporary, metadata={"left_out": json.dumps(left_out)})
+                temporary.replace(file)
+    return (Strings(tensors["images.text"], tensors["images.ends"]), Strings(tensors["captions.text"], tensors["captions.ends"]), tensors["image"], left_out)
 
 
 def parse_spec(spec):
-    """`[NAME=]FILE[@IMAGES][:WEIGHT]` -> (name, file, images or None, weight or None)"""
+    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> (name, source, images or None, weight or None)"""
     parts = re.fullmatch(r"(?:([\w-]+)=)?([^@]+?)(?:@(.+?))?(?::(\d+(?:\.\d+)?))?", spec)
     if not parts:
-        raise ValueError(f"{spec!r} does not read [NAME=]FILE[@IMAGES][:WEIGHT]")
-    name, file, images, weight = parts.groups()
-    return name or Path(file).parent.name or Path(file).stem, Path(file), images and Path(images), weight and float(weight)
-
-
-def read_rows(file):
-    """(image name, caption) of every annotation of a .jsonl, a list of such objects, or COCO's captions json."""
-    number = 0  # of the line, in a .jsonl
-    try:
-        if file.suffix == ".jsonl":
-            rows = []
-            with open(file, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    rows += [json.loads(line)] if line.strip() else []
-        else:
-            rows = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: there is no such file of image-text pairs") from None
-    except ValueError as error:
-        raise ValueError(f"{file}{f', line {number}' if number else ''}: not valid JSON in UTF-8 ({error})") from error
-    try:
-        if isinstance(rows, dict):  # COCO: captions refer to images by id
-            names = {image["id"]: image["file_name"] for image in rows["images"]}
-            return [(str(names[a["image_id"]]), a["caption"]) for a in rows["annotations"]]
-        return [(str(row["image"]), caption) for row in rows
-                for caption in (row["caption"] if isinstance(row["caption"], list) else [row["caption"]])]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: an annotation lacks {error}; needed are objects with \"image\" and \"caption\", or COCO's "
-                         "\"images\" and \"annotations\"") from error
+        raise ValueError(f"{spec!r} does not read [NAME=]SOURCE[@IMAGES][:WEIGHT]")
+    name, source, images, weight = parts.groups()
+    return name or Path(source).parent.name or Path(source).stem, Path(source), images and Path(images), weight and float(weight)
 
 
 def image_root(file, images, names):
@@ -336,38 +643,46 @@ def image_root(file, images, names):
     split = file.stem.rsplit("_", 1)[-1]  # captions_train2017.json stands beside train2017/, one folder up
     places = [images] if images else [file.parent, file.parent.parent, file.parent / "images", file.parent.parent / split]
     for place in places:
-        if any((place / name).is_file() for name in names[:100]):
+        if any((place / name).is_file() for name in names):
             return place
     raise FileNotFoundError(f"{file}: its first images, {names[0]} and so on, are in none of {', '.join(map(str, places))}; say "
                             f"where the images are: {file}@FOLDER")
 
 
 def read_pairs(spec, crop=True):
-    """`[NAME=]FILE[@IMAGES][:WEIGHT]` -> Pairs. FILE is a .jsonl or .json of {"image", "caption"}, or COCO's captions json.
+    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> Pairs. Each annotation is a pair, as the paper counts them.
 
-    Images are found beside the file, in COCO's layout, or in IMAGES. Each annotation is a sample, as the paper counts them.
-    Empty captions are left out and counted. FileNotFoundError and ValueError name file, line and remedy."""
-    name, file, images, _ = parse_spec(spec)
-    rows = read_rows(file)
-    captions = [clean_caption(caption) if isinstance(caption, str) else "" for _, caption in rows]
-    kept = [i for i, caption in enumerate(captions) if caption]
-    if not kept:
-        raise ValueError(f"{file}: {len(rows)} annotations and not one caption; is this the right file?")
-    root = image_root(file, images, [rows[i][0] for i in kept])
-    left_out = {"empty caption": len(rows) - len(kept)} if len(rows) > len(kept) else {}
-    return Pairs(name, [str(root / rows[i][0]) for i in kept], [captions[i] for i in kept], crop, left_out)
+    SOURCE is a .jsonl, .json, .csv or .tsv of images and captions, COCO's captions json, a folder of images with .txt files
+    beside them, or WebDataset shards: SHARDS/{00000..00200}.tar, SHARDS/*.tar, a folder of them. Images are found beside an
+    annotation file, in COCO's layout, or in IMAGES. What is damaged or empty is left out and named, by kind. FileNotFoundError and ValueError
+    name file and remedy."""
+    name, source, images, _ = parse_spec(spec)
+    sources = expand(source)
+    for missing in [file for file in sources if not file.exists()] or ([source] if not sources else []):
+        raise FileNotFoundError(f"{missing}: there is no such file or folder of image-text pairs")
+    for file in sources:
+        if file.suffix not in (".tar", *READERS) and not file.is_dir():
+            raise ValueError(f"{file}: image-text pairs are read from {', '.join(READERS)}, .tar shards and folders")
+    of_shards = sources[0].suffix == ".tar"
+    root = Path(os.path.commonpath([file.parent for file in sources])) if of_shards else source
+    table = kept_scan(sources, root)
+    if not len(table[1]):
+        left = "; ".join(f"{len(places):,} left out: {problem}, such as {places[0]}" for problem, places in table[3].items())
+        raise ValueError(f"{source}: not one image with a caption{f' ({left})' if left else ''}; is this the right file?")
+    if not of_shards and not source.is_dir():
+        root = image_root(source, images, [table[0][i] for i in range(min(100, len(table[0])))])
+    return Pairs(name, str(root), *table, crop)
 
 
 def hold_out(pairs, most=500, share=0.05):
     """The images to hold out for validation, at least two: a set of files."""
-    images = sorted(set(pairs.files))
+    images = sorted(pairs.files())
     return set(np.random.default_rng(0).permutation(images)[: max(2, min(most, int(len(images) * share)))].tolist())
 
 
 def one_caption_an_image(pairs, most):
     """The first caption of each of the first `most` images, for validation."""
-    first = {file: i for i, file in reversed(list(enumerate(pairs.files)))}
-    return pairs.subset(sorted(first.values())[:most])
+    return pairs.subset(np.sort(np.unique(pairs.image, return_index=True)[1])[:most])
 
 
 # The paper's data (section 4.1), by the names of their folders: where the annotations are, and how to get them.
@@ -376,16 +691,18 @@ PAPER = {
              "of cocodataset.org: train2017.zip and annotations_trainval2017.zip, unpacked"),
     "sbu": (["sbu.json", "sbu.jsonl"], "SBU captions, downloaded with img2dataset, as a list of {image, caption}"),
     "vg": (["vg_caption.json", "vg.jsonl"], "Visual Genome region descriptions, as LAVIS's vg_caption.json"),
-    "laion": (["laion.jsonl", "laion.json"], "LAION-COCO, 13M pairs will do, as {image, caption} lines"),
+    "laion": (["laion.jsonl", "laion.json"], "LAION-COCO, 13M pairs will do, as {image, caption} lines or the .tar shards of img2dataset"),
 }
 PAPER_VALIDATION = ["coco_karpathy_val.json", "annotations/captions_val2017.json", "annotations/captions_val2014.json"]
 WARM_UP, FINE_TUNE = {"coco": 1.0, "sbu": 1.0}, {"coco": 0.1, "vg": 0.2, "laion": 0.7}
 
 
 def find_paper_data(root):
-    """{name: annotation file} of what lies under `root` in the layout of PAPER, "val" for the validation set included."""
+    """{name: annotation file, or folder of shards} of what lies under `root` in the layout of PAPER, "val" for the validation set
+    included."""
     first = lambda folder, files: next((folder / file for file in files if (folder / file).is_file()), None)
-    found = {name: first(Path(root) / name, files) for name, (files, _) in PAPER.items()}
+    shards = lambda folder: folder if any(folder.glob("*.tar")) else None
+    found = {name: first(Path(root) / name, files) or shards(Path(root) / name) for name, (files, _) in PAPER.items()}
     found["val"] = first(Path(root) / "coco", PAPER_VALIDATION)
     return {name: file for name, file in found.items() if file}
 
@@ -452,13 +769,13 @@ class Samples(torch.utils.data.Dataset):
         if self.split:
             cut = first_part(self.tok, target, np.random.default_rng((self.seed, position, 1)))  # the crops use (seed, position)
             prompt, target = [*prompt[:-1], *target[:cut], prompt[-1]], target[cut:]
-        return image, prompt, target, pairs.files[i], bad
+        return image, prompt, target, pairs.file(i), bad
 
     def look(self, pairs, i, position):
         """The pixels of pair i, (3,size,size) uint8, or its queries from the cache. OSError if it cannot be read."""
         if pairs.cache:
-            return pairs.cache[pairs.files[i]]
-        with open_image(pairs.files[i]) as image:
+            return pairs.cache[pairs.file(i)]
+        with open_image(pairs.file(i)) as image:
             if self.augment and pairs.crop:
                 return random_crop(image, self.size, np.random.default_rng((self.seed, position)))
             return resize(image, self.size)
@@ -489,3 +806,74 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
     per_step = -(-len(range(rank, batch_size, world)) // micro_batch)
     for _ in steps:
         yield [next(loader) for _ in range(per_step)]
+
+
+# -------------------------------------------------------------------------------------------- the command: what is in a data set
+
+
+def check_image(file):
+    """(width, height) of an image file after decoding it, or why it cannot be read."""
+    try:
+        return load_image(file).size
+    except OSError as error:
+        return str(error)
+
+
+def contact_sheet(pairs, size, rows=5, columns=8):
+    """A picture of samples drawn at random, as the model sees them in training, with their captions."""
+    rng, margin, lines = np.random.default_rng(0), 8, 3
+    sheet = Image.new("RGB", (columns * (size + margin) + margin, rows * (size + margin + 12 * lines) + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, i in enumerate(rng.choice(len(pairs), min(len(pairs), rows * columns), replace=False)):
+        x, y = margin + n % columns * (size + margin), margin + n // columns * (size + margin + 12 * lines)
+        try:
+            with open_image(pairs.file(i)) as image:
+                pixels = random_crop(image, size, rng) if pairs.crop else resize(image, size)
+            sheet.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), (x, y))
+        except OSError:
+            draw.rectangle((x, y, x + size, y + size), outline="red")
+            draw.text((x + 4, y + 4), "cannot be read", fill="red")
+        text = textwrap.wrap(pairs.captions[i], max(1, size // 6))[:lines]
+        draw.text((x, y + size + 1), "\n".join(text), fill="black", font_size=10, spacing=1)
+    return sheet
+
+
+def describe(pairs, count):
+    """Lines about a data set: pairs, captions, what was left out, and what `count` images drawn at random are like."""
+    words = np.array([caption.count(" ") + 1 for caption in pairs.captions])
+    yield f"{pairs.name}: {len(pairs):,} pairs, {len(pairs.images):,} images, {len(pairs) / len(pairs.images):.3g} captions an image"
+    yield f"captions: {words.mean():.1f} words on average, {np.quantile(words, 0.05):.0f} to {np.quantile(words, 0.95):.0f} in nine of ten"
+    for problem, places in pairs.left_out.items():
+        yield f"left out, {problem}: {len(places):,}"
+        yield from (f"    {place}" for place in places[:10])
+    files = [os.path.join(pairs.root, pairs.images[i]) for i in np.random.default_rng(0).permutation(len(pairs.images))[:count]]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
+        found = list(tqdm(pool.map(check_image, files), total=len(files), desc="reading images", unit="image"))
+    sides, bad = np.array([size for size in found if not isinstance(size, str)]), [message for message in found if isinstance(message, str)]
+    if len(sides):
+        width, height = np.median(sides, axis=0)
+        yield f"images: {width:.0f} x {height:.0f} pixels in the median, the smallest side {sides.min()}, the largest {sides.max()}"
+    yield f"cannot be read: {len(bad):,} of {len(files):,} images{' drawn at random' if len(files) < len(pairs.images) else ''}"
+    yield from (f"    {message}" for message in bad[:20])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="What is in a data set, and a contact sheet of it as the model sees it.",
+                                     epilog=read_pairs.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", metavar="SPEC", help="[NAME=]SOURCE[@IMAGES], as for train.py --data")
+    parser.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"), help="where to write the picture (default: %(default)s)")
+    parser.add_argument("--check", type=int, default=1000, metavar="N", help="read so many images, drawn at random; 0: all (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="of the ViT (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        pairs = read_pairs(args.spec)
+        print(*describe(pairs, args.check or len(pairs.images)), sep="\n")
+        contact_sheet(pairs, args.image_size).save(args.sheet)
+    except (OSError, ValueError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.sheet}: samples as the model sees them in training")
+
+
+if __name__ == "__main__":
+    main()

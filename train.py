@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -65,17 +66,18 @@ def parse_arguments(argv=None):
                         "the last; of CLIP ViT-L's 24, the paper's runs keep 21, LAVIS 23)")
     method.add_argument("--stage", choices=("warm-up", "fine-tune"), help="run one stage alone")
     pairs = parser.add_argument_group("data: without --data, the paper's sets and mixture, from datasets/ or $VPGTRANS_DATA")
-    spec = "[NAME=]FILE[@IMAGES][:WEIGHT]"
-    pairs.add_argument("--data", action="append", metavar=spec, help="image-text pairs: .jsonl or .json of {image, caption}, or "
-                       "COCO captions; may be given several times, and is mixed by WEIGHT where that is given")
+    spec = "[NAME=]SOURCE[@IMAGES][:WEIGHT]"
+    pairs.add_argument("--data", action="append", metavar=spec, help="image-text pairs: .jsonl, .json, .csv or .tsv of image and caption, COCO "
+                       "captions, a folder of images with .txt beside them, or shards (laion/{00000..01299}.tar); may be given several "
+                       "times, and is mixed by WEIGHT where that is given. python data.py SOURCE shows what is in it")
     pairs.add_argument("--warm-up-data", action="append", metavar=spec, help="other pairs for stage 1 (default: as --data)")
     pairs.add_argument("--val", metavar=spec, help="validation pairs (default: 5%% of the images, 500 at most, are held out)")
     pairs.add_argument("--val-samples", type=int, default=500, help="validation images at most (default: %(default)s)")
     pairs.add_argument("--augment", choices=("crop", "none"), default="crop", help="random crops of 50-100%% and flips, or plain "
                        "resizing (default: %(default)s)")
     pairs.add_argument("--max-tokens", type=int, default=32, help="of a caption, its end mark included (default: %(default)s)")
-    pairs.add_argument("--max-bad", type=float, default=0.01, help="stop when more than this share of images cannot be read "
-                       "(default: %(default)s)")
+    pairs.add_argument("--max-bad", type=float, default=0.01, help="stop when more than this share of a set's annotations is unusable, "
+                       "or of the images cannot be read (default: %(default)s)")
     length = parser.add_argument_group("length and rate: the defaults are the paper's")
     length.add_argument("--batch-size", type=int, help="samples an optimizer step, over all GPUs (default: 1728)")
     length.add_argument("--warm-up-steps", type=int, help="optimizer steps of stage 1 (default: one epoch)")
@@ -204,17 +206,17 @@ def find_data(args, stages, say):
     specs, val_spec = name_data(args, stages, say)
     place = lambda spec: data.parse_spec(spec)[1:3]  # (file, images): what a stage weights is read once
     pairs = {place(spec): data.read_pairs(spec, crop=not spec.startswith("vg=")) for spec in sum(specs.values(), [])}
-    if val_spec:
-        val = data.read_pairs(val_spec)
-    else:
+    val = data.read_pairs(val_spec) if val_spec else None
+    for p in [*pairs.values(), *([val] if val else [])]:
+        check_left_out(p, args.max_bad, say)
+    if not val:
         whole = pairs[place(specs[list(stages)[-1]][0])]
         held = data.hold_out(whole, args.val_samples)
-        val = whole.subset([i for i, file in enumerate(whole.files) if file in held])
-        pairs = {key: p.subset([i for i, file in enumerate(p.files) if file not in held]) for key, p in pairs.items()}
+        val = whole.without(held, instead=True)
+        pairs = {key: p.without(held) for key, p in pairs.items()}
         say(f"validation: {len(held)} images of {whole.name} held out")
     for (file, _), p in pairs.items():
-        notes = "".join(f", {count:,} left out: {why}" for why, count in p.left_out.items())
-        say(f"data: {p.name}, {len(p):,} pairs, {len(set(p.files)):,} images{notes} ({file})")
+        say(f"data: {p.name}, {len(p):,} pairs, {len(p.images):,} images ({file})")
         if not len(p):
             raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
     sets = {}
@@ -224,6 +226,17 @@ def find_data(args, stages, say):
             raise ValueError(f"give each of {', '.join(specs[name])} a :WEIGHT above 0, or none of them")
         sets[name] = [pairs[place(spec)] for spec in specs[name]], weights if any(weights) else None
     return sets, data.one_caption_an_image(val, args.val_samples)
+
+
+def check_left_out(pairs, max_bad, say):
+    """Says what of a data set is unusable; ValueError if that is more than a share of `max_bad`."""
+    bad = sum(map(len, pairs.left_out.values()))
+    lines = [f"data: {pairs.name}, {len(places):,} left out: {problem} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"
+             for problem, places in pairs.left_out.items()]
+    if bad > max_bad * max(bad + len(pairs), 1000):
+        raise ValueError("\n".join([f"{bad:,} of {bad + len(pairs):,} annotations are unusable, more than --max-bad {max_bad:g}", *lines]))
+    for line in lines:
+        say(line)
 
 
 def plan_length(args, name, stage, pairs, world):
@@ -389,7 +402,7 @@ def open_caches(args, sets, vpg, say):
     configuration = hashlib.sha256(json.dumps(vpg.config, sort_keys=True).encode()).hexdigest()[:16]
     made_with = {"VPG": hub.fingerprint(dict(vpg.named_parameters())), "image size": vpg.image_size, "configuration": configuration}
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    sets = [dataclasses.replace(pairs, cache=cache.FeatureCache(args.cache / pairs.name, list(dict.fromkeys(pairs.files)), (vpg.num_query_tokens, vpg.dim),
+    sets = [dataclasses.replace(pairs, cache=cache.FeatureCache(args.cache / pairs.name, pairs.files(), (vpg.num_query_tokens, vpg.dim),
                                                                 dtype, made_with)) for pairs in sets]
     whole, left = (sum(sizes) for sizes in zip(*(pairs.cache.need() for pairs in sets)))
     free = shutil.disk_usage(next(folder for folder in [args.cache, *args.cache.absolute().parents] if folder.is_dir())).free
@@ -675,6 +688,7 @@ def prepare(args, stages):
         if not args.resume and any((args.out / file).exists() for file in ("resume.safetensors", "model.safetensors")):
             raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
         find_models(args)
+        find_data(args, stages, lambda _: None)  # the scan of a new data set is kept
         for folder in [args.out] + [args.cache] * bool(args.cache):
             check_writable(folder)
     processes = Processes.start(args.precision)
@@ -682,7 +696,7 @@ def prepare(args, stages):
     sets, val = find_data(args, stages, processes.say)
     steps = {name: plan_length(args, name, stage, sum(map(len, sets[name][0])), processes.world) for name, stage in stages.items()}
     resumed = load_state(args.out, args) if args.resume else None
-    captions = [caption for pairs in sets[list(stages)[0]][0] for caption in pairs.captions]
+    captions = itertools.chain.from_iterable(pairs.captions for pairs in sets[list(stages)[0]][0])
     model, tok = build_model(args, src, tgt, captions, processes)
     new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
     validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), Log(args.out, processes.rank)

@@ -1,6 +1,7 @@
 """A world small enough for tests: a random BLIP-2, a random OPT, tokenizers trained on a few sentences, image-text pairs."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -96,3 +97,9 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     write_source(folder / "source"), write_target(folder / "target")
     return folder / "source", folder / "target", write_pairs(folder / "pairs")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def scans(tmp_path_factory):
+    """Scans of data sets are kept in a folder of the tests' own."""
+    os.environ["VPGTRANS_CACHE"] = str(tmp_path_factory.mktemp("scans"))

@@ -1,14 +1,17 @@
 """Facts about data.py: tokenizers, captions, images, files of pairs, the order of samples."""
 
 import dataclasses
+import io
 import json
 import random
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image, ImageFilter
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -442,48 +445,139 @@ def test_an_unreadable_image_is_named(tmp_path, content):
         data.load_image(file)
 
 
-# ------------------------------------------------------------------------------------------------------- files of pairs
+# ------------------------------------------------------------------------------------------------------------- pairs
 
 
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text) if isinstance(text, str) else path.write_bytes(text)
     return path
+
+
+def of(pairs):
+    """[(image's name, caption)] of all pairs"""
+    return [(Path(pairs.file(i)).name, pairs.captions[i]) for i in range(len(pairs))]
 
 
 def test_coco_annotations_find_their_images_and_every_caption(tmp_path):
     images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in (7, 9)]
-    annotations = [{"image_id": 7, "caption": "A cat."}, {"image_id": 9, "caption": "A dog"}, {"image_id": 7, "caption": "the same cat"}, {"image_id": 9, "caption": " ."}]
+    annotations = [{"image_id": 7, "caption": "A cat."}, {"image_id": 9, "caption": "A dog"}, {"image_id": 7, "caption": "the same cat"},
+                   {"image_id": 9, "caption": " ."}, {"image_id": 8, "caption": "nothing"}]
     file = write(tmp_path / "annotations" / "captions_train2017.json", json.dumps({"images": images, "annotations": annotations}))
     (tmp_path / "train2017").mkdir()
     for i in (7, 9):
         save(tmp_path / "train2017" / f"{i:012d}.jpg", "RGB", "red")
     pairs = data.read_pairs(f"coco={file}:0.5")
-    assert (pairs.name, pairs.captions, pairs.left_out) == ("coco", ["a cat", "a dog", "the same cat"], {"empty caption": 1})
+    assert pairs.name == "coco" and list(pairs.captions) == ["a cat", "a dog", "the same cat"] and len(pairs.images) == 2
+    assert pairs.left_out == {"empty caption": [f"{file}, annotation 4"], "no image": [f"{file}, annotation 5"]}
     assert data.parse_spec(f"coco={file}:0.5") == ("coco", file, None, 0.5) and data.parse_spec("a/b.jsonl@c") == ("a", Path("a/b.jsonl"), Path("c"), None)
-    assert pairs.files[0] == pairs.files[2] == str(tmp_path / "train2017" / "000000000007.jpg")
-    assert data.one_caption_an_image(pairs, 10).captions == ["a cat", "a dog"]
+    assert pairs.file(0) == pairs.file(2) == str(tmp_path / "train2017" / "000000000007.jpg")
+    assert list(data.one_caption_an_image(pairs, 10).captions) == ["a cat", "a dog"]
 
 
 def test_a_list_in_json_and_images_elsewhere(tmp_path):
     save(tmp_path / "1.png", "RGB", "red")
     file = write(tmp_path / "notes" / "deep" / "pairs.json", json.dumps([{"image": "1.png", "caption": ["one", "two"]}]))
-    assert data.read_pairs(f"{file}@{tmp_path}").captions == ["one", "two"]
+    assert list(data.read_pairs(f"{file}@{tmp_path}").captions) == ["one", "two"]
     with pytest.raises(FileNotFoundError, match="pairs.json@FOLDER"):
         data.read_pairs(str(file))
 
 
-@pytest.mark.parametrize("text, says", [('{"image": "1.png", "caption": "a"}\n{"image": "1.p', "line 2"), ('{"picture": "1.png"}', "caption"),
-                                        ('{"image": "1.png", "caption": ""}', "not one caption"), ("", "not one caption"), ("[1]", "lacks"), ("7", "lacks")])
-def test_bad_files_of_pairs_say_what_is_wrong(tmp_path, text, says):
+@pytest.mark.parametrize("text, captions", [
+    ('{"image": "1.png", "caption": "a"}\n\n{"image": "1.png", "text": "b"}', ["a", "b"]), ('{"file_name": "1.png", "captions": ["a", "b"]}', ["a", "b"]),
+    ('{"filepath": "1.png", "caption": "x", "all_captions": ["a", "b", "c"], "all_similarities": [0.1, 0.5, null]}', ["b"]),
+    ('{"image": "1.png", "caption": "x", "all_captions": ["a"], "all_similarities": [null]}', ["x"])])
+def test_keys_that_lie_around_are_understood(tmp_path, text, captions):
+    save(tmp_path / "1.png", "RGB", "red")
+    assert of(data.read_pairs(str(write(tmp_path / "pairs.jsonl", text)))) == [("1.png", caption) for caption in captions]
+
+
+def test_tables_name_their_columns(tmp_path):
+    """Quotes, commas and line breaks inside of a caption; columns in any order; short and damaged lines are left out."""
+    save(tmp_path / "1.png", "RGB", "red"), save(tmp_path / "2.png", "RGB", "red")
+    table = write(tmp_path / "pairs.csv", 'url,Caption,image\nx,"a cat, on\na mat",1.png\ny,a dog,2.png\nz,short\n')
+    pairs = data.read_pairs(str(table))
+    assert of(pairs) == [("1.png", "a cat, on a mat"), ("2.png", "a dog")] and pairs.left_out == {"no image": [f"{table}, line 5"]}
+    assert of(data.read_pairs(str(write(tmp_path / "pairs.tsv", "filepath\ttitle\n1.png\ta, cat\n")))) == [("1.png", "a, cat")]
+    pairs = data.read_pairs(str(write(tmp_path / "bad.tsv", b"image\tcaption\n1.png\ta \xff cat\n1.png\ta cat\n")))
+    assert of(pairs) == [("1.png", "a cat")] and pairs.left_out.keys() == {"broken Unicode"}
+    with pytest.raises(ValueError, match="must name a column .* it names url, words"):
+        data.read_pairs(str(write(tmp_path / "other.csv", "url,words\n1,2\n")))
+
+
+def test_a_folder_of_images_with_texts_beside_them(tmp_path):
+    for name in ("b/2.JPG", "b/1.png", "a.webp", "lonely.png", "empty.png", "broken.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save(tmp_path / name, "RGB", "red")
+    write(tmp_path / "b" / "2.txt", "two"), write(tmp_path / "b" / "1.txt", "one\n\nagain one\n"), write(tmp_path / "a.txt", "a")
+    write(tmp_path / "empty.txt", " \n"), write(tmp_path / "broken.txt", b"\xff\xfe"), write(tmp_path / "notes.txt", "no image")
+    pairs = data.read_pairs(str(tmp_path))
+    assert of(pairs) == [("a.webp", "a"), ("1.png", "one"), ("1.png", "again one"), ("2.JPG", "two")]
+    assert {kind: [Path(place).name for place in places] for kind, places in pairs.left_out.items()} == {
+        "damaged caption file": ["broken.txt"], "empty caption": ["empty.png"], "no caption file": ["lonely.png"]}
+
+
+@pytest.mark.parametrize("text, says", [('{"image": "1.png", "caption": ""}', "1 left out: empty caption"), ("", "not one image"), ("[1]", "no object"),
+                                        ("7", "no object"), ('{"image": "1.p', "damaged line, such as .*pairs.jsonl, line 1"), ('{"picture": "1.png"}', "no image")])
+def test_files_without_a_pair_say_what_is_wrong(tmp_path, text, says):
     with pytest.raises(ValueError, match=says):
         data.read_pairs(str(write(tmp_path / "pairs.jsonl", text)))
 
 
+@pytest.mark.parametrize("name, text, says", [("a.json", "[{", "not valid JSON"), ("a.json", "7", "neither a list"), ("a.parquet", "x", "are read from"),
+                                              ("a.csv", "", "it names none")])
+def test_files_of_no_format_are_refused(tmp_path, name, text, says):
+    with pytest.raises(ValueError, match=says):
+        data.read_pairs(str(write(tmp_path / name, text)))
+
+
+def test_lines_cut_or_damaged_are_left_out_and_named(tmp_path):
+    save(tmp_path / "1.png", "RGB", "red")
+    lines = ['{"image": "1.png", "caption": "first"}', '{"image": "1.png", "cap', '{"image": "1.png", "caption": "\\ud800 half"}', '{"image": "1.png", "caption": 7}',
+             '{"image": "1.png", "caption": "Ωραία \u0007γάτα"}', '["1.png", "x"]', '{"image": "1.png", "caption": "last"}']
+    file = write(tmp_path / "pairs.jsonl", "\n".join(lines))
+    pairs = data.read_pairs(str(file))
+    assert list(pairs.captions) == ["first", "ωραία γάτα", "last"]
+    assert pairs.left_out == {"damaged line": [f"{file}, line 2"], "broken Unicode": [f"{file}, line 3"], "empty caption": [f"{file}, line 4"],
+                              "no object with image and caption": [f"{file}, line 6"]}
+
+
 def test_whole_images_are_held_out_always_the_same():
-    pairs = data.Pairs("x", [f"{i // 5}.png" for i in range(500)], [str(i) for i in range(500)])
+    pairs = make_pairs([f"{i // 5}.png" for i in range(500)], [str(i) for i in range(500)])
     held = data.hold_out(pairs, most=500, share=0.05)
-    assert len(held) == 5 and held < set(pairs.files) and data.hold_out(pairs) == held and len(data.hold_out(pairs, most=3)) == 3
+    assert len(held) == 5 and held < set(pairs.files()) and data.hold_out(pairs) == held and len(data.hold_out(pairs, most=3)) == 3
+    rest, val = pairs.without(held), pairs.without(held, instead=True)
+    assert len(rest) == 475 and len(val) == 25 and set(val.files()) == held and set(rest.files()) | held == set(pairs.files())
+    assert all(int(pairs.captions[i]) // 5 == int(pairs.file(i)[:-4]) for i in range(500))
+    assert all(int(caption) // 5 == int(rest.file(i)[:-4]) for i, caption in enumerate(rest.captions))
+
+
+def test_many_strings_are_kept_in_two_arrays():
+    strings = data.Strings.of(["one", "", "Ωραία", "last"])
+    assert list(strings) == ["one", "", "Ωραία", "last"] and strings[-1] == strings[3] and len(strings) == 4 and list(strings.take([2, 0])) == ["Ωραία", "one"]
+    assert list(data.Strings.joined([strings, data.Strings.of([]), strings])) == [*strings, *strings]
+    with pytest.raises(IndexError):
+        strings[4]
+
+
+def test_a_scan_is_kept_until_its_source_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path / "scans"))
+    file = write_pairs(tmp_path / "pairs", 8)
+    data.read_pairs(str(file))
+    assert not (tmp_path / "scans").exists()  # too few to be worth it
+    monkeypatch.setattr(data, "KEPT_FROM", 8)
+    first, collect = of(data.read_pairs(str(file))), data.collect_pairs
+    monkeypatch.setattr(data, "collect_pairs", lambda rows: pytest.fail("scanned again"))
+    assert of(data.read_pairs(str(file))) == first and len(first) == 8
+    monkeypatch.setattr(data, "collect_pairs", collect)
+    with open(file, "a") as lines:
+        lines.write('{"image": "0.png", "caption": "one more"}\n')
+    assert of(data.read_pairs(str(file))) == [*first, ("0.png", "one more")]
+    for scan in (tmp_path / "scans").glob("*"):
+        scan.write_bytes(b"damaged")
+    assert len(data.read_pairs(str(file))) == 9
+    monkeypatch.setenv("VPGTRANS_CACHE", str(file / "not a folder"))  # a read-only home: scanned every time
+    assert len(data.read_pairs(str(file))) == 9
 
 
 def test_the_papers_data_is_found_where_it_lies(tmp_path):
@@ -492,6 +586,151 @@ def test_the_papers_data_is_found_where_it_lies(tmp_path):
     write(tmp_path / "vg" / "vg_caption.json", "")
     assert {name: file.name for name, file in data.find_paper_data(tmp_path).items()} == {
         "coco": "captions_train2014.json", "vg": "vg_caption.json", "val": "captions_val2017.json"}
+    write(tmp_path / "laion" / "00000.tar", "")
+    assert data.find_paper_data(tmp_path)["laion"] == tmp_path / "laion"
+
+
+# ------------------------------------------------------------------------------------------------------------ shards
+
+
+def encoded(seed, kind="JPEG"):
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def write_shard(path, samples):
+    """{member name: bytes} as a plain tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def pixels(file):
+    return np.asarray(data.load_image(file))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_shards_of_webdataset_are_read_without_unpacking(tmp_path, ending):
+    """As img2dataset writes them with that package: image, .txt, and .json beside it; the same pictures come out."""
+    images = [encoded(i, {"jpg": "JPEG"}.get(ending, ending)) for i in range(25)]
+    with webdataset.ShardWriter(f"{tmp_path}/%05d.tar", maxcount=10, verbose=0) as writer:
+        for i, image in enumerate(images):
+            writer.write({"__key__": f"{i:09d}", ending: image, "txt": f"Picture {i}.", "json": {"url": "x", "key": f"{i:09d}", "caption": "no"}})
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for spec in (f"laion={tmp_path}/{{00000..00002}}.tar", f"laion={tmp_path}/*.tar", f"laion={tmp_path}", f"laion={tmp_path}/{{00000..00002}}.tar:0.7"):
+        pairs = data.read_pairs(spec)
+        assert list(pairs.captions) == [f"picture {i}" for i in range(25)] and len(pairs.images) == 25 and not pairs.left_out
+    theirs = [sample[ending] for sample in webdataset.WebDataset([str(file) for file in sorted(before)], shardshuffle=False)]
+    for i in range(25):
+        assert np.array_equal(pixels(pairs.file(i)), np.asarray(Image.open(io.BytesIO(theirs[i])).convert("RGB")))
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with pytest.raises(FileNotFoundError, match="00003.tar"):
+        data.read_pairs(f"{tmp_path}/{{00000..00003}}.tar")
+
+
+def test_captions_of_shards_come_from_txt_or_json(tmp_path):
+    members = {"a/1.jpg": encoded(1), "a/1.txt": b"from txt", "a/1.json": b'{"caption": "from json"}', "a/2.json": b'{"caption": "from json"}', "a/2.jpg": encoded(2),
+               "b/1.jpg": encoded(3), "b/1.json": json.dumps({"all_captions": ["x", "best"], "all_similarities": [0.1, 0.2], "caption": "y"}).encode()}
+    pairs = data.read_pairs(str(write_shard(tmp_path / "00000.tar", members)))
+    assert list(pairs.captions) == ["from txt", "from json", "best"]
+    assert [np.array_equal(pixels(pairs.file(i)), np.asarray(Image.open(io.BytesIO(encoded(i + 1))))) for i in range(3)] == [True] * 3
+
+
+def test_unsafe_and_broken_members_are_left_out_and_nothing_is_written(tmp_path):
+    members = {"1.jpg": encoded(1), "1.txt": b"one", "../2.jpg": encoded(2), "../2.txt": b"two", "/3.jpg": encoded(3), "4.jpg": encoded(4), "5.txt": b"five", "6.jpg": encoded(6),
+               "6.txt": b"\xff", "7.jpg": encoded(7), "7.txt": b" . ", "8.jpg": encoded(8), "8.json": b'["no object"]', "1b.jpg": encoded(9), "1b.txt": b"last"}
+    shard = write_shard(tmp_path / "deep" / "shard.tar", members)
+    with tarfile.open(shard, "a") as tar:
+        link = tarfile.TarInfo("9.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name in ("1.jpg", "1.txt"):  # a key for the second time
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"two"))
+    pairs = data.read_pairs(str(shard))
+    assert list(pairs.captions) == ["one", "last"] and sorted(f.name for f in tmp_path.rglob("*")) == ["deep", "shard.tar"]
+    assert {kind: [place.split(": ")[1] for place in places] for kind, places in pairs.left_out.items()} == {
+        "link or unsafe name": ["../2.jpg", "../2.txt", "/3.jpg", "9.jpg"], "no caption": ["4"], "no image": ["5"], "damaged caption": ["6", "8"],
+        "empty caption": ["7"], "duplicate key": ["1"]}
+
+
+def corruptions():
+    """(what is done, with which random numbers) of 240 damages to a shard of 12 samples"""
+    return [(kind, seed) for kind in ("cut", "header", "picture", "caption", "zeros") for seed in range(48)]
+
+
+@pytest.mark.parametrize("kind, seed", corruptions())
+def test_damage_to_a_shard_costs_what_it_hits_and_no_neighbour(tmp_path, kind, seed, whole_shard):
+    """Cut short, a header damaged, bits of a picture flipped, a caption damaged, a block of zeros: what is hit is named or, where
+    flipped bits still make a picture, comes out changed; all others come out as they were; and the count adds up."""
+    content, members, rng = bytearray(whole_shard[0]), whole_shard[1], np.random.default_rng(seed)
+    hit = int(rng.integers(12))
+    picture, caption = members[2 * hit], members[2 * hit + 1]
+    allowed = {hit}
+    if kind == "cut":
+        at = int(rng.integers(1, members[-1].offset_data + members[-1].size))
+        del content[at:]
+        allowed = {i for i in range(12) if members[2 * i + 1].offset_data + members[2 * i + 1].size > at}
+    elif kind == "header":
+        content[picture.offset + int(rng.integers(512))] ^= int(rng.integers(1, 256))
+    elif kind == "picture":
+        for at in rng.integers(picture.offset_data, picture.offset_data + picture.size, 3):
+            content[at] ^= int(rng.integers(1, 256))
+    elif kind == "caption":
+        content[caption.offset_data + int(rng.integers(caption.size))] = 0xFF
+    else:
+        start = picture.offset_data // 512 * 512
+        content[start : start + 512] = bytes(512)
+    shard = write(tmp_path / "00000.tar", bytes(content))
+    try:
+        pairs = data.read_pairs(str(shard))
+    except ValueError as error:
+        assert kind == "cut" and len(allowed) == 12 and "not one image" in str(error)
+        return
+    found, unreadable = {}, []
+    for i in range(len(pairs)):
+        try:
+            found[int(pairs.captions[i].split()[1])] = pixels(pairs.file(i))
+        except OSError as error:
+            assert "00000.tar" in str(error)
+            unreadable.append(i)
+    assert all(np.array_equal(found[i], whole_shard[2][i]) for i in set(range(12)) - allowed)
+    assert len(pairs) <= 12 and len(found) + len(unreadable) == len(pairs)
+    if len(found) < 12:
+        assert pairs.left_out or unreadable or kind == "cut" and not allowed - set(range(12))
+    if kind in ("header", "caption") and hit not in found:
+        assert str(hit) in " ".join(place for places in pairs.left_out.values() for place in places)
+
+
+def test_the_command_shows_what_is_in_a_data_set(tmp_path, capsys):
+    """Counts, broken files by name, and a picture of samples with a frame where an image cannot be read."""
+    contents = {f"{i}.{kind}": encoded(i) if kind == "jpg" else f"number {i} of ten".encode() for i in range(10) for kind in ("jpg", "txt")}
+    shard = write_shard(tmp_path / "00000.tar", contents | {"3.jpg": b"<html>", "5.txt": b" "})
+    data.main([f"ten={shard}", "--sheet", str(tmp_path / "sheet.png"), "--check", "0", "--image-size", "32"])
+    said = capsys.readouterr().out
+    assert "ten: 9 pairs, 9 images" in said and f"left out, empty caption: 1\n    {shard}: 5" in said and "4.0 words on average" in said
+    assert "cannot be read: 1 of 9 images" in said and "::3.jpg@" in said and "images: 40 x 30 pixels" in said
+    assert Image.open(tmp_path / "sheet.png").size == (8 * 40 + 8, 5 * 76 + 8)
+    with pytest.raises(SystemExit) as stop:
+        data.main([str(tmp_path / "nowhere")])
+    assert stop.value.code == 2 and "no such file" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def whole_shard(tmp_path_factory):
+    """(bytes, members, pictures) of a shard of 12 samples"""
+    contents = {f"{i:05d}.{kind}": encoded(i) if kind == "jpg" else f"number {i}".encode() for i in range(12) for kind in ("jpg", "txt")}
+    shard = write_shard(tmp_path_factory.mktemp("shard") / "00000.tar", contents)
+    with tarfile.open(shard) as tar:
+        members = tar.getmembers()
+    return shard.read_bytes(), members, [np.asarray(Image.open(io.BytesIO(encoded(i)))) for i in range(12)]
 
 
 # ------------------------------------------------------------------------------------------------- order and batches
@@ -510,6 +749,10 @@ def test_a_mixture_holds_in_every_window():
         counts = np.bincount(which[start : start + 1000], minlength=3)
         assert np.abs(counts - [100, 200, 700]).max() <= 6
     assert sorted(order[which == 0][:1000]) == list(range(1000))  # a whole pass before any repeats
+
+
+def make_pairs(files, captions):
+    return data.Pairs("x", "", *data.collect_pairs((file, file, caption, None) for file, caption in zip(files, captions)))
 
 
 @pytest.fixture(scope="module")
@@ -552,14 +795,14 @@ def test_crops_are_drawn_by_the_position_in_the_plan(samples):
     assert not torch.equal(image, data.Samples(samples.sets, samples.tok, 28, 5, seed=1)[3, 5][0])
     plain = data.Samples(samples.sets, samples.tok, 28, 5, augment=False)[3, 5][0]
     assert torch.equal(plain, data.Samples([dataclasses.replace(samples.sets[0], crop=False)], samples.tok, 28, 5)[3, 5][0])
-    assert torch.equal(plain, data.resize(data.load_image(samples.sets[0].files[5]), 28)) and not torch.equal(image, plain)
+    assert torch.equal(plain, data.resize(data.load_image(samples.sets[0].file(5)), 28)) and not torch.equal(image, plain)
 
 
 @pytest.fixture(scope="module")
 def prefix_lm(kinds, samples):
     """Samples of captions of 1 to 9 words, for T5 if no other kind is named."""
     captions = [" ".join("a red square on the brown table the white".split()[:n]) for n in range(1, 10)]
-    pairs = data.Pairs("x", [samples.sets[0].files[0]] * 9, captions)
+    pairs = make_pairs([samples.sets[0].file(0)] * 9, captions)
     return lambda kind="Unigram", **options: data.Samples([pairs], kinds[kind][0], 28, 2, **options)
 
 

@@ -16,7 +16,7 @@ import conftest
 import qformer
 import sample
 import train
-from test_data import write_kind
+from test_data import write_kind, write_shard
 from test_llm import LLAMA, T5, make_model
 
 ROOT = Path(train.__file__).parent
@@ -120,7 +120,7 @@ def test_no_validation_image_is_trained_on_in_any_stage(world, tmp_path):
     sets, val = train.find_data(args, train.plan_stages(args), lambda text: None)
     assert len(val) == 2 and sets["fine-tune"][1] == [0.5] and sets["warm-up"][1] is None
     for pairs, _ in sets.values():
-        assert len(pairs[0]) == 22 and not set(pairs[0].files) & set(val.files)
+        assert len(pairs[0]) == 22 and not set(pairs[0].files()) & set(val.files())
 
 
 def test_from_scratch_can_start_from_a_given_vpg(world, tmp_path):
@@ -403,6 +403,24 @@ def test_an_unreadable_image_stays_one_in_the_cache(world, tmp_path, capsys):
         assert max(bad for bad, in rows(tmp_path / run, "bad_samples")) == 1
 
 
+def test_shards_train_as_files_do(world, tmp_path, capsys):
+    """The same pairs in two shards, read by worker processes; with a cache, too. One annotation that is empty is left out and named."""
+    names = [line["image"] for line in map(json.loads, world[2].read_text().splitlines())]
+    captions = [line["caption"] for line in map(json.loads, world[2].read_text().splitlines())]
+    for shard, start in enumerate((0, 12)):
+        write_shard(tmp_path / "shards" / f"{shard:05d}.tar", {f"{i:03d}.{kind}": (world[2].parent / names[i]).read_bytes() if kind == "png" else captions[i].encode()
+                                                              for i in range(start, start + 12) for kind in ("png", "txt")})
+    write_shard(tmp_path / "shards" / "00002.tar", {"024.png": b"", "024.txt": b" "})
+    common = ["--val", str(world[2]), "--workers", "2"]
+    train.main(arguments(world, tmp_path / "files", *common))
+    capsys.readouterr()
+    train.main(arguments((*world[:2], f"pairs={tmp_path}/shards/{{00000..00002}}.tar"), tmp_path / "shards-run", *common, "--cache", str(tmp_path / "cache")))
+    assert "1 left out: empty caption" in capsys.readouterr().out
+    train.main(arguments((*world[:2], f"pairs={tmp_path}/shards/{{00000..00002}}.tar"), tmp_path / "plain-run", *common))
+    assert rows(tmp_path / "plain-run", "loss") == rows(tmp_path / "files", "loss")
+    assert rows(tmp_path / "shards-run", "loss") != rows(tmp_path / "files", "loss")  # the first stage saw no crops
+
+
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -457,11 +475,14 @@ def test_bad_checkpoints_are_refused_by_file_and_tensor(world, tmp_path, capsys)
 
 def test_bad_data_is_refused(world, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
-    for pairs, says in ((tmp_path / "empty.jsonl", "not one caption"), (tmp_path / "none.jsonl", "there is no such file")):
+    for pairs, says in ((tmp_path / "empty.jsonl", "not one image with a caption"), (tmp_path / "none.jsonl", "there is no such file")):
         refused(capsys, arguments((*world[:2], pairs), tmp_path / "run"), pairs.name, says)
     for spec, says in (("", "does not read"), (f"{world[2]}:1.2.3", ":1.2.3: there is no such file"), (f"{world[2]}@", "does not read")):
         refused(capsys, arguments((*world[:2], spec), tmp_path / "run"), says)
     refused(capsys, arguments(world, tmp_path / "run", "--data", f"{world[2]}:0.5"), "give each of", ":WEIGHT")
+    (tmp_path / "half.jsonl").write_text('{"image": "0.png", "caption": "a"}\n' + '{"image": "0.png", "capt\n' * 11)
+    refused(capsys, arguments((*world[:2], f"{tmp_path / 'half.jsonl'}@{world[2].parent}"), tmp_path / "run"), "11 of 12 annotations are unusable",
+            "11 left out: damaged line", "half.jsonl, line 2", "--max-bad 0.01")
     one = conftest.write_pairs(tmp_path / "one", 1)
     refused(capsys, arguments((*world[:2], one), tmp_path / "run"), "no pair is left to train on", "--val")
     argv = arguments(world, tmp_path / "run", "--stage", "warm-up", "--batch-size", "1000")
