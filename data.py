@@ -214,7 +214,7 @@ def open_image(file):
     """An image file, or SHARD.tar::MEMBER@OFFSET+SIZE, opened but not decoded yet. OSError names one that cannot be read, also if
     that shows later on."""
     try:
-        if shard := re.fullmatch(r"(.+)::.+@(\d+)\+(\d+)", str(file)):
+        if shard := re.fullmatch(r"(?s)(.+?\.tar)::.*@(\d+)\+(\d+)", str(file)):
             with open(shard[1], "rb") as tar:
                 tar.seek(int(shard[2]))
                 source = io.BytesIO(tar.read(int(shard[3])))
@@ -376,7 +376,7 @@ def collect_pairs(rows):
         if not problem and re.search("[\ud800-\udfff]", image + caption):
             problem = "broken Unicode"
         if problem:
-            left_out.setdefault(problem, []).append(where)
+            left_out.setdefault(problem, []).append(where.encode(errors="backslashreplace").decode())  # so that it can be printed
             continue
         captions.append(caption)
         image_of.append(number_of.setdefault(image, len(number_of)))
@@ -395,7 +395,7 @@ def row_pairs(where, row):
     if not isinstance(row, dict):
         yield where, None, None, "no object with image and caption"
         return
-    image = next((row[key] for key in IMAGE_KEYS if isinstance(row.get(key), (str, int))), None)
+    image = next((row[key] for key in IMAGE_KEYS if type(row.get(key)) in (str, int) and row[key] != ""), None)
     caption = next((row[key] for key in CAPTION_KEYS if key in row), None)
     if isinstance(row.get("all_captions"), list) and isinstance(row.get("all_similarities"), list):
         scored = [pair for pair in zip(row["all_similarities"], row["all_captions"]) if isinstance(pair[0], (int, float))]
@@ -413,7 +413,7 @@ def read_jsonl(file):
             if line.strip():
                 try:
                     row = json.loads(line, strict=False)  # control characters in captions are cleaned away
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield f"{file}, line {number}", None, None, "damaged line"
                 else:
                     yield from row_pairs(f"{file}, line {number}", row)
@@ -423,12 +423,12 @@ def read_annotations(file):
     """A list of annotations, or COCO's {"images": [...], "annotations": [...]}, whose captions refer to images by id."""
     try:
         rows = json.loads(file.read_bytes(), strict=False)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON in UTF-8 ({error}); download it again") from error
-    if isinstance(rows, dict) and {"images", "annotations"} <= rows.keys():
-        names = {image["id"]: image["file_name"] for image in rows["images"] if isinstance(image, dict) and {"id", "file_name"} <= image.keys()}
+    if isinstance(rows, dict) and isinstance(rows.get("images"), list) and isinstance(rows.get("annotations"), list):
+        names = {str(image["id"]): image["file_name"] for image in rows["images"] if isinstance(image, dict) and {"id", "file_name"} <= image.keys()}
         for number, row in enumerate(rows["annotations"], 1):
-            image = names.get(row.get("image_id")) if isinstance(row, dict) else None
+            image = names.get(str(row.get("image_id"))) if isinstance(row, dict) else None
             yield from row_pairs(f"{file}, annotation {number}", {"image": image, "caption": row.get("caption")} if image else row)
     elif isinstance(rows, list):
         for number, row in enumerate(rows, 1):
@@ -439,8 +439,8 @@ def read_annotations(file):
 
 def read_table(file):
     """A .csv or .tsv whose first row names its columns."""
-    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
-        rows = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        rows = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)  # or an open quote swallows what follows
         try:
             columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
         except csv.Error as error:
@@ -449,11 +449,12 @@ def read_table(file):
             raise ValueError(f"{file}: its first row must name a column {' or '.join(IMAGE_KEYS)} and one {' or '.join(CAPTION_KEYS)}; it "
                              f"names {', '.join(columns) or 'none'}")
         while True:
-            where = f"{file}, line {rows.line_num + 1}"
+            start = rows.reader.line_num + 1
+            where = f"{file}, line {start}"
             try:
                 row = next(rows, None)
             except csv.Error:
-                yield where, None, None, "damaged line"
+                yield from ((f"{file}, line {line}", None, None, "damaged line") for line in range(start, max(rows.reader.line_num, start) + 1))
                 continue
             if row is None:
                 return
@@ -465,14 +466,16 @@ IMAGE_TYPES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
 
 def read_folder(folder):
     """Images anywhere in a folder, and beside each a .txt of its captions, one a line."""
-    for place, folders, names in os.walk(folder):
+    unreadable = []
+    for place, folders, names in os.walk(folder, onerror=unreadable.append):
         folders.sort()
+        yield from ((os.path.join(place, name), None, None, "link to a folder") for name in folders if os.path.islink(os.path.join(place, name)))
         for name in sorted(names):
             stem, _, kind = name.rpartition(".")
             if kind.lower() in IMAGE_TYPES:
                 where, text = os.path.join(place, name), Path(place, stem + ".txt")
                 try:
-                    lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+                    lines = [line for line in text.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
                 except FileNotFoundError:
                     yield where, None, None, "no caption file"
                 except (OSError, UnicodeDecodeError):
@@ -480,17 +483,31 @@ def read_folder(folder):
                 else:
                     for line in lines or [""]:
                         yield where, os.path.relpath(where, folder), line, None
+    yield from ((str(error.filename), None, None, "unreadable folder") for error in unreadable)
+
+
+DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError)  # what tarfile raises at damaged shards
+LONGEST_PAUSE = 2 * 10_240  # bytes of zeros with which tar ends, and what may be between the parts of joined shards
 
 
 class Header(tarfile.TarInfo):
     """tarfile passes damaged headers over in silence, looking for the next whole one; this has the shard write them down."""
 
     @classmethod
+    def frombuf(cls, block, encoding, errors):
+        member = super().frombuf(block, encoding, errors)
+        if member.size < 0 or member.size > 1_000_000 and member.type in b"gxXLK":  # tarfile would go in circles, or read it all
+            raise tarfile.InvalidHeaderError("impossible size")
+        return member
+
+    @classmethod
     def fromtarfile(cls, shard):
         try:
             return super().fromtarfile(shard)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError):
-            shard.damaged.append(shard.offset)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.SubsequentHeaderError) as error:
+            shard.damaged.add(shard.offset)
+            if isinstance(error, tarfile.SubsequentHeaderError):  # behind a long name or pax records: look on there, too
+                raise tarfile.InvalidHeaderError(str(error)) from None
             raise
 
 
@@ -498,7 +515,7 @@ class Shard(tarfile.TarFile):
     tarinfo, ignore_zeros, errors = Header, True, "surrogateescape"
 
     def __init__(self, *args, **options):
-        self.damaged = []  # where a header should be and is not
+        self.damaged = set()  # where a header should be and is not
         super().__init__(*args, **options)
 
 
@@ -513,9 +530,9 @@ def sample_of_shard(shard, where, parts, place):
     try:
         for ending, member in texts.items():
             shard.fileobj.seek(member.offset_data)
-            text = shard.fileobj.read(min(member.size, 1_000_000)).decode()
+            text = shard.fileobj.read(min(member.size, 1_000_000)).decode("utf-8-sig")
             row = (json.loads(text, strict=False) if ending == "json" else {"caption": text}) | row  # .txt goes before the caption in .json
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         yield where, None, None, "damaged caption"
         return
     yield from row_pairs(where, {key: row[key] for key in ("image", *CAPTION_KEYS, "all_captions", "all_similarities") if key in row})
@@ -528,18 +545,25 @@ def read_shard(file, place):
     extracted to disk."""
     size, seen, key, parts = os.path.getsize(file), set(), None, {}
     with open(file, "rb") as content:
+        if content.read(2) == b"\x1f\x8b":
+            yield f"{file}", None, None, "compressed shard, gunzip it"
+            return
+        content.seek(0)
         try:
             shard = Shard(fileobj=content)
-        except tarfile.TarError as error:
+        except DAMAGE as error:
             yield f"{file}: {error}", None, None, "damaged shard"
             return
+        end = 0  # of the last member
         while True:
             try:
                 member = shard.next()
-            except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+            except DAMAGE as error:
                 member = None
                 yield f"{file}: {error}, at byte {shard.offset}", None, None, "damaged shard"
             shard.members.clear()  # or tarfile keeps them all
+            if member and member.offset - end > LONGEST_PAUSE and end not in shard.damaged:
+                yield f"{file}: byte {end}", None, None, "hole"
             folder, _, name = member.name.rpartition("/") if member else ("", "", "")
             stem, _, kind = name.partition(".")
             new, kind = f"{folder}/{stem}" if folder else stem, kind.lower()
@@ -552,18 +576,23 @@ def read_shard(file, place):
                 parts = {}
             if not member:
                 break
-            key = new
-            if member.isdir():
+            key, end = new, member.offset_data + (member.size + 511) // 512 * 512
+            if member.isdir() or not stem:  # macOS puts ._1.jpg beside 1.jpg
                 continue
-            if not member.isreg() or ".." in member.name.split("/") or member.name.startswith("/"):
+            if not member.isreg() or member.issparse() or ".." in member.name.split("/") or member.name.startswith("/"):
                 yield f"{file}: {member.name}", None, None, "link or unsafe name"
             elif member.offset_data + member.size > size:
                 yield f"{file}: {member.name}", None, None, "cut short"
+                shard.offset = member.offset_data  # look on behind its header
             else:
                 parts[kind] = member
-        for at in shard.damaged:
+        for at in sorted(shard.damaged):
             if at - 512 not in shard.damaged:  # the first of a row of blocks that are no headers
                 yield f"{file}: byte {at}", None, None, "damaged header"
+        content.seek(end)
+        tail = content.read(LONGEST_PAUSE + 1)
+        if not shard.damaged and (len(tail) < 1024 or len(tail) > LONGEST_PAUSE):
+            yield f"{file}: byte {end}", None, None, "no end mark, it is cut short" if len(tail) < 1024 else "hole"
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_annotations, ".csv": read_table, ".tsv": read_table}
@@ -592,8 +621,16 @@ def scan(sources, root):
     """As scan_one, of many shards on all cores, or of one other source."""
     if len(sources) == 1:
         return scan_one(sources[0], root)
+    if len(sources) < 8:  # processes take seconds to start
+        parts = [scan_one(source, root) for source in tqdm(sources, desc=f"scan {root}", unit="shard")]
+        return join_scans(parts)
     with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), len(sources)), multiprocessing.get_context("spawn")) as pool:
         parts = list(tqdm(pool.map(functools.partial(scan_one, root=root), sources), total=len(sources), desc=f"scan {root}", unit="shard"))
+    return join_scans(parts)
+
+
+def join_scans(parts):
+    """The scans of several shards -> one."""
     left_out = {}
     for *_, of_part in parts:
         for problem, places in of_part.items():
@@ -607,10 +644,10 @@ KEPT_FROM = 100_000  # pairs
 
 
 def kept_scan(sources, root):
-    """scan(), a large one kept in $VPGTRANS_CACHE (~/.cache/vpgtrans) until a source changes, and from then on mapped into memory."""
-    state = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in sources]
-    if sources[0].is_dir():
-        state += [[place, os.stat(place).st_mtime_ns] for place, _, _ in os.walk(sources[0])]
+    """scan(), a large one (but of a folder) kept in $VPGTRANS_CACHE (~/.cache/vpgtrans) until a source changes, and then mapped into memory."""
+    if sources[0].is_dir():  # whose texts may change without a trace in the folder
+        return scan(sources, root)
+    state = [[str(f.absolute()), str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in sources]
     folder = Path(os.environ.get("VPGTRANS_CACHE", "~/.cache/vpgtrans")).expanduser()
     file = folder / f"{hashlib.sha256(json.dumps([1, state]).encode()).hexdigest()[:24]}.safetensors"
     try:
@@ -643,7 +680,7 @@ def image_root(file, images, names):
     split = file.stem.rsplit("_", 1)[-1]  # captions_train2017.json stands beside train2017/, one folder up
     places = [images] if images else [file.parent, file.parent.parent, file.parent / "images", file.parent.parent / split]
     for place in places:
-        if any((place / name).is_file() for name in names):
+        if any(os.path.isfile(place / name) for name in names):
             return place
     raise FileNotFoundError(f"{file}: its first images, {names[0]} and so on, are in none of {', '.join(map(str, places))}; say "
                             f"where the images are: {file}@FOLDER")
@@ -654,10 +691,14 @@ def read_pairs(spec, crop=True):
 
     SOURCE is a .jsonl, .json, .csv or .tsv of images and captions, COCO's captions json, a folder of images with .txt files
     beside them, or WebDataset shards: SHARDS/{00000..00200}.tar, SHARDS/*.tar, a folder of them. Images are found beside an
-    annotation file, in COCO's layout, or in IMAGES. What is damaged or empty is left out and named, by kind. FileNotFoundError and ValueError
-    name file and remedy."""
+    annotation file, in COCO's layout, or in IMAGES; whether all are there shows when they are read. What is damaged or empty is left
+    out and named, by kind. FileNotFoundError and ValueError name file and remedy."""
     name, source, images, _ = parse_spec(spec)
     sources = expand(source)
+    if images and (sources[0].suffix == ".tar" or source.is_dir()):
+        raise ValueError(f"{spec}: @{images} is for files of annotations; a folder or shard holds its images")
+    if len({file.suffix for file in sources}) > 1:
+        raise ValueError(f"{source}: names files of several kinds, {sources[0].name} and others; give each a --data of its own")
     for missing in [file for file in sources if not file.exists()] or ([source] if not sources else []):
         raise FileNotFoundError(f"{missing}: there is no such file or folder of image-text pairs")
     for file in sources:
@@ -822,6 +863,7 @@ def check_image(file):
 def contact_sheet(pairs, size, rows=5, columns=8):
     """A picture of samples drawn at random, as the model sees them in training, with their captions."""
     rng, margin, lines = np.random.default_rng(0), 8, 3
+    rows = min(rows, -(-len(pairs) // columns))
     sheet = Image.new("RGB", (columns * (size + margin) + margin, rows * (size + margin + 12 * lines) + margin), "white")
     draw = ImageDraw.Draw(sheet)
     for n, i in enumerate(rng.choice(len(pairs), min(len(pairs), rows * columns), replace=False)):

@@ -229,7 +229,7 @@ def find_data(args, stages, say):
 
 
 def check_left_out(pairs, max_bad, say):
-    """Says what of a data set is unusable; ValueError if that is more than a share of `max_bad`."""
+    """Says what of a data set is unusable; ValueError if that is more than a share of `max_bad` (of 1,000 at least: a few are no harm)."""
     bad = sum(map(len, pairs.left_out.values()))
     lines = [f"data: {pairs.name}, {len(places):,} left out: {problem} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"
              for problem, places in pairs.left_out.items()]
