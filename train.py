@@ -703,7 +703,11 @@ def prepare(args, stages):
     jobs = {}
     for name, (pairs, weights) in sets.items():
         seed = args.seed * len(STAGES) + list(STAGES).index(name)  # each stage has an order and crops of its own
-        order = data.plan([len(p) for p in pairs], steps[name] * stages[name].batch_size, seed, weights)
+        samples = steps[name] * stages[name].batch_size
+        if weights:
+            epochs = (f"{p.name} {samples * weight / sum(weights) / len(p):.2g}" for p, weight in zip(pairs, weights))
+            processes.say(f"stage {name}: epochs of each data set in its {samples:,} samples: {', '.join(epochs)}")
+        order = data.plan([len(p) for p in pairs], samples, seed, weights)
         if args.cache and name == "warm-up" and not (resumed and resumed[0]["stage"] != name):
             pairs = open_caches(args, pairs, model.vpg, processes.say)
         jobs[name] = new_samples(pairs, augment=args.augment == "crop", seed=seed), order, steps[name]
