@@ -57,6 +57,7 @@ class FeatureCache:
             raise ValueError(f"{self.folder}: this cache was made with {'; '.join(other)}. Name another folder, or delete this one")
 
     def shard(self, number):
+        """The file of a shard."""
         return self.folder / f"{number:05d}.safetensors"
 
     def length(self, number):

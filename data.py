@@ -408,6 +408,7 @@ def row_pairs(where, row):
 
 
 def read_jsonl(file):
+    """An annotation a line."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -512,6 +513,8 @@ class Header(tarfile.TarInfo):
 
 
 class Shard(tarfile.TarFile):
+    """A tar in which what is no header is passed over, but remembered."""
+
     tarinfo, ignore_zeros, errors = Header, True, "surrogateescape"
 
     def __init__(self, *args, **options):
@@ -538,12 +541,46 @@ def sample_of_shard(shard, where, parts, place):
     yield from row_pairs(where, {key: row[key] for key in ("image", *CAPTION_KEYS, "all_captions", "all_similarities") if key in row})
 
 
+def members_of(shard, file):
+    """Of a shard, (member, None) for every file in it, and (None, row for collect_pairs) for what is damaged, unsafe or missing."""
+    size, end = os.path.getsize(file), 0  # end: of the last member
+    bad = lambda what, problem: (None, (f"{file}: {what}", None, None, problem))
+    while True:
+        try:
+            member = shard.next()
+        except DAMAGE as error:
+            yield bad(f"{error}, at byte {shard.offset}", "damaged shard")
+            break
+        if member is None:
+            break
+        shard.members.clear()  # or tarfile keeps them all
+        if member.offset - end > LONGEST_PAUSE and end not in shard.damaged:
+            yield bad(f"byte {end}", "hole")
+        end = member.offset_data + (member.size + 511) // 512 * 512
+        if member.isdir() or os.path.basename(member.name).startswith("."):  # macOS puts ._1.jpg beside 1.jpg
+            continue
+        if not member.isreg() or member.issparse() or ".." in member.name.split("/") or member.name.startswith("/"):
+            yield bad(member.name, "link or unsafe name")
+        elif member.offset_data + member.size > size:
+            yield bad(member.name, "cut short")
+            shard.offset = member.offset_data  # look on behind its header
+        else:
+            yield member, None
+    for at in sorted(shard.damaged):
+        if at - 512 not in shard.damaged:  # the first of a row of blocks that are no headers
+            yield bad(f"byte {at}", "damaged header")
+    shard.fileobj.seek(end)
+    tail = shard.fileobj.read(LONGEST_PAUSE + 1)
+    if not shard.damaged and (len(tail) < 1024 or len(tail) > LONGEST_PAUSE):
+        yield bad(f"byte {end}", "no end mark, it is cut short" if len(tail) < 1024 else "hole")
+
+
 def read_shard(file, place):
     """A tar as img2dataset and webdataset write them: KEY.jpg (.png, .webp, ...), and behind or before it KEY.txt or KEY.json.
 
     Only headers and captions are read. An image is known by its bytes in the shard, called `place` in the rows; nothing is ever
     extracted to disk."""
-    size, seen, key, parts = os.path.getsize(file), set(), None, {}
+    seen, key, parts = set(), None, {}
     with open(file, "rb") as content:
         if content.read(2) == b"\x1f\x8b":
             yield f"{file}", None, None, "compressed shard, gunzip it"
@@ -554,45 +591,23 @@ def read_shard(file, place):
         except DAMAGE as error:
             yield f"{file}: {error}", None, None, "damaged shard"
             return
-        end = 0  # of the last member
-        while True:
-            try:
-                member = shard.next()
-            except DAMAGE as error:
-                member = None
-                yield f"{file}: {error}, at byte {shard.offset}", None, None, "damaged shard"
-            shard.members.clear()  # or tarfile keeps them all
-            if member and member.offset - end > LONGEST_PAUSE and end not in shard.damaged:
-                yield f"{file}: byte {end}", None, None, "hole"
+        for member, problem in itertools.chain(members_of(shard, file), [(None, None)]):  # the end
+            if problem:
+                yield problem
+                continue
             folder, _, name = member.name.rpartition("/") if member else ("", "", "")
             stem, _, kind = name.partition(".")
             new, kind = f"{folder}/{stem}" if folder else stem, kind.lower()
-            if parts and (not member or new != key or kind in parts):  # the sample before is whole
+            if parts and (new != key or kind in parts):  # the sample before is whole
                 if key in seen:
                     yield f"{file}: {key}", None, None, "duplicate key"
                 else:
                     yield from sample_of_shard(shard, f"{file}: {key}", parts, place)
                 seen.add(key)
                 parts = {}
-            if not member:
-                break
-            key, end = new, member.offset_data + (member.size + 511) // 512 * 512
-            if member.isdir() or not stem:  # macOS puts ._1.jpg beside 1.jpg
-                continue
-            if not member.isreg() or member.issparse() or ".." in member.name.split("/") or member.name.startswith("/"):
-                yield f"{file}: {member.name}", None, None, "link or unsafe name"
-            elif member.offset_data + member.size > size:
-                yield f"{file}: {member.name}", None, None, "cut short"
-                shard.offset = member.offset_data  # look on behind its header
-            else:
+            key = new
+            if member:
                 parts[kind] = member
-        for at in sorted(shard.damaged):
-            if at - 512 not in shard.damaged:  # the first of a row of blocks that are no headers
-                yield f"{file}: byte {at}", None, None, "damaged header"
-        content.seek(end)
-        tail = content.read(LONGEST_PAUSE + 1)
-        if not shard.damaged and (len(tail) < 1024 or len(tail) > LONGEST_PAUSE):
-            yield f"{file}: byte {end}", None, None, "no end mark, it is cut short" if len(tail) < 1024 else "hole"
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_annotations, ".csv": read_table, ".tsv": read_table}

@@ -688,7 +688,8 @@ def prepare(args, stages):
         if not args.resume and any((args.out / file).exists() for file in ("resume.safetensors", "model.safetensors")):
             raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
         find_models(args)
-        find_data(args, stages, lambda _: None)  # the scan of a new data set is kept
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            find_data(args, stages, lambda _: None)  # a large scan is kept, and the others need not make it
         for folder in [args.out] + [args.cache] * bool(args.cache):
             check_writable(folder)
     processes = Processes.start(args.precision)

@@ -22,7 +22,7 @@ from test_llm import LLAMA, OPT, T5, make_model
 FAMILIES = {"opt": ("GPT-2", OPT | dict(vocab_size=600)), "llama": ("LLaMA, pre-tokenizer", LLAMA), "llama, tied": ("LLaMA, normalizer", LLAMA | dict(
                 tie_word_embeddings=True, num_key_value_heads=2)),
             "qwen3": ("Qwen", LLAMA | dict(model_type="qwen3", num_key_value_heads=2, head_dim=12, vocab_size=600)),
-            "t5": ("Unigram", T5), "t5, room": ("Unigram, bytes", T5 | dict(vocab_size=700))}
+            "t5": ("Unigram", T5), "t5, room": ("Unigram, bytes", {key: T5[key] for key in T5 if key != "decoder_start_token_id"} | dict(vocab_size=700))}
 
 
 def write_llm(folder, family):
