@@ -19,7 +19,7 @@ from test_data import write_kind
 from test_llm import LLAMA, OPT, T5, make_model
 
 # kind of tokenizer and LLM; the vocabulary ends with the tokenizer's last id (no room for the image token) or goes on behind it
-FAMILIES = {"opt": ("GPT-2", OPT | dict(vocab_size=600)), "llama": ("LLaMA, pre-tokenizer", LLAMA), "llama, tied": ("LLaMA, normalizer", LLAMA | dict(
+FAMILIES = {"opt": ("GPT-2", OPT | dict(vocab_size=600)), "llama": ("LLaMA, pre-tokenizer", LLAMA | dict(pad_token_id=None)), "llama, tied": ("LLaMA, normalizer", LLAMA | dict(
                 tie_word_embeddings=True, num_key_value_heads=2)),
             "qwen3": ("Qwen", LLAMA | dict(model_type="qwen3", num_key_value_heads=2, head_dim=12, vocab_size=600)),
             "t5": ("Unigram", T5), "t5, room": ("Unigram, bytes", {key: T5[key] for key in T5 if key != "decoder_start_token_id"} | dict(vocab_size=700))}
