@@ -292,6 +292,30 @@ def random_crop(image, size, rng, least=0.75):
     return pixels.flip(2) if rng.random() < 0.5 else pixels
 
 
+def thumbnail(image):
+    """RGB -> (768,) int16: its colours on a grid of 16 x 16, nearly the same whatever its size and quality."""
+    return np.asarray(image.resize((128, 128), Image.NEAREST).reduce(8), np.int16).reshape(-1)
+
+
+class Lookalikes:
+    """Finds pictures that are among given ones, also under another name, in another size or quality, as COCO's in Visual Genome."""
+
+    def __init__(self, files):
+        """Reads the files (N); those that cannot be read are passed over."""
+        def read(file):
+            with contextlib.suppress(OSError):
+                return file, thumbnail(load_image(file))
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
+            known = [pair for pair in pool.map(read, files) if pair]
+        self.files, thumbnails = zip(*known) if known else ((), ())
+        self.thumbnails = np.array(thumbnails, np.int16).reshape(-1, 768)
+
+    def find(self, image, most=32):
+        """An RGB image -> the file whose picture it is, or None. No cell of the grid differs by more than `most` of 255 levels."""
+        alike = np.flatnonzero(np.abs(self.thumbnails - thumbnail(image)).max(1) <= most)
+        return self.files[alike[0]] if len(alike) else None
+
+
 def normalise(images):
     """(B,3,H,W) uint8 -> float32, CLIP's mean and deviation. Images travel as bytes: a quarter of the traffic."""
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
@@ -360,6 +384,10 @@ class Pairs:
         """The pairs whose image is not one of `files`, or (instead) those whose image is."""
         chosen = np.array([file in files for file in self.files()])
         return self.subset(np.flatnonzero(chosen[self.image] == instead)) if instead or chosen.any() else self
+
+    def by_image(self):
+        """-> the captions' numbers in the order of their images, and where each image's begin: order[begins[i] : begins[i + 1]]"""
+        return np.argsort(self.image, kind="stable"), np.cumsum([0, *np.bincount(self.image, minlength=len(self.images))])
 
     def subset(self, indices):
         used, image = np.unique(self.image[indices], return_inverse=True)
@@ -527,7 +555,7 @@ def sample_of_shard(shard, where, parts, place):
     kind = next((kind for kind in parts if kind in IMAGE_TYPES), None)
     texts = {kind: parts[kind] for kind in ("txt", "json") if kind in parts}
     if kind is None or not texts:
-        yield where, None, None, "no image" if kind is None else "no caption"
+        yield where, None, None, "no image" if kind is None else "no caption next to it"
         return
     row = {"image": f"{place}::{parts[kind].name}@{parts[kind].offset_data}+{parts[kind].size}"}
     try:
@@ -625,17 +653,22 @@ def expand(source):
     return [source]
 
 
-def scan_one(source, root):
-    """A shard, folder or file of annotations -> (images, captions, image, left_out), images named from `root` where it is a shard."""
+def read_rows(source, root):
+    """A shard, folder or file of annotations -> rows for collect_pairs, images named from `root` where it is a shard."""
     if source.suffix == ".tar":
-        return collect_pairs(read_shard(source, os.path.relpath(source, root)))
-    return collect_pairs(read_folder(source) if source.is_dir() else READERS[source.suffix](source))
+        return read_shard(source, os.path.relpath(source, root))
+    return read_folder(source) if source.is_dir() else READERS[source.suffix](source)
+
+
+def scan_one(source, root):
+    """A shard, folder or file of annotations -> (images, captions, image, left_out) of Pairs."""
+    return collect_pairs(read_rows(source, root))
 
 
 def scan(sources, root):
     """As scan_one, of many shards on all cores, or of one other source."""
     if len(sources) == 1:
-        return scan_one(sources[0], root)
+        return collect_pairs(tqdm(read_rows(sources[0], root), desc=f"scan {sources[0]}", unit=" pairs", delay=3))
     if len(sources) < 8:  # processes take seconds to start
         parts = [scan_one(source, root) for source in tqdm(sources, desc=f"scan {root}", unit="shard")]
         return join_scans(parts)
@@ -682,12 +715,18 @@ def kept_scan(sources, root):
 
 
 def parse_spec(spec):
-    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> (name, source, images or None, weight or None)"""
+    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> (name, source, images or None, weight or None); a path that exists is a SOURCE, whatever
+    signs are in it. Without NAME, a folder has its own name, a file that of its folder."""
     parts = re.fullmatch(r"(?:([\w-]+)=)?([^@]+?)(?:@(.+?))?(?::(\d+(?:\.\d+)?))?", spec)
-    if not parts:
+    if os.path.exists(spec):
+        name, source, images, weight = None, spec, None, None
+    elif parts:
+        name, source, images, weight = parts.groups()
+    else:
         raise ValueError(f"{spec!r} does not read [NAME=]SOURCE[@IMAGES][:WEIGHT]")
-    name, source, images, weight = parts.groups()
-    return name or Path(source).parent.name or Path(source).stem, Path(source), images and Path(images), weight and float(weight)
+    source = Path(source)
+    name = name or source.is_dir() and source.resolve().name or source.parent.name or source.stem
+    return name, source, images and Path(images), weight and float(weight)
 
 
 def image_root(file, images, names):
@@ -795,53 +834,83 @@ def plan(sizes, samples, seed, weights=None):
     return order
 
 
+MOST_PACKED = 16  # captions of one image; of more (Visual Genome has 50), so many are drawn anew each time
+
+
+def sizes(sets, captions="each"):
+    """How many samples each data set holds: its captions ("each"), or its images, with "one" or all ("packed") of their captions."""
+    return [len(pairs) if captions == "each" else len(pairs.images) for pairs in sets]
+
+
 class Samples(torch.utils.data.Dataset):
-    """Samples by (position in the plan, pair): an image as the ViT wants it (or what a cache has of it), a prompt and a target.
+    """Samples by (position in the plan, which): an image as the ViT wants it (or what a cache has of it), a prompt and targets.
 
-    All randomness is seeded by (seed, position): crops and flips (augment), and where captions are split for T5 (split; both
-    are for training). A pair with an unreadable image is named and gives way to the pair after it."""
+    A sample is a caption ("each"), or an image with "one" of its captions, drawn anew each time, or with all of them ("packed").
+    All randomness is seeded by (seed, position): crops and flips (augment), where captions are split for T5 (split; both
+    are for training), and which captions are drawn. A sample with an unreadable image is named and gives way to the one after
+    it. `known`: Lookalikes of pictures that are not to be among the samples; those that are, are named."""
 
-    def __init__(self, sets, tok, image_size, num_query_tokens, max_tokens=32, augment=True, split=True, seed=0):
+    def __init__(self, sets, tok, image_size, num_query_tokens, max_tokens=32, captions="each", augment=True, split=True, known=None, seed=0):
         self.sets, self.tok, self.size, self.max_tokens, self.augment, self.seed = sets, tok, image_size, max_tokens, augment, seed
-        self.split = split and tok.encoder_decoder
+        self.captions, self.split, self.known = captions, split and tok.encoder_decoder, known
+        if captions == "packed" and self.split:
+            raise ValueError("captions cannot be packed for T5, whose encoder reads a part of each; use one or each")
         self.prompt = prompt_ids(tok, num_query_tokens)
-        self.starts = np.cumsum([0, *map(len, sets)])
+        self.starts = np.cumsum([0, *sizes(sets, captions)])
+        self.groups = [pairs.by_image() for pairs in sets] if captions != "each" else None
 
     def __getitem__(self, key):
         position, index = key
         bad = []
         while len(bad) < 10:
             d = int(np.searchsorted(self.starts, index, side="right")) - 1
-            pairs, i = self.sets[d], int(index - self.starts[d])
+            chosen = self.choose(d, int(index - self.starts[d]), position)
+            file = self.sets[d].file(chosen[0])
             try:
-                image = self.look(pairs, i, position)
+                image, twin = self.look(self.sets[d], file, position)
                 break
             except OSError as error:
                 bad.append(str(error))
                 index = (index + 1) % self.starts[-1]
         else:
             raise OSError("ten images in a row cannot be read:\n" + "\n".join(bad))
-        prompt, target = self.prompt, caption_ids(self.tok, pairs.captions[i], self.max_tokens)
+        prompt, targets = self.prompt, [caption_ids(self.tok, self.sets[d].captions[i], self.max_tokens) for i in chosen]
         if self.split:
-            cut = first_part(self.tok, target, np.random.default_rng((self.seed, position, 1)))  # the crops use (seed, position)
-            prompt, target = [*prompt[:-1], *target[:cut], prompt[-1]], target[cut:]
-        return image, prompt, target, pairs.file(i), bad
+            cut = first_part(self.tok, targets[0], np.random.default_rng((self.seed, position, 1)))  # the crops use (seed, position)
+            prompt, targets = [*prompt[:-1], *targets[0][:cut], prompt[-1]], [targets[0][cut:]]
+        return {"image": image, "prompt": prompt, "targets": targets, "file": file, "bad": bad, "twin": twin}
 
-    def look(self, pairs, i, position):
-        """The pixels of pair i, (3,size,size) uint8, or its queries from the cache. OSError if it cannot be read."""
+    def choose(self, d, i, position):
+        """The captions of sample i of data set d, as their numbers there."""
+        if self.captions == "each":
+            return [i]
+        order, ends = self.groups[d]
+        of_image, rng = order[ends[i] : ends[i + 1]], np.random.default_rng((self.seed, position, 2))
+        most = 1 if self.captions == "one" else MOST_PACKED
+        return of_image if len(of_image) <= most else np.sort(rng.choice(of_image, most, replace=False))
+
+    def look(self, pairs, file, position):
+        """The pixels of an image, (3,size,size) uint8, or its queries from the cache, and which of the known pictures it is, if any.
+        OSError if it cannot be read."""
         if pairs.cache:
-            return pairs.cache[pairs.file(i)]
-        with open_image(pairs.file(i)) as image:
+            return pairs.cache[file], None
+        with open_image(file) as image:
             if self.augment and pairs.crop:
-                return random_crop(image, self.size, np.random.default_rng((self.seed, position)))
-            return resize(image, self.size)
+                pixels = random_crop(image, self.size, np.random.default_rng((self.seed, position)))
+            else:
+                pixels = resize(image, self.size)
+            return pixels, self.known and self.known.find(upright_rgb(image))
 
-    @staticmethod
-    def collate(samples):
-        images, prompts, targets, files, bad = zip(*samples)
-        kind = "images" if images[0].dtype == torch.uint8 else "queries"
-        return {kind: torch.stack(images), "prompt_ids": pad(prompts, HOLE, left=True), "target_ids": pad(targets, -100),
-                "files": files, "bad": [message for messages in bad for message in messages]}
+    def collate(self, samples):
+        """Samples -> a batch: images (B,3,size,size) or queries (B,Q,Dq), prompt_ids (B,P), target_ids (B,T), packed (B,K,T); files;
+        bad, of which images could not be read; twins, {file: the known picture that it is}."""
+        images, K = torch.stack([sample["image"] for sample in samples]), max(len(sample["targets"]) for sample in samples)
+        target_ids = pad([row for sample in samples for row in sample["targets"] + [[]] * (K - len(sample["targets"]))], -100)
+        return {"images" if images.dtype == torch.uint8 else "queries": images,
+                "prompt_ids": pad([sample["prompt"] for sample in samples], HOLE, left=True),
+                "target_ids": target_ids.unflatten(0, (-1, K)) if self.captions == "packed" else target_ids,
+                "files": [sample["file"] for sample in samples], "bad": [message for sample in samples for message in sample["bad"]],
+                "twins": {sample["file"]: sample["twin"] for sample in samples if sample["twin"]}}
 
 
 def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0):
@@ -923,6 +992,8 @@ def main(argv=None):
     parser.add_argument("--image-size", type=int, default=224, help="of the ViT (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
+        if not args.sheet.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{args.sheet}: there is no folder {args.sheet.parent} to write it into")
         pairs = read_pairs(args.spec)
         print(*describe(pairs, args.check or len(pairs.images)), sep="\n")
         contact_sheet(pairs, args.image_size).save(args.sheet)

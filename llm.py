@@ -101,6 +101,18 @@ def caption_loss(logits, target_ids):
     return loss, (target_ids != -100).sum()
 
 
+def pack_captions(target_ids):
+    """Captions (B,K,T) of B images laid one behind the other, without their padding: what has been read when it is time to
+    predict all targets but each caption's first.
+
+    -> ids, the caption that each is of, its place there, and the target that it predicts, (B,S) each; where a row has fewer
+    than S, the target is -100."""
+    inputs, targets, width = target_ids[..., :-1].flatten(1), target_ids[..., 1:].flatten(1), max(1, target_ids.shape[2] - 1)
+    real = targets != -100
+    order = real.long().argsort(dim=1, descending=True, stable=True)[:, : int(real.sum(1).max())]
+    return inputs.gather(1, order), order // width, order % width, targets.gather(1, order)
+
+
 def check_ids(ids, vocab_size):
     """ValueError for ids outside of the vocabulary. On GPUs nothing waits for that: there, torch's own assertion ends it."""
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -263,6 +275,8 @@ class LanguageModel(nn.Module):
 
     def loss(self, prefix, target_ids, prefix_mask=None):
         """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not count."""
+        if target_ids.ndim != 2:
+            raise ValueError(f"targets must be (B,T), not {tuple(target_ids.shape)}; several captions behind one prefix are for decoder-only LLMs")
         return caption_loss(self(prefix, target_ids, prefix_mask), target_ids)
 
     @torch.inference_mode()
@@ -324,6 +338,28 @@ class DecoderOnly(LanguageModel):
         prefix, _, positions, mask = self.lay_out(prefix, prefix_mask, target_ids.shape[1] - 1)
         x = torch.cat([prefix, self.embed(target_ids[:, :-1].clamp(min=0))], dim=1)
         return self.head(self.read(x, positions, mask)[:, prefix.shape[1] - 1 :])
+
+    def loss(self, prefix, target_ids, prefix_mask=None):
+        """(B,P,D), (B,T) or (B,K,T), (B,P) bool -> (sum of cross-entropies in float32, number of tokens); -100 does not count.
+
+        K captions share one prefix, which is read once: each sees the prefix and itself, and its positions go on from the
+        prefix's, so that the loss is the sum of what they give alone."""
+        if target_ids.ndim == 2:
+            return super().loss(prefix, target_ids, prefix_mask)
+        B, K, T = target_ids.shape
+        check_ids(target_ids.clamp(min=0), self.vocab_size)
+        self.check_length(prefix.shape[1] + T - 1)
+        ids, caption, place, targets = pack_captions(target_ids)  # (B, S - P)
+        prefix, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.lm_head.weight.dtype)
+        keep = prefix_mask if prefix_mask is not None else torch.ones(prefix.shape[:2], dtype=torch.bool, device=prefix.device)
+        positions = torch.cat([(keep.cumsum(1) - 1).clamp(min=0), keep.sum(1, keepdim=True) + place], dim=1)  # (B, S)
+        caption = F.pad(caption, (prefix.shape[1], 0), value=-1)  # -1: the prefix
+        sees = (caption[:, :, None] == caption[:, None, :]) | (caption[:, None, :] == -1)
+        mask = causal_mask(F.pad(keep, (0, ids.shape[1]), value=True)) & sees[:, None]
+        x = self.read(torch.cat([prefix, self.embed(ids.clamp(min=0))], dim=1), positions, mask)
+        firsts = x[:, prefix.shape[1] - 1, None].expand(-1, K, -1)  # the prefix's last position predicts all first tokens
+        x, targets = torch.cat([firsts, x[:, prefix.shape[1] :]], dim=1), torch.cat([target_ids[..., 0], targets], dim=1)
+        return caption_loss(self.head(x), targets)
 
     def start(self, prefix, prefix_mask, steps, K):
         """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of K beams."""

@@ -4,8 +4,9 @@
     python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --batch-size 64 --steps 240
 
 and the paper's baselines with the same loop: --init random (no word converter), --no-warm-up --init random (VPG
-inheritance alone), --from-scratch (TFS). A run writes OUT/: model.safetensors, config.json, metrics.jsonl, curves.png, and resume.safetensors,
-from which --resume continues a killed one with the same losses. --src takes such a folder, so that transfers chain.
+inheritance alone), --from-scratch (TFS). A run writes OUT/: model.safetensors, config.json, metrics.jsonl, curves.png, bad_data.jsonl (which
+pairs were left out, and why), and resume.safetensors, from which --resume continues a killed one with the same losses. --src takes
+such a folder, so that transfers chain.
 """
 
 import argparse
@@ -71,6 +72,9 @@ def parse_arguments(argv=None):
                        "captions, a folder of images with .txt beside them, or shards (laion/{00000..01299}.tar); may be given several "
                        "times, and is mixed by WEIGHT where that is given. python data.py SOURCE shows what is in it")
     pairs.add_argument("--warm-up-data", action="append", metavar=spec, help="other pairs for stage 1 (default: as --data)")
+    pairs.add_argument("--captions", choices=("each", "one", "packed"), default="each", help="a sample is each caption, as in the paper; or an "
+                       "image with one of its captions, drawn anew each time; or an image with all of them (16 at most) packed behind one "
+                       "prefix, which is read once: half the work or less for COCO's five, not for T5 (default: %(default)s)")
     pairs.add_argument("--val", metavar=spec, help="validation pairs (default: 5%% of the images, 500 at most, are held out)")
     pairs.add_argument("--val-samples", type=int, default=500, help="validation images at most (default: %(default)s)")
     pairs.add_argument("--augment", choices=("crop", "none"), default="crop", help="random crops of 50-100%% and flips, or plain "
@@ -176,6 +180,13 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, things):
+        """The lists of all processes, one behind the other."""
+        lists = [things] * self.world
+        if self.world > 1:
+            dist.all_gather_object(lists, things)
+        return list(itertools.chain.from_iterable(lists))
+
     def autocast(self):
         """bf16 arithmetic around float32 trained weights; torch keeps losses and norms in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -231,24 +242,24 @@ def find_data(args, stages, say):
 def check_left_out(pairs, max_bad, say):
     """Says what of a data set is unusable; ValueError if that is more than a share of `max_bad` (of 1,000 at least: a few are no harm)."""
     bad = sum(map(len, pairs.left_out.values()))
-    lines = [f"data: {pairs.name}, {len(places):,} left out: {problem} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"
-             for problem, places in pairs.left_out.items()]
+    lines = lambda most: [f"data: {pairs.name}, {len(places):,} left out: {problem} ({', '.join(places[:most])}{', ...' if len(places) > most else ''})"
+                          for problem, places in pairs.left_out.items()]
     if bad > max_bad * max(bad + len(pairs), 1000):
-        raise ValueError("\n".join([f"{bad:,} of {bad + len(pairs):,} annotations are unusable, more than --max-bad {max_bad:g}", *lines]))
-    for line in lines:
+        raise ValueError("\n".join([f"{bad:,} of {bad + len(pairs):,} annotations are unusable, more than --max-bad {max_bad:g}", *lines(20)]))
+    for line in lines(3):
         say(line)
 
 
-def plan_length(args, name, stage, pairs, world):
-    """The number of optimizer steps of a stage over so many pairs."""
+def plan_length(args, name, stage, available, world):
+    """The number of optimizer steps of a stage over so many samples."""
     if stage.batch_size % world:
         raise ValueError(f"--batch-size {stage.batch_size} must be a multiple of the {world} processes")
     steps = args.warm_up_steps if name == "warm-up" else args.steps
     if not steps:
-        samples = stage.epochs * pairs or (min(stage.samples, 10 * pairs) if args.data else stage.samples)
+        samples = stage.epochs * available or (min(stage.samples, 10 * available) if args.data else stage.samples)
         steps = samples // stage.batch_size
     if steps < 1:
-        raise ValueError(f"{pairs:,} pairs do not fill one batch of {stage.batch_size:,}; lower --batch-size or set --steps")
+        raise ValueError(f"{available:,} samples do not fill one batch of {stage.batch_size:,}; lower --batch-size or set --steps")
     return steps
 
 
@@ -262,7 +273,8 @@ def find_models(args):
     language_models.read_config(tokenizer)
     if args.tgt_tokenizer:
         tokenizer = hub.resolve(args.tgt_tokenizer, "tokenizer").tokenizer
-    data.load_tokenizer(tokenizer)
+    if data.load_tokenizer(tokenizer).encoder_decoder and args.captions == "packed":
+        raise ValueError(f"--captions packed is not for {args.tgt}: the encoder of a T5 reads a part of each caption; use one or each")
     src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
     return src, dataclasses.replace(tgt, tokenizer=tokenizer)
 
@@ -420,10 +432,11 @@ def in_words(size):
 
 
 class Log:
-    """OUT/metrics.jsonl, an object a logged step, and the curves drawn from it; written by the first process alone."""
+    """OUT/metrics.jsonl, an object a logged step, and the curves drawn from it; OUT/bad_data.jsonl. Written by the first process alone."""
 
     def __init__(self, out, rank):
         self.file, self.png, self.rank, self.seconds = out / "metrics.jsonl", out / "curves.png", rank, 0.0
+        self.bad_data, self.reported = out / "bad_data.jsonl", {}  # {problem: where}
 
     def continue_from(self, stages, state):
         """Forgets what a killed run logged after the state that it resumes from."""
@@ -440,6 +453,22 @@ class Log:
         if self.rank == 0:
             with open(self.file, "a") as lines:
                 lines.write(json.dumps(row | {"seconds": round(self.seconds, 3)}) + "\n")
+
+    @staticmethod
+    def bad_line(problem, where):
+        return json.dumps({"problem": problem, "where": where}) + "\n"
+
+    def report(self, problems):
+        """Writes down, and of each kind prints the first, what is wrong with the data: (problem, where), each of them once."""
+        if self.rank == 0 and problems:
+            with open(self.bad_data, "a") as lines:
+                for problem, where in problems:
+                    known = self.reported.setdefault(problem, set())
+                    if where not in known:
+                        known.add(where)
+                        lines.write(self.bad_line(problem, where))
+                        if len(known) <= 10:
+                            tqdm.write(f"{problem}: {where}{f' (further ones: {self.bad_data})' * (len(known) == 10)}", file=sys.stderr)
 
     def draw(self):
         """Training loss, and validation loss with matched and with shuffled images, over all stages."""
@@ -489,8 +518,7 @@ class Validation:
         # neighbours lend each other their images: pairs that no chunk separates, whatever its size and rank
         chunks = torch.arange(count).view(-1, 2).tensor_split(-(-count // max(2, micro_batch)))[processes.rank :: processes.world]
         self.batches = [samples.collate([samples[i, i] for i in chunk.flatten().tolist()]) for chunk in chunks if len(chunk)]
-        for message in (message for batch in self.batches for message in batch["bad"]):
-            print(f"validation, left out: {message}", file=sys.stderr)
+        self.bad = [("validation image left out", message) for batch in self.batches for message in batch["bad"]]
 
     @torch.no_grad()
     def losses(self, model):
@@ -557,7 +585,7 @@ class Run:
         if not math.isfinite(loss):
             fail(f"the loss at step {at['step']} of stage {at['stage']} is {loss}; {self.args.out} holds the last good state")
         if bad > self.args.max_bad * max(seen, 1000):
-            fail(f"{bad:.0f} of {seen:.0f} images could not be read, more than --max-bad {self.args.max_bad:g}; see above")
+            fail(f"{bad} of {seen} images could not be read, more than --max-bad {self.args.max_bad:g}; {self.log.bad_data} says which")
 
 
 def optimizer_step(trained, micro_batches, optimizer, processes):
@@ -623,7 +651,7 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
     at = lambda step: {"stage": name, "step": step, "samples": step * stage.batch_size}
     if first == 0:
         run.validate(at(0))
-    losses, tokens, bad, logged, since = [], 0, 0, first, time.time()
+    losses, tokens, bad, problems, logged, since = [], 0, 0, [], first, time.time()
     with tqdm(total=steps, initial=first, desc=name, unit="step", disable=None if processes.rank == 0 else True) as bar:
         for step in range(first, steps):
             micro_batches, lr = next(batches), vpgtrans.learning_rate(stage, step, steps)
@@ -634,19 +662,20 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
             step_tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes)
             losses.append(loss)
             tokens += step_tokens
-            for message in (message for micro in micro_batches for message in micro["bad"]):
-                tqdm.write(f"left out: {message}", file=sys.stderr)
-                bad += 1
+            problems += [("unreadable image", message) for micro in micro_batches for message in micro["bad"]]
+            problems += [("validation image in training", f"{f} is {known}") for micro in micro_batches for f, known in micro["twins"].items()]
             done = at(step + 1)
             save = done["step"] % args.save_every == 0 or done["step"] == steps or stop
             if done["step"] % args.log_every == 0 or save:  # no state is saved whose loss was not looked at
-                loss, all_bad = processes.sum(sum(losses), bad)
+                (loss,), problems = processes.sum(sum(losses)), processes.gather(problems)
+                bad += sum(problem == "unreadable image" for problem, _ in problems)
+                log.report(problems)
                 seconds, samples_seen = time.time() - since, (done["step"] - logged) * stage.batch_size
                 log.seconds += seconds
-                log.add(**done, loss=loss / tokens, lr=lr, samples_per_second=samples_seen / seconds, peak_memory=peak_memory(), bad_samples=int(all_bad))
-                run.check(loss, all_bad, done["samples"] - first * stage.batch_size, done)
+                log.add(**done, loss=loss / tokens, lr=lr, samples_per_second=samples_seen / seconds, peak_memory=peak_memory(), bad_samples=bad)
+                run.check(loss, bad, done["samples"] - first * stage.batch_size, done)
                 bar.set_postfix(loss=f"{loss / tokens:.3f}", samples_per_second=f"{samples_seen / seconds:.0f}")
-                losses, tokens, logged, since = [], 0, done["step"], time.time()
+                losses, tokens, problems, logged, since = [], 0, [], done["step"], time.time()
             bar.update()
             if done["step"] % val_every == 0 or done["step"] == steps:
                 pause = time.time()
@@ -695,29 +724,35 @@ def prepare(args, stages):
     processes = Processes.start(args.precision)
     src, tgt = find_models(args)
     sets, val = find_data(args, stages, processes.say)
-    steps = {name: plan_length(args, name, stage, sum(map(len, sets[name][0])), processes.world) for name, stage in stages.items()}
+    sizes = {name: data.sizes(pairs, args.captions) for name, (pairs, _) in sets.items()}
+    steps = {name: plan_length(args, name, stage, sum(sizes[name]), processes.world) for name, stage in stages.items()}
     resumed = load_state(args.out, args) if args.resume else None
     captions = itertools.chain.from_iterable(pairs.captions for pairs in sets[list(stages)[0]][0])
     model, tok = build_model(args, src, tgt, captions, processes)
     new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
     validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), Log(args.out, processes.rank)
+    known = data.Lookalikes(val.files())
     jobs = {}
     for name, (pairs, weights) in sets.items():
         seed = args.seed * len(STAGES) + list(STAGES).index(name)  # each stage has an order and crops of its own
         samples = steps[name] * stages[name].batch_size
         if weights:
-            epochs = (f"{p.name} {samples * weight / sum(weights) / len(p):.2g}" for p, weight in zip(pairs, weights))
+            epochs = (f"{p.name} {samples * weight / sum(weights) / size:.2g}" for p, weight, size in zip(pairs, weights, sizes[name]))
             processes.say(f"stage {name}: epochs of each data set in its {samples:,} samples: {', '.join(epochs)}")
-        order = data.plan([len(p) for p in pairs], samples, seed, weights)
+        order = data.plan(sizes[name], samples, seed, weights)
         if args.cache and name == "warm-up" and not (resumed and resumed[0]["stage"] != name):
             pairs = open_caches(args, pairs, model.vpg, processes.say)
-        jobs[name] = new_samples(pairs, augment=args.augment == "crop", seed=seed), order, steps[name]
+        jobs[name] = new_samples(pairs, captions=args.captions, augment=args.augment == "crop", known=known, seed=seed), order, steps[name]
     if resumed:
         log.continue_from(list(stages), resumed[0])
     elif processes.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         write(args.out / "config.json", lambda file: file.write_text(json.dumps(run_config(args, src, tgt, model), indent=2)))
         write(log.file, lambda file: file.write_text(""))
+        whole = {id(p.left_out): p for p in [*itertools.chain(*(pairs for pairs, _ in sets.values())), val]}  # what several stages read, once
+        left_out = ((problem, where) for p in whole.values() for problem, places in p.left_out.items() for where in places)
+        write(log.bad_data, lambda file: file.write_text("".join(log.bad_line(*row) for row in left_out)))
+    log.report(processes.gather(validation.bad))
     return Run(args, processes, model, validation, log), jobs, resumed
 
 

@@ -681,7 +681,7 @@ def test_unsafe_and_broken_members_are_left_out_and_nothing_is_written(tmp_path)
     pairs = data.read_pairs(str(shard))
     assert list(pairs.captions) == ["one", "last"] and sorted(f.name for f in tmp_path.rglob("*")) == ["deep", "shard.tar"]
     assert {kind: [place.split(": ")[1] for place in places] for kind, places in pairs.left_out.items()} == {
-        "link or unsafe name": ["../2.jpg", "../2.txt", "/3.jpg", "9.jpg"], "no caption": ["4"], "no image": ["5"], "damaged caption": ["6", "8"],
+        "link or unsafe name": ["../2.jpg", "../2.txt", "/3.jpg", "9.jpg"], "no caption next to it": ["4"], "no image": ["5"], "damaged caption": ["6", "8"],
         "empty caption": ["7"], "duplicate key": ["1"]}
 
 
@@ -729,7 +729,7 @@ def test_damage_to_a_shard_costs_what_it_hits_and_no_neighbour(tmp_path, kind, s
     assert len(pairs) <= 12 and len(found) + len(unreadable) == len(pairs)
     assert pairs.left_out or unreadable or len(found) == 12 and kind in ("picture", "zeros", "header")  # flips that still make a picture, or a name
     if kind == "cut":
-        assert {"cut short", "no caption", "damaged shard", "damaged header", "no end mark, it is cut short"} & pairs.left_out.keys()
+        assert {"cut short", "no caption next to it", "damaged shard", "damaged header", "no end mark, it is cut short"} & pairs.left_out.keys()
     if kind in ("header", "caption") and hit not in found:
         assert str(hit) in " ".join(place for places in pairs.left_out.values() for place in places)
 
@@ -870,11 +870,11 @@ def test_an_unreadable_image_is_replaced_and_named(tok, tmp_path):
 def test_crops_are_drawn_by_the_position_in_the_plan(samples):
     """The same sample comes out the same, at another position or with another seed differently; and validation is not cropped at
     all, nor is a set that says so (Visual Genome's regions)."""
-    image, again, elsewhere = (samples[position, 5][0] for position in (3, 3, 4))
+    image, again, elsewhere = (samples[position, 5]["image"] for position in (3, 3, 4))
     assert torch.equal(image, again) and not torch.equal(image, elsewhere)
-    assert not torch.equal(image, data.Samples(samples.sets, samples.tok, 28, 5, seed=1)[3, 5][0])
-    plain = data.Samples(samples.sets, samples.tok, 28, 5, augment=False)[3, 5][0]
-    assert torch.equal(plain, data.Samples([dataclasses.replace(samples.sets[0], crop=False)], samples.tok, 28, 5)[3, 5][0])
+    assert not torch.equal(image, data.Samples(samples.sets, samples.tok, 28, 5, seed=1)[3, 5]["image"])
+    plain = data.Samples(samples.sets, samples.tok, 28, 5, augment=False)[3, 5]["image"]
+    assert torch.equal(plain, data.Samples([dataclasses.replace(samples.sets[0], crop=False)], samples.tok, 28, 5)[3, 5]["image"])
     assert torch.equal(plain, data.resize(data.load_image(samples.sets[0].file(5)), 28)) and not torch.equal(image, plain)
 
 
@@ -886,13 +886,18 @@ def prefix_lm(kinds, samples):
     return lambda kind="Unigram", **options: data.Samples([pairs], kinds[kind][0], 28, 2, **options)
 
 
+def one_target(sample):
+    (target,) = sample["targets"]
+    return sample["prompt"], target
+
+
 def test_t5_captions_are_split_at_a_word_of_the_first_half(prefix_lm):
     samples = prefix_lm()
     tok, captions = samples.tok, samples.sets[0].captions
     for n, caption in enumerate(captions, 1):
         cuts = []
         for position in range(60):
-            _, prompt, target, _, _ = samples[position, n - 1]
+            prompt, target = one_target(samples[position, n - 1])
             assert prompt[:2] == [-1, -1] and prompt[-1] == 1 and prompt[2:-1] + target == [*tok.encode(caption), 1]
             first, rest = tok.decode(prompt[2:-1]), tok.decode(target)
             assert first.split() + rest.split() == caption.split()
@@ -902,10 +907,10 @@ def test_t5_captions_are_split_at_a_word_of_the_first_half(prefix_lm):
 
 
 def test_splits_are_drawn_by_seed_and_position_and_not_with_the_crops(prefix_lm):
-    first_parts = lambda samples: [len(samples[position, 8][1]) - 3 for position in range(40)]
+    first_parts = lambda samples: [len(samples[position, 8]["prompt"]) - 3 for position in range(40)]
     samples = prefix_lm()
     assert first_parts(samples) == first_parts(samples) == first_parts(prefix_lm(augment=False)) != first_parts(prefix_lm(seed=1))
-    assert torch.equal(samples[3, 8][0], prefix_lm(split=False)[3, 8][0])  # the crop is the same
+    assert torch.equal(samples[3, 8]["image"], prefix_lm(split=False)[3, 8]["image"])  # the crop is the same
     with_the_crops = [data.first_part(samples.tok, [*whole_ids(prefix_lm), 1], np.random.default_rng((0, position))) for position in range(40)]
     assert first_parts(samples) != with_the_crops
 
@@ -913,8 +918,8 @@ def test_splits_are_drawn_by_seed_and_position_and_not_with_the_crops(prefix_lm)
 def test_validation_and_decoder_only_llms_have_whole_captions_as_targets(prefix_lm):
     t5, llama = prefix_lm(augment=False, split=False), prefix_lm("LLaMA, normalizer")
     for position in range(20):
-        assert t5[position, 8][1:3] == ([-1, -1, 1], [*whole_ids(prefix_lm), 1])
-        assert llama[position, 8][1:3] == ([-1, -1, 1], data.caption_ids(llama.tok, llama.sets[0].captions[8]))
+        assert one_target(t5[position, 8]) == ([-1, -1, 1], [*whole_ids(prefix_lm), 1])
+        assert one_target(llama[position, 8]) == ([-1, -1, 1], data.caption_ids(llama.tok, llama.sets[0].captions[8]))
 
 
 def whole_ids(prefix_lm):
@@ -925,7 +930,7 @@ def test_max_tokens_holds_for_both_parts_together(prefix_lm):
     """The caption is cut first: what is split is what would be the target without a split, so something is left to predict."""
     samples = prefix_lm(max_tokens=6)
     kept = [*whole_ids(prefix_lm)[:5], 1]
-    prompts, targets = zip(*(samples[position, 8][1:3] for position in range(40)))
+    prompts, targets = zip(*(one_target(samples[position, 8]) for position in range(40)))
     assert all(prompt[2:-1] + target == kept and len(target) >= 2 for prompt, target in zip(prompts, targets)) and len(set(map(len, prompts))) > 1
 
 
@@ -933,6 +938,85 @@ def test_prompts_of_unequal_lengths_are_filled_up_on_the_left(prefix_lm):
     samples = prefix_lm()
     rows = [samples[position, 8] for position in range(12)]
     batch = samples.collate(rows)
-    for (_, prompt, target, _, _), prompt_row, target_row in zip(rows, batch["prompt_ids"].tolist(), batch["target_ids"].tolist()):
+    for (prompt, target), prompt_row, target_row in zip(map(one_target, rows), batch["prompt_ids"].tolist(), batch["target_ids"].tolist()):
         assert prompt_row == [-100] * (len(prompt_row) - len(prompt)) + prompt and target_row == target + [-100] * (len(target_row) - len(target))
-    assert len(set(len(row[1]) for row in rows)) > 1
+    assert len(set(len(row["prompt"]) for row in rows)) > 1
+
+
+# ----------------------------------------------------------------------------------------------- captions of one image
+
+def captioned(samples, most):
+    """Samples' images, of which image i has `most`[i] captions: its number, and a word that is the caption's own."""
+    image = np.repeat(np.arange(len(most)), most)[::-1]  # not in order
+    files = samples.sets[0].files()[: len(most)]
+    names = ["one", "two", "three", "four", "five"]
+    own = np.concatenate([np.arange(n)[::-1] for n in most[::-1]])
+    captions = [f"{names[i]} " + "red " * int(k) for i, k in zip(image, own)]
+    return data.Pairs("test", "/", data.Strings.of(files), data.Strings.of(c.strip() for c in captions), np.array(image))
+
+
+def texts(samples, sample):
+    return [samples.tok.decode(target[:-1]).strip() for target in sample["targets"]]
+
+
+def test_an_image_can_come_with_one_of_its_captions(samples):
+    pairs = captioned(samples, [1, 3, 2])
+    one = data.Samples([samples.sets[0], pairs], samples.tok, 28, 5, captions="one")
+    assert data.sizes(one.sets, "one") == [40, 3] and data.sizes(one.sets) == [40, 6] and list(one.starts) == [0, 40, 43]
+    drawn = [[texts(one, one[position, 41]) for position in range(60)] for _ in "ab"]
+    assert drawn[0] == drawn[1]
+    counts = {text: sum(text == other for (other,) in drawn[0]) for text in ("two", "two red", "two red red")}
+    assert sum(counts.values()) == 60 and min(counts.values()) > 8  # 20 expected
+    assert texts(one, one[0, 40]) == ["one"] and one[7, 42]["file"] == samples.sets[0].file(2)
+
+
+def test_all_captions_of_an_image_can_be_packed(samples):
+    pairs = captioned(samples, [1, 3, 2])
+    packed = data.Samples([pairs], samples.tok, 28, 5, captions="packed")
+    (batch,) = next(data.load_batches(packed, np.arange(3), 3, 3))
+    assert batch["images"].shape == (3, 3, 28, 28) and batch["target_ids"].shape[:2] == (3, 3) and batch["prompt_ids"].shape == (3, 6)
+    for i, rows in enumerate(batch["target_ids"].tolist()):
+        own = sorted(caption for caption, of in zip(pairs.captions, pairs.image) if of == i)
+        assert sorted(samples.tok.decode(t for t in row[:-1] if t >= 0).strip() for row in rows if row[0] >= 0) == own
+    counts = [(row >= 0).any(1).tolist() for row in batch["target_ids"]]
+    assert counts == [[True, False, False], [True] * 3, [True, True, False]]
+
+
+def test_of_very_many_captions_some_are_drawn(samples):
+    pairs = captioned(samples, [40, 2])
+    packed = data.Samples([pairs], samples.tok, 28, 5, captions="packed", max_tokens=60)
+    first, again, second = (texts(packed, packed[position, 0]) for position in (0, 0, 1))
+    assert len(set(first)) == len(set(second)) == data.MOST_PACKED and first == again != second
+
+
+def test_captions_are_not_packed_for_t5(prefix_lm):
+    with pytest.raises(ValueError, match="T5"):
+        prefix_lm(captions="packed")
+    prompt, target = one_target(prefix_lm(captions="one")[0, 0])
+    assert prompt[:2] == [-1, -1] and target[-1] == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ lookalikes
+
+def test_a_picture_is_known_in_another_size_quality_and_name(tmp_path):
+    for i in range(12):
+        photograph(seed=i).save(tmp_path / f"{i}.jpg", quality=90)
+    known = data.Lookalikes([tmp_path / f"{i}.jpg" for i in range(8)] + [tmp_path / "missing.jpg"])
+    assert known.files == tuple(tmp_path / f"{i}.jpg" for i in range(8))
+    for i in range(12):
+        for size, options in [((640, 480), dict(quality=60)), ((800, 600), dict(quality=90)), ((333, 250), dict(quality=80))]:
+            photograph(seed=i).resize(size, Image.LANCZOS).save(tmp_path / "other.jpg", **options)
+            with data.open_image(tmp_path / "other.jpg") as image:
+                data.random_crop(image, 100, np.random.default_rng(0))  # as in training: decoded coarsely
+                assert known.find(data.upright_rgb(image)) == (tmp_path / f"{i}.jpg" if i < 8 else None)
+    turned = photograph(seed=0)
+    turned.paste(Image.new("RGB", (120, 90), "red"), (300, 200))  # another picture of the same place
+    assert known.find(turned) is None and data.Lookalikes([]).find(turned) is None
+
+
+def test_samples_name_pictures_that_are_held_out(samples, tok):
+    pairs = samples.sets[0]
+    known = data.Lookalikes(pairs.files()[:2])
+    (batch,) = next(data.load_batches(data.Samples([pairs], tok, 28, 5, known=known), np.arange(8), 8, 8))
+    assert batch["twins"].items() >= {(file, file) for file in known.files}
+    assert not next(data.load_batches(samples, np.arange(8), 8, 8))[0]["twins"]

@@ -156,6 +156,39 @@ def test_scaled_dot_product_attention_equals_plain_attention(pair):
     assert relative_error(ours(prefix.requires_grad_(), target), fused) < 1e-5
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_captions_packed_behind_one_prefix_give_what_they_give_alone(pair, holes):
+    ours = copy.deepcopy(pair[0]).double()
+    target = random_ids(6, 9).view(2, 3, 9)
+    for place, length in {(0, 0): 4, (0, 2): 1, (1, 1): 0, (1, 2): 6}.items():  # (1, 1): an image with fewer captions
+        target[(*place, slice(length, None))] = -100
+    mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(3)) < 0.6 if holes else None
+    a, b = (random_prefix(2, 7).double().requires_grad_() for _ in "ab")
+    if ours.WORDS == "shared.weight":
+        with pytest.raises(ValueError, match="decoder-only"):
+            ours.loss(a, target, mask)
+        return
+    packed, tokens = ours.loss(a, target, mask)
+    alone, count = ours.loss(b.repeat_interleave(3, 0), target.flatten(0, 1), None if mask is None else mask.repeat_interleave(3, 0))
+    assert tokens == count == 29 and relative_error(packed, alone) < 1e-6
+    packed.backward(), alone.backward()
+    assert relative_error(a.grad, b.grad) < 1e-6
+
+
+def test_a_caption_packed_with_others_reads_no_other(pair):
+    ours = pair[0]
+    if ours.WORDS == "shared.weight":
+        return
+    losses = []
+    for other in (5, 9):
+        target = random_ids(2, 6)[None].repeat(1, 1, 1)
+        target[0, 0], target[0, 1, 5:] = other, -100
+        alone, _ = ours.loss(random_prefix(1, 4), target[:, 0])
+        losses.append(ours.loss(random_prefix(1, 4), target)[0] - alone)
+    assert relative_error(*losses) < 1e-5
+    assert ours.loss(random_prefix(1, 4), random_ids(3, 1).view(1, 3, 1))[1] == 3  # captions of one token
+
+
 def test_bf16_is_as_near_to_float32_as_transformers_bf16_is(pair):
     ours, theirs, folder = pair
     prefix, target, low = random_prefix(4, 9), random_ids(4, 6), load_llm(folder, dtype=torch.bfloat16)

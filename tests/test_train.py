@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -47,7 +49,7 @@ def finished(world, tmp_path_factory):
 
 def test_a_run_leaves_weights_metrics_and_curves(finished, world):
     out, printed = finished
-    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json", "metrics.jsonl", "curves.png", "resume.safetensors"}
+    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json", "metrics.jsonl", "curves.png", "bad_data.jsonl", "resume.safetensors"}
     with safe_open(world[0] / "model.safetensors", framework="pt") as source:
         for name, tensor in load_file(out / "model.safetensors").items():
             assert name in source.keys() and (name.startswith("language_projection") or source.get_slice(name).get_shape() == list(tensor.shape))
@@ -400,7 +402,7 @@ def test_an_unreadable_image_stays_one_in_the_cache(world, tmp_path, capsys):
     (tmp_path / "pairs" / "5.png").write_bytes(b"<html>")
     for run in ("first", "second"):
         train.main(arguments((*world[:2], pairs), tmp_path / run, "--val", str(world[2]), "--stage", "warm-up", "--cache", str(tmp_path / "cache")))
-        assert "left out: " in (said := capsys.readouterr().err) and "5.png" in said
+        assert "unreadable image: " in (said := capsys.readouterr().err) and "5.png" in said
         assert max(bad for bad, in rows(tmp_path / run, "bad_samples")) == 1
 
 
@@ -502,10 +504,69 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(world, tmp_path, 
     (tmp_path / "pairs" / "5.png").write_bytes(b"<html>")
     argv = arguments((*world[:2], pairs), tmp_path / "run", "--val", str(world[2]))
     train.main(argv)
-    assert "5.png" in capsys.readouterr().err and max(bad for bad, in rows(tmp_path / "run", "bad_samples")) > 0
+    assert capsys.readouterr().err.count("5.png") == 1 and max(bad for bad, in rows(tmp_path / "run", "bad_samples")) > 1
+    assert [row["where"] for row in bad_data(tmp_path / "run", "unreadable image") if "5.png" in row["where"]]
     with pytest.raises(SystemExit) as stop:
         train.main(arguments((*world[:2], pairs), tmp_path / "strict", "--val", str(world[2]), "--max-bad", "0"))
     assert stop.value.code == 2 and "could not be read" in capsys.readouterr().err
+
+
+def bad_data(out, problem):
+    return [row for row in map(json.loads, (out / "bad_data.jsonl").read_text().splitlines()) if row["problem"] == problem]
+
+
+def test_what_is_left_out_is_written_down(world, tmp_path):
+    pairs = conftest.write_pairs(tmp_path / "pairs", 24)
+    pairs.write_text(pairs.read_text() + '{"image": "1.png", "caption": " "}\n{"image":\n')
+    train.main(arguments((*world[:2], pairs), tmp_path / "run", "--max-bad", "0.1"))
+    for problem, line in (("empty caption", 25), ("damaged line", 26)):
+        assert bad_data(tmp_path / "run", problem) == [{"problem": problem, "where": f"{pairs}, line {line}"}]
+
+
+def test_validation_images_in_training_are_named_under_whatever_name(world, tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    line = lambda name: json.dumps({"image": name, "caption": "a red square"}) + "\n"
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((64, 64), Image.BICUBIC).save(tmp_path / f"{i}.png")
+    with Image.open(tmp_path / "3.png") as image:
+        image.resize((50, 40)).save(tmp_path / "val.jpg", quality=95)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    pairs.write_text("".join(line(f"{i}.png") for i in range(12)))
+    (tmp_path / "val.jsonl").write_text(line("val.jpg") + line("red.png"))
+    train.main(arguments((*world[:2], pairs), tmp_path / "run", "--val", str(tmp_path / "val.jsonl")))
+    where = f"{tmp_path / '3.png'} is {tmp_path / 'val.jpg'}"
+    assert bad_data(tmp_path / "run", "validation image in training") == [{"problem": "validation image in training", "where": where}]
+    assert capsys.readouterr().err.count(where) == 1
+
+
+@pytest.mark.parametrize("captions", ["one", "packed"])
+def test_an_image_with_one_caption_is_the_same_sample_whichever_way(world, tmp_path, captions):
+    losses = []
+    for way in ("each", captions):
+        train.main(arguments(world, tmp_path / way, "--captions", way))
+        losses.append(rows(tmp_path / way, "loss") + rows(tmp_path / way, "val_loss"))
+    assert len(losses[0]) == 9 + 5 and np.allclose(*losses, atol=2e-5)
+
+
+def test_captions_are_not_packed_for_t5(other_family, world, tmp_path, capsys):
+    target, run, _ = other_family
+    argv = arguments((world[0], target, world[2]), tmp_path / "run", "--captions", "packed")
+    if json.loads((target / "config.json").read_text())["model_type"] == "t5":
+        refused(capsys, argv, "--captions packed", "T5")
+    else:
+        train.main(argv)
+        assert len(rows(tmp_path / "run", "loss")) == 9
+
+
+def test_packed_captions_count_as_one_sample(world, tmp_path, capsys):
+    folder = tmp_path / "pairs"
+    single = conftest.write_pairs(folder, 24)
+    (folder / "five.jsonl").write_text("".join(json.dumps(json.loads(line) | {"caption": json.loads(line)["caption"] + " on a table" * (k % 3)}) + "\n"
+                                               for line in single.read_text().splitlines() for k in range(5)))
+    train.main(arguments((*world[:2], folder / "five.jsonl"), tmp_path / "packed", "--val", str(world[2]), "--captions", "packed", "--stage", "warm-up",
+                         "--warm-up-steps", "6", "--batch-size", "4"))
+    assert "6 steps of 4 = 24 samples, 1 epochs" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
