@@ -4,7 +4,9 @@
     python bench.py --size opt-2.7b --batch-size 32 --compile    # the paper's source with random weights, on one GPU
     python bench.py --llm opt-125m                               # a language model alone, behind soft prompts
     python bench.py --loading                                    # a checkpoint of 2 GB, from disk to the first logits
+    python bench.py --captions 5                                 # so many captions an image: each alone, or packed behind one prefix
     python bench.py --images                                     # JPEG photographs to the ViT's input, on one core
+    python bench.py --pairs                                      # files and shards to batches, beside transformers and webdataset
 
 Ours and transformers' two kinds of attention run in one process, on the same random weights (each tensor exists once) and
 the same batch, with the same parts frozen, and take turns. They are timed only if they agree: in the loss and in the
@@ -23,6 +25,7 @@ A ratio above 1: ours is faster than the better of the two. Figures mean somethi
 
 import argparse
 import contextlib
+import io
 import json
 import platform
 import statistics
@@ -367,7 +370,9 @@ def parse_arguments(argv=None):
                         "ViT-g, Q-Former 12 x 768 and that OPT, 8 and 16 GB of weights in bf16 (default: %(default)s)")
     parser.add_argument("--llm", choices=LLMS, help="a language model of these shapes alone, in the place of a BLIP-2")
     parser.add_argument("--loading", action="store_true", help="the loading of a checkpoint, in the place of both")
-    parser.add_argument("--images", action="store_true", help="reading and resizing of JPEG photographs, in the place of all these")
+    parser.add_argument("--captions", type=int, help="training on so many captions an image, packed and one by one, in the place of all these")
+    parser.add_argument("--images", action="store_true", help="reading and resizing of JPEG photographs")
+    parser.add_argument("--pairs", action="store_true", help="the whole data path: read, decode, crop, tokenize, collate")
     parser.add_argument("--batch-size", type=int, help="samples a training step (default: 8, and 16 with --llm)")
     parser.add_argument("--generation-batch-size", type=int, default=8, help="captions generated at a time (default: %(default)s)")
     parser.add_argument("--target-tokens", type=int, default=16, help="of each caption (default: %(default)s)")
@@ -476,6 +481,108 @@ def bench_images(args, size=224, count=32):
           "of the values not the same. Without normalisation it is uint8, which the device normalises.")
 
 
+def bench_pairs(args, size=224, count=96, batch=32):
+    """Image-text pairs to batches of the model's inputs on one core: ours from files and from a shard, transformers' processors on the
+    files, the webdataset package on the shard. A batch is images (32,3,224,224), prompts and targets."""
+    import webdataset
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    torch.set_num_threads(1)
+    rng, tok = np.random.default_rng(0), data.load_tokenizer(Path(__file__).parent / "demo" / "target")
+    their_images = BlipImageProcessorPil(size={"height": size, "width": size})
+    their_words = transformers.AutoTokenizer.from_pretrained(Path(__file__).parent / "demo" / "target")
+    their_words.pad_token = their_words.eos_token
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        captions = ["Two red circles, and a blue square on a table in front of the window."[: 20 + i % 50] for i in range(count)]
+        (folder / "pairs.jsonl").write_text("".join(json.dumps({"image": f"{i:03}.jpg", "caption": text}) + "\n" for i, text in enumerate(captions)))
+        with webdataset.TarWriter(str(folder / "0.tar")) as shard:
+            for i, caption in enumerate(captions):
+                photograph(rng).save(folder / f"{i:03}.jpg", quality=90)
+                shard.write({"__key__": f"{i:03}", "jpg": (folder / f"{i:03}.jpg").read_bytes(), "txt": caption})
+
+        def ours(source, **options):
+            samples = data.Samples([data.read_pairs(str(source))], tok, size, 32, **options)
+            return lambda: sum(len(micro["images"]) for (micro,) in data.load_batches(samples, data.plan([count], count, seed=0), batch, batch))
+
+        def theirs():  # there is no augmentation
+            for i in range(0, count, batch):
+                torch.cat([their_images(Image.open(folder / f"{j:03}.jpg"), return_tensors="pt")["pixel_values"] for j in range(i, i + batch)])
+                their_words(captions[i : i + batch], padding=True, truncation=True, max_length=32, return_tensors="pt")
+
+        def sample_of(image, caption):
+            return {"image": data.random_crop(image, size, rng), "prompt": samples.prompt, "file": "", "bad": [], "twin": None,
+                    "targets": [data.caption_ids(tok, data.clean_caption(caption))]}
+
+        def from_webdataset(decoded):
+            stream = webdataset.WebDataset(str(folder / "0.tar"), shardshuffle=False)
+            pairs = stream.decode("pil").to_tuple("jpg", "txt") if decoded else stream.to_tuple("jpg", "txt")
+            look = lambda pair: sample_of(*pair) if decoded else sample_of(Image.open(io.BytesIO(pair[0])), pair[1].decode())
+            return sum(len(micro["images"]) for micro in pairs.map(look).batched(batch, collation_fn=samples.collate))
+
+        samples = data.Samples([data.read_pairs(str(folder / "0.tar"))], tok, size, 32)
+        ways = {"transformers' processors, files, no crops": theirs, "ours, files": ours(folder / "pairs.jsonl"),
+                "ours, files, no crops": ours(folder / "pairs.jsonl", augment=False),
+                "ours, files, looking for validation images": ours(folder / "pairs.jsonl", known=data.Lookalikes([folder / f"{i:03}.jpg" for i in range(count)] * 5)),
+                "ours, shard": ours(folder / "0.tar"),
+                "webdataset, shard, decoded by it, our crops and collation": partial(from_webdataset, True),
+                "webdataset, shard, our decoding, crops and collation": partial(from_webdataset, False)}
+        seconds = take_turns(ways, args.repeats, torch.device("cpu"))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"`python bench.py --pairs`: {count} pairs, JPEGs of 640 x 480, to batches of {batch} at {size} x {size}, one core, medians of {args.repeats}\n"
+          f"{machine(torch.device('cpu'))}\n\n| | pairs/s | min - max | ratio | cores for 400 a second |\n|---|---|---|---|---|")
+    for name, median in medians.items():
+        peer = medians["transformers' processors, files, no crops" if "files" in name else "webdataset, shard, decoded by it, our crops and collation"]
+        print(f"| {name} | {count / median:,.0f} | {count / max(seconds[name]):,.0f} - {count / min(seconds[name]):,.0f} | {peer / median:.2f} | "
+              f"{400 * median / count:.1f} |")
+    print("\nThe ratio is to transformers' processors for files, to webdataset with its own decoding for shards.")
+
+
+def bench_captions(args, device, dtype):
+    """Training on K captions of each of B images: packed behind one prefix, or K times with one of them; losses are checked to agree."""
+    B, K, T = args.batch_size, args.captions, args.target_tokens
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    model = build_models(args.size, dtype, device)["ours"]
+    if args.compile:
+        for block in [*model.vpg.layers, *model.llm.layers]:
+            block.compile()
+    images = torch.randn(B, 3, model.vpg.image_size, model.vpg.image_size, device=device)
+    prompt = torch.tensor([vpgtrans.IMAGE] * model.vpg.num_query_tokens + [BOS]).expand(B, -1)
+    targets = torch.randint(4, IMAGE_ID, (B, K, T), device=device)
+    lengths = torch.randint(T // 2, T + 1, (B, K, 1), device=device)  # three quarters of T on average
+    targets[torch.arange(T, device=device) >= lengths] = -100
+    losses = {"each alone": lambda: sum(model(prompt, targets[:, k], images=images)[0] for k in range(K)),
+              "packed": lambda: model(prompt, targets, images=images)[0]}
+
+    def step(way, optimizer):
+        with autocast():
+            if way == "packed":
+                losses[way]().backward()
+            else:
+                for k in range(K):  # one at a time, as from a data set: what a step keeps in memory is one caption's
+                    model(prompt, targets[:, k], images=images)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    model.eval()
+    with torch.no_grad(), autocast():
+        values = [loss().item() / (targets >= 0).sum().item() for loss in losses.values()]
+    if not abs(values[0] - values[1]) <= TOLERANCE[args.precision][0]:
+        raise ValueError(f"packed and alone, the captions' losses differ: {values}")
+    print(f"\n{(targets >= 0).sum().item() / B / K:.1f} tokens a caption, losses {values[0]:.5f} alone and {values[1]:.5f} packed\n\n"
+          f"| training on {K} captions of {B} images | ms | min - max | captions/s | ratio |\n|---|---|---|---|---|")
+    for what in ("warm-up", "fine-tune"):
+        vpgtrans.enter_stage(model, vpgtrans.STAGES[what])
+        optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, vpgtrans.STAGES[what]), lr=0.0, fused=True)
+        for way in losses:
+            step(way, optimizer)
+        seconds = take_turns({way: partial(step, way, optimizer) for way in losses}, args.repeats, device)
+        alone = statistics.median(seconds["each alone"])
+        for way, times in seconds.items():
+            median = statistics.median(times)
+            print(f"| {what}, {way} | {median * 1e3:,.0f} | {min(times) * 1e3:,.0f} - {max(times) * 1e3:,.0f} | {B * K / median:,.1f} | {alone / median:.2f} |")
+
+
 def bench_llm(args, device, dtype):
     B, T, low = args.batch_size, args.target_tokens, dtype == torch.bfloat16
     llms = build_llms(args.llm, dtype, device)
@@ -566,13 +673,13 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     if args.loading:
         return bench_loading(args)
-    if args.images:
-        return bench_images(args)
+    if args.images or args.pairs:
+        return (bench_images if args.images else bench_pairs)(args)
     device, dtype = torch.device(args.device), torch.bfloat16 if args.precision == "bf16" else torch.float32
     torch._dynamo.config.recompile_limit = 64  # all blocks of a kind share one function; past 8 variants, they run eagerly
     print(f"`python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}`: {args.llm or args.size}, {args.precision}, batch {args.batch_size}, "
           f"{args.target_tokens} target tokens, medians of {args.repeats}\n{machine(device)}")
-    (bench_llm if args.llm else bench_blip2)(args, device, dtype)
+    (bench_llm if args.llm else bench_captions if args.captions else bench_blip2)(args, device, dtype)
 
 
 if __name__ == "__main__":

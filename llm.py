@@ -93,12 +93,43 @@ def causal_mask(keep):
     return ((causal & keep[:, None, :]) | itself)[:, None]
 
 
-def caption_loss(logits, target_ids):
-    """(B,T,V), (B,T) -> (sum of cross-entropies in float32, number of tokens); targets of -100 do not count.
+class FrozenHeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of hidden states x (N,D) under a frozen head (V,D): a block of rows at a time, of which the
+    gradient is taken at once. No more logits than a block's exist at any time, and on CPUs they stay in the cache."""
+
+    BLOCK = {"cpu": 2**25, "cuda": 2**29}  # bytes of float32 logits
+
+    @staticmethod
+    def forward(ctx, x, weight, target_ids):
+        rows = max(1, FrozenHeadLoss.BLOCK.get(x.device.type, 2**29) // (4 * len(weight)))
+        loss, gradient = torch.zeros((), device=x.device), torch.empty_like(x)
+        for part, ids, part_gradient in zip(x.split(rows), target_ids[:, None].split(rows), gradient.split(rows)):
+            logits, real, ids = F.linear(part, weight).float(), ids != -100, ids.clamp(min=0)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            loss += ((log_z - logits.gather(1, ids)) * real).sum()
+            if ctx.needs_input_grad[0]:
+                p = logits.sub_(log_z).exp_()  # d loss / d logits: the probabilities, less 1 at the target
+                p.scatter_add_(1, ids, torch.full_like(log_z, -1)).mul_(real)
+                part_gradient.copy_(p.to(weight.dtype) @ weight)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
+
+
+def caption_loss(head, x, target_ids):
+    """Hidden states (B,T,D), targets (B,T) -> (sum of cross-entropies in float32, number of tokens); -100 does not count.
 
     A sum and a count, so that ranks and micro-batches can be normalised by the global number of tokens."""
-    loss = F.cross_entropy(logits.float().flatten(0, -2), target_ids.flatten(), ignore_index=-100, reduction="sum")
-    return loss, (target_ids != -100).sum()
+    x, ids = x.flatten(0, 1), target_ids.flatten()
+    if head.weight.requires_grad:
+        loss = F.cross_entropy(head(x).float(), ids, ignore_index=-100, reduction="sum")
+    else:
+        loss = FrozenHeadLoss.apply(x, head.weight, ids)
+    return loss, (ids != -100).sum()
 
 
 def pack_captions(target_ids):
@@ -256,7 +287,7 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
 
 
 class LanguageModel(nn.Module):
-    """What all have in common, given `forward`, `start` (read a prefix) and `step` (read one more token of each beam)."""
+    """What all have in common, given `hidden_states`, `start` (read a prefix) and `step` (read one more token of each beam)."""
 
     def finish(self, config):
         """What all constructors end with: ties the head to the word embeddings, and notes which tokens end a text."""
@@ -273,11 +304,21 @@ class LanguageModel(nn.Module):
         check_ids(ids, self.vocab_size)
         return F.embedding(ids, self.get_parameter(self.WORDS))
 
+    def forward(self, prefix, target_ids, prefix_mask=None):
+        """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
+
+        `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes taken out. None
+        means no holes and takes the fast path. Targets of -100 stand behind a row's real targets."""
+        return word_scores(self.lm_head, self.hidden_states(prefix, target_ids, prefix_mask))
+
     def loss(self, prefix, target_ids, prefix_mask=None):
         """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not count."""
+        return caption_loss(self.lm_head, self.hidden_states(prefix, target_ids, prefix_mask), target_ids)
+
+    def check_targets(self, target_ids):
         if target_ids.ndim != 2:
-            raise ValueError(f"targets must be (B,T), not {tuple(target_ids.shape)}; several captions behind one prefix are for decoder-only LLMs")
-        return caption_loss(self(prefix, target_ids, prefix_mask), target_ids)
+            raise ValueError(f"targets must be (B,T), not {tuple(target_ids.shape)}; several captions behind one prefix are for the loss of decoder-only LLMs")
+        check_ids(target_ids.clamp(min=0), self.vocab_size)
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0, min_new_tokens=0,
@@ -325,19 +366,12 @@ class DecoderOnly(LanguageModel):
         keep = F.pad(prefix_mask, (0, T), value=True)  # (B, S)
         return prefix, prefix_mask, (keep.cumsum(1) - 1).clamp(min=0), causal_mask(keep)
 
-    def head(self, x):
-        """(B,S,D) hidden states -> (B,S,V) logits."""
-        return word_scores(self.lm_head, x)
-
-    def forward(self, prefix, target_ids, prefix_mask=None):
-        """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
-
-        `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes taken out. None
-        means no holes and takes the fast path. Targets of -100 stand behind a row's real targets."""
-        check_ids(target_ids.clamp(min=0), self.vocab_size)
+    def hidden_states(self, prefix, target_ids, prefix_mask=None):
+        """As `forward` -> (B,T,D): what the head reads to predict target t."""
+        self.check_targets(target_ids)
         prefix, _, positions, mask = self.lay_out(prefix, prefix_mask, target_ids.shape[1] - 1)
         x = torch.cat([prefix, self.embed(target_ids[:, :-1].clamp(min=0))], dim=1)
-        return self.head(self.read(x, positions, mask)[:, prefix.shape[1] - 1 :])
+        return self.read(x, positions, mask)[:, prefix.shape[1] - 1 :]
 
     def loss(self, prefix, target_ids, prefix_mask=None):
         """(B,P,D), (B,T) or (B,K,T), (B,P) bool -> (sum of cross-entropies in float32, number of tokens); -100 does not count.
@@ -359,18 +393,18 @@ class DecoderOnly(LanguageModel):
         x = self.read(torch.cat([prefix, self.embed(ids.clamp(min=0))], dim=1), positions, mask)
         firsts = x[:, prefix.shape[1] - 1, None].expand(-1, K, -1)  # the prefix's last position predicts all first tokens
         x, targets = torch.cat([firsts, x[:, prefix.shape[1] :]], dim=1), torch.cat([target_ids[..., 0], targets], dim=1)
-        return caption_loss(self.head(x), targets)
+        return caption_loss(self.lm_head, x, targets)
 
     def start(self, prefix, prefix_mask, steps, K):
         """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of K beams."""
         prefix, prefix_mask, positions, mask = self.lay_out(prefix, prefix_mask, 0)
         self.check_length(prefix.shape[1] + steps - 1)
         cache = Cache(len(self.layers), self.kv_heads, self.head_dim, prefix, prefix_mask, steps - 1, K)
-        return self.head(self.read(prefix, positions, mask, cache)[:, -1:]), cache
+        return word_scores(self.lm_head, self.read(prefix, positions, mask, cache)[:, -1:]), cache
 
     def step(self, ids, cache):
         """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
-        return self.head(self.read(self.embed(ids), cache.positions, cache.mask(), cache))
+        return word_scores(self.lm_head, self.read(self.embed(ids), cache.positions, cache.mask(), cache))
 
 
 # ------------------------------------------------------------------------------------------- OPT (Zhang et al. 2022)
@@ -457,16 +491,12 @@ class OPT(DecoderOnly):
 
     def read(self, x, positions, mask=None, cache=None):
         """(B,S,D) embeddings -> (B,S,D) hidden states; positions count a row's real positions from 0."""
-        x = x + self.model["decoder"].embed_positions(positions + 2)
+        decoder = self.model["decoder"]
+        x = x + decoder.embed_positions(positions + 2)
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, None if cache is None else cache[i])
-        final = self.model["decoder"].final_layer_norm
-        return x if final is None else final(x)
-
-    def head(self, x):
-        """(B,S,D) hidden states -> (B,S,V) logits."""
-        project_out = self.model["decoder"].project_out
-        return super().head(x if project_out is None else project_out(x))
+        x = x if decoder.final_layer_norm is None else decoder.final_layer_norm(x)
+        return x if decoder.project_out is None else decoder.project_out(x)
 
     @staticmethod
     def checkpoint_name(name):
@@ -724,17 +754,15 @@ class T5(LanguageModel):
         return [block.layer[1]["EncDecAttention"].keys_values(x) for block in self.decoder.block], keep
 
     def write(self, x, bias, read, keep, cache=None):
-        """The decoder: (B,T,D) embeddings -> (B,T,V) logits."""
+        """The decoder: (B,T,D) embeddings -> (B,T,D) what the head reads."""
         for i, block in enumerate(self.decoder.block):
             x = block(x, bias, read[i], keep, None if cache is None else cache[i])
-        return word_scores(self.lm_head, self.decoder.final_layer_norm(x) * self.scale)
+        return self.decoder.final_layer_norm(x) * self.scale
 
-    def forward(self, prefix, target_ids, prefix_mask=None):
-        """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
-
-        `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes taken out."""
+    def hidden_states(self, prefix, target_ids, prefix_mask=None):
+        """As `forward` -> (B,T,D): what the head reads to predict target t."""
+        self.check_targets(target_ids)
         read, keep = self.read(prefix, prefix_mask)
-        check_ids(target_ids.clamp(min=0), self.vocab_size)
         ids = F.pad(target_ids[:, :-1].clamp(min=0), (1, 0), value=self.start_id)
         positions = torch.arange(ids.shape[1], device=ids.device)
         bias = self.decoder.bias(positions, positions, positions[:, None] >= positions)
@@ -747,14 +775,14 @@ class T5(LanguageModel):
         cache = Cache(len(self.decoder.block), self.heads, read[0][0].shape[-1], x, None, steps - 1, K)
         cache.read, cache.keep = read, keep
         start = torch.zeros(1, dtype=torch.long, device=x.device)
-        return self.write(x, self.decoder.bias(start, start), read, keep, cache), cache
+        return word_scores(self.lm_head, self.write(x, self.decoder.bias(start, start), read, keep, cache)), cache
 
     def step(self, ids, cache):
         """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
         columns = torch.arange(cache.width(), device=ids.device)
         keys = (columns - cache.P).div(cache.K, rounding_mode="floor") + cache.P  # the position of each column's token
         bias = self.decoder.bias(cache.positions[0], keys, cache.mask())
-        return self.write(self.embed(ids), bias, cache.read, cache.keep, cache)
+        return word_scores(self.lm_head, self.write(self.embed(ids), bias, cache.read, cache.keep, cache))
 
     @staticmethod
     def checkpoint_name(name):

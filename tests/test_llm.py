@@ -189,6 +189,26 @@ def test_a_caption_packed_with_others_reads_no_other(pair):
     assert ours.loss(random_prefix(1, 4), random_ids(3, 1).view(1, 3, 1))[1] == 3  # captions of one token
 
 
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+def test_the_loss_of_a_frozen_head_is_taken_a_block_of_rows_at_a_time(monkeypatch, rows):
+    head, ids = nn.Linear(16, 50, bias=False).double(), torch.randint(50, (2, 10))
+    ids[0, 4:], ids[1, 9] = -100, -100
+    results, seen, linear = [], [], nn.functional.linear
+    monkeypatch.setattr(language_models.FrozenHeadLoss, "BLOCK", {"cpu": 4 * 50 * rows})
+    monkeypatch.setattr(language_models.F, "linear", lambda x, weight, *bias: seen.append(len(x)) or linear(x, weight, *bias))
+    for frozen in (True, False):
+        x = random_prefix(2, 10, 16).double().requires_grad_()
+        loss, tokens = language_models.caption_loss(head.requires_grad_(not frozen), x, ids)
+        (loss * 3).backward()
+        results.append((loss, x.grad))
+        if frozen:
+            assert tokens == 13 and max(seen) <= rows and sum(seen) == 20
+    assert relative_error(results[0][0], results[1][0]) < 1e-6 and relative_error(results[0][1], results[1][1]) < 1e-6
+    assert results[0][1][0, 4:].abs().max() == 0
+    with torch.no_grad():
+        assert relative_error(language_models.caption_loss(head.requires_grad_(False), x, ids)[0], results[1][0]) < 1e-6
+
+
 def test_bf16_is_as_near_to_float32_as_transformers_bf16_is(pair):
     ours, theirs, folder = pair
     prefix, target, low = random_prefix(4, 9), random_ids(4, 6), load_llm(folder, dtype=torch.bfloat16)
