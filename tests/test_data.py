@@ -1,5 +1,6 @@
 """Facts about data.py: tokenizers, captions, images, files of pairs, the order of samples."""
 
+import csv
 import dataclasses
 import gzip
 import io
@@ -811,6 +812,96 @@ def whole_shard(tmp_path_factory):
     with tarfile.open(shard) as tar:
         members = tar.getmembers()
     return shard.read_bytes(), members, [np.asarray(Image.open(io.BytesIO(encoded(i)))) for i in range(12)]
+
+
+# -------------------------------------------------------------------------------------- damage to the other formats
+
+def damage(content, kind, rng):
+    """bytes -> the same with something wrong, and which bytes of the original were hit: (first, behind the last)"""
+    at, length = int(rng.integers(len(content))), int(rng.integers(1, 30))
+    if kind == "cut":
+        return content[:at], (at, len(content))
+    if kind == "flip":
+        return content[:at] + bytes([content[at] ^ int(rng.integers(1, 256))]) + content[at + 1 :], (at, at + 1)
+    if kind == "hole":
+        return content[:at] + content[at + length :], (at, at + length)
+    if kind == "zeros":
+        return content[:at] + bytes(length) + content[at + length :], (at, at + length)
+    return content[:at] + bytes(rng.choice(list(b'"{}[],\t\n\\\x00\xff:a'), length).tolist()) + content[at:], (at, at + 1)  # insertion
+
+
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory):
+    """A folder of 20 images, and {ending: bytes} of files that annotate them."""
+    folder, rows = tmp_path_factory.mktemp("annotated"), []
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "caption": f"number {i}, in a row" if i % 3 else f"number {i} in a row"})
+    table = {}
+    for ending, delimiter in (("csv", ","), ("tsv", "\t")):
+        csv.writer(text := io.StringIO(), delimiter=delimiter).writerows([rows[0].keys(), *(row.values() for row in rows)])
+        table[ending] = text.getvalue().encode()
+    coco = {"images": [{"id": i, "file_name": row["image"]} for i, row in enumerate(rows)],
+            "annotations": [{"image_id": i, "caption": row["caption"]} for i, row in enumerate(rows)]}
+    return folder, table | {"jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(), "json": json.dumps(rows).encode(),
+                            "coco.json": json.dumps(coco).encode()}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "coco.json", "csv", "tsv"])
+@pytest.mark.parametrize("kind", ["cut", "flip", "hole", "zeros", "insertion"])
+@pytest.mark.parametrize("seed", range(12))
+def test_damage_to_annotations_is_named_and_costs_the_lines_that_it_hits(tmp_path, annotated, ending, kind, seed):
+    folder, contents = annotated
+    content, (first, last) = damage(contents[ending], kind, np.random.default_rng((seed, len(ending), len(kind))))
+    file = write(tmp_path / f"pairs.{ending}", content)
+    try:
+        pairs = data.read_pairs(f"{file}@{folder}")
+    except (ValueError, FileNotFoundError) as error:  # not a line can be read, or not the first: of a list, its end is missed, too
+        assert file.name in str(error) and (ending.endswith("json") or kind == "cut" or first < contents[ending].find(b"\n"))
+        return
+    found = {(Path(pairs.file(i)).name, caption) for i, caption in enumerate(pairs.captions)}
+    whole = [(f"{i}.png", data.clean_caption(f"number {i}, in a row" if i % 3 else f"number {i} in a row")) for i in range(20)]
+    left_out = sum(map(len, pairs.left_out.values()))
+    if ending.endswith("json"):  # still a list: a letter is another one
+        assert len(found & set(whole)) >= 18 and len(pairs) + left_out >= 19
+        return
+    lines = contents[ending].splitlines(keepends=True)
+    ends = np.cumsum([len(line) for line in lines])
+    hit = set(range(int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(ends, last - 1, side="right")) + 1))
+    hit = {line - (len(lines) - 20) for line in hit | {max(hit) + 1} if kind == "cut" or line < len(lines)}  # a line end may be lost
+    if ending == "jsonl":
+        assert set(whole) - found <= {whole[i] for i in hit if i < 20}
+        assert len(pairs) + left_out == sum(bool(line.strip()) for line in content.split(b"\n"))
+    else:  # an open quote may cost lines up to the next one, which are named
+        lost = [i for i in range(20) if whole[i] not in found]
+        assert all(i in hit or any(f"line {i + 2}" == place.split(", ")[-1] for places in pairs.left_out.values() for place in places) for i in lost)
+
+
+@pytest.mark.parametrize("kind", ["cut", "flip", "hole", "zeros", "insertion", "empty", "html", "no text", "another's text"])
+@pytest.mark.parametrize("seed", range(6))
+def test_damage_in_a_folder_touches_no_neighbour(tmp_path, tok, kind, seed):
+    rng, hit = np.random.default_rng((seed, len(kind))), int(seed) + 1
+    for i in range(8):
+        write(tmp_path / f"{i}.jpg", encoded(i)), write(tmp_path / f"{i}.txt", f"number {i}")
+    which = tmp_path / f"{hit}.{'txt' if kind == 'no text' or seed % 3 == 2 else 'jpg'}"
+    if kind == "no text":
+        which.unlink()
+    elif kind == "another's text":
+        which.write_bytes(b"\xff\xfe" + bytes(seed))
+    else:
+        nothing = {"empty": b"", "html": b"<!DOCTYPE html><p>404"}
+        which.write_bytes(nothing[kind] if kind in nothing else damage(which.read_bytes(), kind, rng)[0])
+    pairs = data.read_pairs(str(tmp_path))
+    left_out = [place for places in pairs.left_out.values() for place in places]
+    assert len(pairs) + len(left_out) == 8 and all(str(hit) in Path(place).name for place in left_out)
+    samples = data.Samples([pairs], tok, 28, 5, augment=False)
+    (batch,) = next(data.load_batches(samples, np.arange(len(pairs)), len(pairs), len(pairs)))
+    assert all(f"{hit}.jpg" in message for message in batch["bad"]) and len(batch["bad"]) <= 1
+    if which.suffix == ".jpg" and kind in ("empty", "html", "another's text"):
+        assert len(batch["bad"]) == 1
+    for file, image in zip(batch["files"], batch["images"]):
+        if Path(file) != tmp_path / f"{hit}.jpg":
+            assert torch.equal(image, data.resize(Image.open(io.BytesIO(encoded(int(Path(file).stem)))), 28))
 
 
 # ------------------------------------------------------------------------------------------------- order and batches
