@@ -880,6 +880,13 @@ class Samples(torch.utils.data.Dataset):
             prompt, targets = [*prompt[:-1], *targets[0][:cut], prompt[-1]], [targets[0][cut:]]
         return {"image": image, "prompt": prompt, "targets": targets, "file": file, "bad": bad, "twin": twin}
 
+    def lengths(self):
+        """The letters in the captions of every sample: (samples,) int64."""
+        letters = [np.diff(pairs.captions.ends, prepend=0) for pairs in self.sets]
+        if self.captions != "each":
+            letters = [np.bincount(pairs.image, n, len(pairs.images)).astype(np.int64) for pairs, n in zip(self.sets, letters)]
+        return np.concatenate(letters)
+
     def choose(self, d, i, position):
         """The captions of sample i of data set d, as their numbers there."""
         if self.captions == "each":
@@ -916,15 +923,17 @@ class Samples(torch.utils.data.Dataset):
 def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0):
     """Yields, for every optimizer step from first_step on, this rank's share of the batch as a list of micro-batches.
 
-    Step s takes order[s * batch_size : (s + 1) * batch_size], rank r every world-th of these from r on, so that the union
-    over ranks is the same however many there are; what does not fill the last batch is left out."""
-    steps = range(first_step, len(order) // batch_size)
+    Step s takes order[s * batch_size : (s + 1) * batch_size], sorted by the length of the captions, so that the captions of a
+    micro-batch need little padding; rank r takes every world-th of these from r on, so that the union over ranks is the
+    same however many there are. What does not fill the last batch is left out."""
+    steps, lengths = range(first_step, len(order) // batch_size), samples.lengths()
 
     def micro_batches():
         for step in steps:
-            positions = range(step * batch_size + rank, (step + 1) * batch_size, world)
+            first = step * batch_size
+            positions = first + np.argsort(lengths[order[first : first + batch_size]], kind="stable")[rank::world]
             for i in range(0, len(positions), micro_batch):
-                yield [(p, int(order[p])) for p in positions[i : i + micro_batch]]
+                yield [(int(p), int(order[p])) for p in positions[i : i + micro_batch]]
 
     loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=micro_batches(), collate_fn=samples.collate,
                                               num_workers=workers, pin_memory=torch.cuda.is_available()))

@@ -29,8 +29,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -39,6 +37,7 @@ import data
 import hub
 import llm as language_models
 import qformer
+import runs
 import vpgtrans
 from vpgtrans import STAGES
 
@@ -101,6 +100,9 @@ def parse_arguments(argv=None):
                          "GPU (default: %(default)s)")
     machine.add_argument("--cache", type=Path, metavar="DIR", help="keep there what the frozen VPG makes of each image of stage 1 (48 KB in bf16), "
                          "computed once for all runs with this VPG and data; stage 1 then sees images without crops")
+    machine.add_argument("--gate", type=float, default=0.01, metavar="LOSS", help="after the warm-up, stop unless shuffled images raise the "
+                         "validation loss by at least this: else the LLM does not look at them, and days of fine-tuning would be in vain; "
+                         "0: never (default: %(default)s)")
     machine.add_argument("--resume", action="store_true", help="continue the run in --out where it stands")
     log = parser.add_argument_group("log")
     log.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
@@ -127,7 +129,7 @@ def parse_arguments(argv=None):
 
 
 # What a run's result does not depend on, or by the draws of dropout alone, so that --resume may change it.
-FREE = {"out", "micro_batch", "compile", "workers", "resume", "log_every", "val_every", "save_every", "max_bad"}
+FREE = {"out", "micro_batch", "compile", "workers", "resume", "gate", "log_every", "val_every", "save_every", "max_bad"}
 
 
 def plan_stages(args):
@@ -349,62 +351,17 @@ def arguments(args):
     return json.loads(json.dumps(vars(args) | {"cache": bool(args.cache) or None}, default=str))
 
 
-def write(file, save):
-    """Writes a file under another name first, so that a kill or a full disk leaves the old one whole."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, file)
-    except Exception as error:  # safetensors has its own kind
-        raise OSError(f"{file}: cannot be written ({error}); what was there before still is") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def disk_space(folder):
+    """Bytes that are free where a folder is or will be."""
+    return shutil.disk_usage(next(place for place in [folder, *folder.absolute().parents] if place.is_dir())).free
 
 
-def save_model(out, model):
-    """OUT/model.safetensors: what VPGTrans trains, under the names of a BLIP-2 checkpoint."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in vpgtrans.blip2_names(model).items()}
-    write(out / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-
-
-def save_state(out, model, optimizer, state):
-    """OUT/resume.safetensors: weights, AdamW's moments, and as metadata where the run stands; no pickle."""
-    tensors = {f"model.{name}": p.detach() for name, p in vpgtrans.blip2_names(model).items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write(out / "resume.safetensors", lambda file: save_file(tensors, file, metadata={"state": json.dumps(state)}))
-
-
-def load_state(out, args):
-    """-> (state, tensors) of OUT/resume.safetensors, after making sure that it is a run with these arguments."""
-    file = out / "resume.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: nothing to resume; start without --resume")
-    try:
-        with safe_open(file, framework="pt") as saved:
-            state = json.loads(saved.metadata()["state"])
-            tensors = {name: saved.get_tensor(name) for name in saved.keys()}
-    except Exception as error:
-        raise ValueError(f"{file}: damaged ({error}); start anew with another --out") from error
+def check_same_run(args, state):
+    """ValueError if a state is that of a run with other arguments, as far as they matter."""
     now, then = arguments(args), state["arguments"]
     other = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in now if key not in FREE and now[key] != then.get(key)]
     if other:
-        raise ValueError(f"{out}: --resume with other arguments would be another run: {'; '.join(other)}")
-    return state, tensors
-
-
-def restore(model, optimizer, tensors):
-    """Puts the tensors of load_state into the model and, where they are of this stage, the optimizer."""
-    with torch.no_grad():
-        for name, parameter in vpgtrans.blip2_names(model).items():
-            parameter.copy_(tensors[f"model.{name}"])
-    moments = {}
-    for name in (name for name in tensors if name.startswith("optimizer.")):
-        _, i, key = name.split(".")
-        moments.setdefault(int(i), {})[key] = tensors[name]
-    if moments:
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        raise ValueError(f"{args.out}: --resume with other arguments would be another run: {'; '.join(other)}")
 
 
 def open_caches(args, sets, vpg, say):
@@ -417,7 +374,7 @@ def open_caches(args, sets, vpg, say):
     sets = [dataclasses.replace(pairs, cache=cache.FeatureCache(args.cache / pairs.name, pairs.files(), (vpg.num_query_tokens, vpg.dim),
                                                                 dtype, made_with)) for pairs in sets]
     whole, left = (sum(sizes) for sizes in zip(*(pairs.cache.need() for pairs in sets)))
-    free = shutil.disk_usage(next(folder for folder in [args.cache, *args.cache.absolute().parents] if folder.is_dir())).free
+    free = disk_space(args.cache)
     images = sum(len(pairs.cache.files) for pairs in sets)
     need = (f"{images:,} images x {in_words(whole / images)} = {in_words(whole)}, of which {in_words(left)} are still to be computed; {in_words(free)} are free")
     if left > free:
@@ -429,68 +386,6 @@ def open_caches(args, sets, vpg, say):
 def in_words(size):
     """Bytes for people."""
     return next(f"{size / unit:.1f} {name}" for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if size >= unit or name == "KB")
-
-
-class Log:
-    """OUT/metrics.jsonl, an object a logged step, and the curves drawn from it; OUT/bad_data.jsonl. Written by the first process alone."""
-
-    def __init__(self, out, rank):
-        self.file, self.png, self.rank, self.seconds = out / "metrics.jsonl", out / "curves.png", rank, 0.0
-        self.bad_data, self.reported = out / "bad_data.jsonl", {}  # {problem: where}
-
-    def continue_from(self, stages, state):
-        """Forgets what a killed run logged after the state that it resumes from."""
-        self.seconds, at = state["seconds"], (stages.index(state["stage"]), state["step"])
-        if self.rank == 0:
-            kept = [row for row in self.rows() if (stages.index(row["stage"]), row["step"]) <= at]
-            write(self.file, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in kept)))
-
-    def rows(self):
-        """All rows but one that a kill has cut in the middle."""
-        return [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
-
-    def add(self, **row):
-        if self.rank == 0:
-            with open(self.file, "a") as lines:
-                lines.write(json.dumps(row | {"seconds": round(self.seconds, 3)}) + "\n")
-
-    @staticmethod
-    def bad_line(problem, where):
-        return json.dumps({"problem": problem, "where": where}) + "\n"
-
-    def report(self, problems):
-        """Writes down, and of each kind prints the first, what is wrong with the data: (problem, where), each of them once."""
-        if self.rank == 0 and problems:
-            with open(self.bad_data, "a") as lines:
-                for problem, where in problems:
-                    known = self.reported.setdefault(problem, set())
-                    if where not in known:
-                        known.add(where)
-                        lines.write(self.bad_line(problem, where))
-                        if len(known) <= 10:
-                            tqdm.write(f"{problem}: {where}{f' (further ones: {self.bad_data})' * (len(known) == 10)}", file=sys.stderr)
-
-    def draw(self):
-        """Training loss, and validation loss with matched and with shuffled images, over all stages."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return
-        rows, offset, figure = self.rows(), 0, Figure(figsize=(9, 4.5), layout="tight")
-        axes = figure.subplots()
-        looks = {"loss": ("training", "0.65", "-"), "val_loss": ("validation", "C0", "o-"),
-                 "val_loss_shuffled": ("validation, shuffled images", "C3", "o-")}
-        for stage in dict.fromkeys(row["stage"] for row in rows):
-            of_stage = [row for row in rows if row["stage"] == stage]
-            for key, (label, colour, line) in looks.items():
-                points = [(offset + row["step"], row[key]) for row in of_stage if key in row]
-                axes.plot([x for x, _ in points], [y for _, y in points], line, color=colour, label=None if offset else label, markersize=3)
-            axes.axvline(offset, color="0.8", linewidth=0.8)
-            axes.text(offset, 1.01, f" {stage}", transform=axes.get_xaxis_transform(), fontsize=9)
-            offset += of_stage[-1]["step"]
-        axes.set(xlabel="optimizer step", ylabel="cross-entropy a token")
-        axes.legend(frameon=False)
-        write(self.png, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
 # -------------------------------------------------------------------------------------------------------------- validation
@@ -564,11 +459,12 @@ class Run:
     processes: Processes
     model: vpgtrans.VisualLLM
     validation: Validation
-    log: Log
+    log: runs.Log
+    gate: tuple = None  # the last validation losses, with matched and with shuffled images
 
     def validate(self, at):
         """Logs, prints and draws how the model does at a step."""
-        matched, shuffled = self.validation.losses(self.model)
+        matched, shuffled = self.gate = self.validation.losses(self.model)
         self.log.add(**at, val_loss=matched, val_loss_shuffled=shuffled)
         self.processes.say(f"step {at['step']:>6,}  validation loss {matched:.3f}, with shuffled images {shuffled:.3f}")
         if self.processes.rank == 0:
@@ -577,19 +473,42 @@ class Run:
 
     def save(self, optimizer, at):
         if self.processes.rank == 0:
-            save_model(self.args.out, self.model)
-            save_state(self.args.out, self.model, optimizer, {**at, "seconds": self.log.seconds, "arguments": arguments(self.args)})
+            parameters = vpgtrans.blip2_names(self.model)
+            runs.save_model(self.args.out, parameters)
+            runs.save_state(self.args.out, parameters, optimizer, {**at, "seconds": self.log.seconds, "arguments": arguments(self.args)})
 
-    def check(self, loss, bad, seen, at):
-        """Stops a run whose loss is no number any more, or too many of whose images cannot be read."""
-        if not math.isfinite(loss):
-            fail(f"the loss at step {at['step']} of stage {at['stage']} is {loss}; {self.args.out} holds the last good state")
+    def check_loss(self, losses, files, optimizer, at):
+        """Stops a run whose loss is no number any more. `losses` and the `files` of this process, a step each, are the last
+        ones before `at`; the optimizer has not moved since the first that is none."""
+        wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if wrong is None:
+            return
+        at, out = {**at, "step": at["step"] - len(losses) + wrong + 1}, self.args.out
+        files = sorted(self.processes.gather(files[wrong]))
+        if self.processes.rank == 0:
+            runs.write(out / "broken.json", lambda file: file.write_text(json.dumps(at | {"loss": str(losses[wrong]), "files": files}, indent=2)))
+            runs.save_state(out, vpgtrans.blip2_names(self.model), optimizer, at, name="broken.safetensors")
+        fail(f"the loss at step {at['step']:,} of stage {at['stage']} is {losses[wrong]}. {out / 'broken.json'} names the samples of that step, "
+             f"broken.safetensors holds the weights and moments before it, and {runs.STATE} the last state saved. A lower --lr may help, or --precision fp32")
+
+    def check_images(self, bad, seen):
+        """Stops a run too many of whose images cannot be read."""
         if bad > self.args.max_bad * max(seen, 1000):
             fail(f"{bad} of {seen} images could not be read, more than --max-bad {self.args.max_bad:g}; {self.log.bad_data} says which")
 
+    def check_gate(self):
+        """Stops a run after the warm-up if its LLM does not look at the images."""
+        matched, shuffled = self.gate or self.validation.losses(self.model)
+        if self.args.gate and not shuffled - matched >= self.args.gate:
+            fail(f"after the warm-up, the validation loss is {matched:.3f} with the right images and {shuffled:.3f} with shuffled ones: the LLM does not "
+                 f"use the image (--gate {self.args.gate:g}). Look at whether captions fit their images (python data.py SPEC), at --src, and at "
+                 f"the curves in {self.args.out}; try more --warm-up-steps or another --warm-up-lr in a new --out. The state is saved: the same command "
+                 "with --resume --gate 0 goes on regardless")
 
-def optimizer_step(trained, micro_batches, optimizer, processes):
-    """Forward, backward and update for one batch, of which this process has some micro-batches.
+
+def optimizer_step(model, trained, micro_batches, optimizer, processes):
+    """Forward, backward and update for one batch, of which this process has some micro-batches; `trained` is the model, or
+    DDP around it.
 
     Each token counts alike, whichever process and micro-batch it is in: -> (their number in all, this process's loss sum, has
     any process been asked to stop)."""
@@ -605,6 +524,8 @@ def optimizer_step(trained, micro_batches, optimizer, processes):
             loss, _ = trained(micro["prompt_ids"], targets, **sees)
             (loss * (processes.world / tokens)).backward()  # times world: DDP takes the mean over processes
         loss_sum += loss.detach()
+    # once a gradient is no number, AdamW stands still, as under a GradScaler: nothing waits for that, and nothing is spoilt
+    optimizer.found_inf = torch.maximum(optimizer.found_inf, (~model.projector.bias.grad.isfinite().all()).float())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return tokens, loss_sum, bool(stop)
@@ -642,8 +563,9 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
     if samples.sets[0].cache:
         fill_cache(run, samples)
     optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=stage.lr, betas=stage.betas, fused=True)
+    optimizer.found_inf = torch.zeros((), device=processes.device)
     if resumed:
-        restore(model, optimizer, resumed[1])
+        runs.restore(vpgtrans.blip2_names(model), optimizer, resumed[1])
     first = resumed[0]["step"] if resumed else 0
     trained = nn.parallel.DistributedDataParallel(model, init_sync=False) if processes.world > 1 else model
     batches = data.load_batches(samples, order, stage.batch_size, args.micro_batch, processes.rank, processes.world, first, args.workers)
@@ -651,7 +573,7 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
     at = lambda step: {"stage": name, "step": step, "samples": step * stage.batch_size}
     if first == 0:
         run.validate(at(0))
-    losses, tokens, bad, problems, logged, since = [], 0, 0, [], first, time.time()
+    losses, files, tokens, bad, problems, logged, since = [], [], 0, 0, [], first, time.time()
     with tqdm(total=steps, initial=first, desc=name, unit="step", disable=None if processes.rank == 0 else True) as bar:
         for step in range(first, steps):
             micro_batches, lr = next(batches), vpgtrans.learning_rate(stage, step, steps)
@@ -659,23 +581,25 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
                 group["lr"] = lr
             # dropout is a function of the stage's seed, step and rank, so that a resumed run draws what it would have drawn
             torch.manual_seed(hash((samples.seed, step, processes.rank)))
-            step_tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes)
+            step_tokens, loss, stop = optimizer_step(model, trained, micro_batches, optimizer, processes)
             losses.append(loss)
+            files.append([file for micro in micro_batches for file in micro["files"]])
             tokens += step_tokens
             problems += [("unreadable image", message) for micro in micro_batches for message in micro["bad"]]
             problems += [("validation image in training", f"{f} is {known}") for micro in micro_batches for f, known in micro["twins"].items()]
             done = at(step + 1)
             save = done["step"] % args.save_every == 0 or done["step"] == steps or stop
             if done["step"] % args.log_every == 0 or save:  # no state is saved whose loss was not looked at
-                (loss,), problems = processes.sum(sum(losses)), processes.gather(problems)
+                losses, problems = processes.sum(*losses), processes.gather(problems)
+                run.check_loss(losses, files, optimizer, done)
                 bad += sum(problem == "unreadable image" for problem, _ in problems)
                 log.report(problems)
                 seconds, samples_seen = time.time() - since, (done["step"] - logged) * stage.batch_size
                 log.seconds += seconds
-                log.add(**done, loss=loss / tokens, lr=lr, samples_per_second=samples_seen / seconds, peak_memory=peak_memory(), bad_samples=bad)
-                run.check(loss, bad, done["samples"] - first * stage.batch_size, done)
-                bar.set_postfix(loss=f"{loss / tokens:.3f}", samples_per_second=f"{samples_seen / seconds:.0f}")
-                losses, tokens, problems, logged, since = [], 0, [], done["step"], time.time()
+                log.add(**done, loss=sum(losses) / tokens, lr=lr, samples_per_second=samples_seen / seconds, peak_memory=peak_memory(), bad_samples=bad)
+                run.check_images(bad, done["samples"] - first * stage.batch_size)
+                bar.set_postfix(loss=f"{sum(losses) / tokens:.3f}", samples_per_second=f"{samples_seen / seconds:.0f}")
+                losses, files, tokens, problems, logged, since = [], [], 0, [], done["step"], time.time()
             bar.update()
             if done["step"] % val_every == 0 or done["step"] == steps:
                 pause = time.time()
@@ -699,16 +623,6 @@ def fail(error):
     sys.exit(2)
 
 
-def check_writable(folder):
-    """OSError unless files can be made in a folder, which is made for the moment where it is not there yet."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "writable", lambda file: file.touch())
-    (folder / "writable").unlink()
-    if is_new:
-        folder.rmdir()
-
-
 def prepare(args, stages):
     """Everything that can be wrong with arguments, files and folders, before anything long begins.
 
@@ -720,17 +634,19 @@ def prepare(args, stages):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             find_data(args, stages, lambda _: None)  # a large scan is kept, and the others need not make it
         for folder in [args.out] + [args.cache] * bool(args.cache):
-            check_writable(folder)
+            runs.check_writable(folder)
     processes = Processes.start(args.precision)
     src, tgt = find_models(args)
     sets, val = find_data(args, stages, processes.say)
     sizes = {name: data.sizes(pairs, args.captions) for name, (pairs, _) in sets.items()}
     steps = {name: plan_length(args, name, stage, sum(sizes[name]), processes.world) for name, stage in stages.items()}
-    resumed = load_state(args.out, args) if args.resume else None
+    resumed = runs.load_state(args.out, processes.say) if args.resume else None
+    if resumed:
+        check_same_run(args, resumed[0])
     captions = itertools.chain.from_iterable(pairs.captions for pairs in sets[list(stages)[0]][0])
     model, tok = build_model(args, src, tgt, captions, processes)
     new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
-    validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), Log(args.out, processes.rank)
+    validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), runs.Log(args.out, processes.rank)
     known = data.Lookalikes(val.files())
     jobs = {}
     for name, (pairs, weights) in sets.items():
@@ -743,15 +659,15 @@ def prepare(args, stages):
         if args.cache and name == "warm-up" and not (resumed and resumed[0]["stage"] != name):
             pairs = open_caches(args, pairs, model.vpg, processes.say)
         jobs[name] = new_samples(pairs, captions=args.captions, augment=args.augment == "crop", known=known, seed=seed), order, steps[name]
+    if (need := runs.disk_need(vpgtrans.blip2_names(model)) - sum(f.stat().st_size for f in args.out.glob("*.safetensors"))) > disk_space(args.out):
+        raise OSError(f"{args.out}: the run's folder needs {in_words(need)} more, of which {in_words(disk_space(args.out))} are free on that disk")
     if resumed:
         log.continue_from(list(stages), resumed[0])
     elif processes.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "config.json", lambda file: file.write_text(json.dumps(run_config(args, src, tgt, model), indent=2)))
-        write(log.file, lambda file: file.write_text(""))
+        runs.write(args.out / "config.json", lambda file: file.write_text(json.dumps(run_config(args, src, tgt, model), indent=2)))
         whole = {id(p.left_out): p for p in [*itertools.chain(*(pairs for pairs, _ in sets.values())), val]}  # what several stages read, once
-        left_out = ((problem, where) for p in whole.values() for problem, places in p.left_out.items() for where in places)
-        write(log.bad_data, lambda file: file.write_text("".join(log.bad_line(*row) for row in left_out)))
+        log.begin((problem, where) for p in whole.values() for problem, places in p.left_out.items() for where in places)
     log.report(processes.gather(validation.bad))
     return Run(args, processes, model, validation, log), jobs, resumed
 
@@ -773,11 +689,18 @@ def main(argv=None):
         for name in list(stages)[list(stages).index(resumed[0]["stage"]) if resumed else 0 :]:
             train_stage(run, name, stages[name], *jobs[name], resumed)
             resumed = None
+            if name == "warm-up" and "fine-tune" in stages:
+                run.check_gate()
+    except torch.OutOfMemoryError as error:
+        fail(f"GPU memory ran out with --micro-batch {args.micro_batch}: lower it, the result stays the same but for the draws of dropout; with "
+             f"--resume if a state was saved already; --dry-run says what should fit ({error})")
     except OSError as error:
         fail(error)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if run.processes.rank == 0:
+        (args.out / runs.PREVIOUS).unlink(missing_ok=True)
     lengths = ", then ".join(f"{name} {steps:,} steps" for name, (_, _, steps) in jobs.items())
     run.processes.say(f"\n{args.src} -> {args.tgt}: {lengths}, {run.log.seconds:.0f} s of training.\n"
                       f"Weights, metrics and curves are in {args.out}/. Try: python sample.py IMAGE --model {args.out}")

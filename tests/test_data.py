@@ -940,6 +940,23 @@ def test_ranks_share_every_batch_whatever_their_number(samples):
     assert len(alone) == 5 and [sorted(a) for a in alone] == [sorted(x + y) for x, y in zip(*ranks)]
 
 
+@pytest.mark.parametrize("captions", ["each", "packed"])
+def test_micro_batches_hold_captions_of_like_length(samples, captions):
+    pairs = captioned(samples, [1, 3, 2, 6, 4, 5, 9, 8])
+    several = data.Samples([samples.sets[0], pairs], samples.tok, 28, 5, captions=captions)
+    count = 48 if captions == "packed" else 78
+    order = data.plan([count], count, seed=0)
+    letters = [len(caption) for caption in several.sets[0].captions]
+    of_images = np.bincount(pairs.image, [len(caption) for caption in pairs.captions])
+    lengths = np.array([*letters, *(of_images if captions == "packed" else map(len, pairs.captions))])
+    assert (several.lengths() == lengths).all()
+    for rank in range(2):
+        for step, micros in enumerate(data.load_batches(several, order, 24, 4, rank, 2)):
+            letters = [[sum(len(samples.tok.decode(t for t in row[row >= 0][:-1].tolist()).strip()) for row in rows.view(-1, rows.shape[-1]))
+                        for rows in micro["target_ids"]] for micro in micros]
+            assert len(micros) == 3 and all(max(a) <= min(b) for a, b in zip(letters, letters[1:]))
+
+
 def test_starting_at_a_step_gives_what_would_have_come(samples):
     order = data.plan([40], 40, seed=0)
     whole, rest = list(data.load_batches(samples, order, 8, 4)), list(data.load_batches(samples, order, 8, 4, first_step=3, workers=1))
@@ -1042,7 +1059,7 @@ def captioned(samples, most):
     files = samples.sets[0].files()[: len(most)]
     names = ["one", "two", "three", "four", "five"]
     own = np.concatenate([np.arange(n)[::-1] for n in most[::-1]])
-    captions = [f"{names[i]} " + "red " * int(k) for i, k in zip(image, own)]
+    captions = [f"{names[i % 5]} " + "red " * int(k) for i, k in zip(image, own)]
     return data.Pairs("test", "/", data.Strings.of(files), data.Strings.of(c.strip() for c in captions), np.array(image))
 
 
@@ -1064,7 +1081,7 @@ def test_an_image_can_come_with_one_of_its_captions(samples):
 def test_all_captions_of_an_image_can_be_packed(samples):
     pairs = captioned(samples, [1, 3, 2])
     packed = data.Samples([pairs], samples.tok, 28, 5, captions="packed")
-    (batch,) = next(data.load_batches(packed, np.arange(3), 3, 3))
+    batch = packed.collate([packed[i, i] for i in range(3)])
     assert batch["images"].shape == (3, 3, 28, 28) and batch["target_ids"].shape[:2] == (3, 3) and batch["prompt_ids"].shape == (3, 6)
     for i, rows in enumerate(batch["target_ids"].tolist()):
         own = sorted(caption for caption, of in zip(pairs.captions, pairs.image) if of == i)

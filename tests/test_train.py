@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import conftest
 import qformer
+import runs
 import sample
 import train
 from test_data import write_kind, write_shard
@@ -27,7 +28,7 @@ ROOT = Path(train.__file__).parent
 def arguments(world, out, *more):
     source, target, pairs = world
     return ["--src", str(source), "--tgt", str(target), "--data", str(pairs), "--out", str(out), "--batch-size", "8", "--steps", "6",
-            "--warm-up-steps", "3", "--lr", "1e-3", "--log-every", "1", "--val-every", "3", "--workers", "0", "--precision", "fp32", *more]
+            "--warm-up-steps", "3", "--lr", "1e-3", "--log-every", "1", "--val-every", "3", "--workers", "0", "--precision", "fp32", "--gate", "0", *more]
 
 
 def rows(out, *keys):
@@ -244,7 +245,8 @@ def test_transfers_chain(finished, world, tmp_path):
 def test_without_data_the_papers_layout_is_used(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VPGTRANS_DATA", str(tmp_path))
     source, target, pairs = world
-    args = ["--src", str(source), "--tgt", str(target), "--out", str(tmp_path / "run"), "--batch-size", "8", "--steps", "2", "--warm-up-steps", "2", "--workers", "0"]
+    args = ["--src", str(source), "--tgt", str(target), "--out", str(tmp_path / "run"), "--batch-size", "8", "--steps", "2", "--warm-up-steps", "2", "--workers", "0",
+            "--gate", "0"]
     with pytest.raises(SystemExit):
         train.main(args)
     said = capsys.readouterr().err
@@ -269,9 +271,9 @@ def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, stage, ste
     conftest.write_source(tmp_path / "source", dropout=0.1)
     world = (tmp_path / "source", *world[1:])
     train.main(arguments(world, tmp_path / "whole", "--save-every", "1"))
-    killer = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train; add = train.Log.add\n"
+    killer = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train; add = train.runs.Log.add\n"
               f"def kill(log, **row):\n    add(log, **row)\n    if (row['stage'], row['step']) == ({stage!r}, {step}): os.kill(os.getpid(), signal.{signal})\n"
-              "train.Log.add = kill; train.main(sys.argv[1:])")
+              "train.runs.Log.add = kill; train.main(sys.argv[1:])")
     killed = subprocess.run([sys.executable, "-c", killer, *arguments(world, tmp_path / "killed", "--save-every", "1")], capture_output=True)
     assert killed.returncode == code
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as log:
@@ -279,6 +281,129 @@ def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, stage, ste
     train.main(arguments(world, tmp_path / "killed", "--save-every", "1", "--resume"))
     assert rows(tmp_path / "killed", "stage", "step", "loss") == rows(tmp_path / "whole", "stage", "step", "loss")
     assert rows(tmp_path / "killed", "step", "val_loss") == rows(tmp_path / "whole", "step", "val_loss")
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(world, tmp_path, capsys):
+    train.main(arguments(world, tmp_path / "whole"))
+    for damage in (lambda file: file.unlink(), lambda file: os.truncate(file, file.stat().st_size // 2), lambda file: file.write_bytes(b"")):
+        out = tmp_path / "run"
+        with pytest.raises(SystemExit):
+            stop_at("fine-tune", 4, lambda: train.main(arguments(world, out, "--save-every", "2")))
+        assert {file.name for file in out.glob("*.safetensors")} == {"model.safetensors", runs.STATE, runs.PREVIOUS}
+        damage(out / runs.STATE)
+        capsys.readouterr()
+        train.main(arguments(world, out, "--save-every", "2", "--resume"))
+        assert (": damaged (" in (said := capsys.readouterr().out)) == (f"from {runs.PREVIOUS}, step 4 of stage fine-tune" in said)
+        assert rows(out, "stage", "step", "loss") == rows(tmp_path / "whole", "stage", "step", "loss")
+        shutil.rmtree(out)
+    with pytest.raises(SystemExit):
+        stop_at("fine-tune", 4, lambda: train.main(arguments(world, out, "--save-every", "2")))
+    for file in (runs.STATE, runs.PREVIOUS):
+        (out / file).write_bytes(b"no state")
+    refused(capsys, arguments(world, out, "--resume"), runs.STATE, runs.PREVIOUS, "damaged")
+
+
+def stop_at(stage, step, command):
+    """Runs a command that is asked to stop after a line of the log."""
+    add = runs.Log.add
+
+    def stopping(log, **row):
+        add(log, **row)
+        if (row["stage"], row["step"]) == (stage, step):
+            train.stop_asked.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Log, "add", stopping)
+        command()
+
+
+def test_a_warm_up_after_which_the_llm_does_not_look_stops(world, tmp_path, capsys):
+    """The random models of these tests do not look at images. With --gate 0 the same run goes on, from the state that was saved."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(world, tmp_path / "run", "--gate", "0.01"))
+    assert stop.value.code == 2 and "does not use the image" in capsys.readouterr().err
+    assert {stage for stage, in rows(tmp_path / "run", "stage")} == {"warm-up"}
+    with pytest.raises(SystemExit):
+        train.main(arguments(world, tmp_path / "run", "--gate", "0.01", "--resume"))
+    train.main(arguments(world, tmp_path / "run", "--resume"))
+    train.main(arguments(world, tmp_path / "whole"))
+    assert rows(tmp_path / "run", "stage", "step", "loss") == rows(tmp_path / "whole", "stage", "step", "loss")
+
+
+def test_models_that_look_pass_the_gate(tmp_path):
+    pairs = f"demo={ROOT / 'demo' / 'pairs' / 'val.jsonl'}"
+    train.main(arguments((ROOT / "demo" / "source", ROOT / "demo" / "target", pairs), tmp_path / "run", "--gate", "0.01", "--warm-up-steps", "1", "--steps", "1",
+                         "--val-samples", "32"))
+    assert len(rows(tmp_path / "run", "loss")) == 2
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(world, tmp_path, monkeypatch, capsys):
+    """In step 3 of 4 between two lines of the log. What is left is the state before it: the run with one step less ends there."""
+    options = ["--no-warm-up", "--log-every", "4", "--val-every", "6", "--augment", "none"]
+    train.main(arguments(world, tmp_path / "shorter", *options, "--steps", "6", "--save-every", "2"))
+    forward, calls = train.vpgtrans.VisualLLM.forward, []
+
+    def poisoned(model, *inputs, **images):
+        loss, tokens = forward(model, *inputs, **images)
+        if model.training or model.vpg.qformer.training:
+            calls.append(inputs)
+        return (loss * float("nan") if len(calls) == 3 else loss), tokens
+
+    monkeypatch.setattr(train.vpgtrans.VisualLLM, "forward", poisoned)
+    saved = {}
+    step = train.optimizer_step
+
+    def watched(model, *rest):
+        saved[len(calls)] = {name: p.detach().clone() for name, p in train.vpgtrans.blip2_names(model).items()}
+        return step(model, *rest)
+
+    monkeypatch.setattr(train, "optimizer_step", watched)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(world, tmp_path / "run", *options))
+    assert stop.value.code == 2 and "at step 3 of stage fine-tune is nan" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "broken.json").read_text())
+    assert report["step"] == 3 and len(report["files"]) == 8 and all(Path(file).is_file() for file in report["files"])
+    broken = load_file(tmp_path / "run" / "broken.safetensors")
+    assert all(torch.equal(broken[f"model.{name}"], value) for name, value in saved[2].items())
+    assert any(not torch.equal(broken[f"model.{name}"], value) for name, value in saved[1].items())
+    assert all(value.isfinite().all() for value in broken.values())
+
+
+def test_memory_that_runs_out_says_what_to_change(world, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "optimizer_step", out_of_memory)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(world, tmp_path / "run", "--micro-batch", "7"))
+    assert stop.value.code == 2 and "--micro-batch 7" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_refused_first(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
+    refused(capsys, arguments(world, tmp_path / "run"), str(tmp_path / "run"), "100.0 KB are free")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(world, tmp_path):
+    train.main(arguments(world, tmp_path / "whole"))
+    with pytest.raises(SystemExit):
+        stop_at("fine-tune", 2, lambda: train.main(arguments(world, tmp_path / "run")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
+               *arguments(world, tmp_path / "run", "--resume")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(rows(tmp_path / "whole", "stage", "step", "loss"), rows(tmp_path / "run", "stage", "step", "loss"), strict=True):
+        assert a[:2] == b[:2] and abs(a[2] - b[2]) < 1e-5
+
+
+def test_an_error_in_one_process_ends_all_of_them(world, tmp_path):
+    script = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train; step = train.optimizer_step\n"
+              "def failing(*rest):\n    if os.environ['RANK'] == '1': raise RuntimeError('this card is broken')\n    return step(*rest)\n"
+              "train.optimizer_step = failing; train.main(sys.argv[1:])")
+    (tmp_path / "failing.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "failing.py"), *arguments(world, tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    assert done.returncode != 0 and "this card is broken" in done.stderr
 
 
 def test_other_arguments_are_not_a_resume(finished, world, capsys):
@@ -571,14 +696,14 @@ def test_packed_captions_count_as_one_sample(world, tmp_path, capsys):
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     file = tmp_path / "weights"
-    train.write(file, lambda f: f.write_text("old"))
+    runs.write(file, lambda f: f.write_text("old"))
 
     def fail(f):
         f.write_text("ne")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        train.write(file, fail)
+        runs.write(file, fail)
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
