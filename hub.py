@@ -30,7 +30,7 @@ TARGETS |= {"llama-7b": "huggyllama/llama-7b", "vicuna-7b": "lmsys/vicuna-7b-v1.
 VPG = ("vision_model.", "qformer.", "query_tokens", "language_projection.")
 WORDS = tuple(f"language_model.{name}." for name in (
     "model.decoder.embed_tokens", "model.decoder.project_in", "model.embed_tokens", "shared", "encoder.embed_tokens"))
-ROLES = {"source": (*VPG, *WORDS), "target": ("",), "model": ("",), "VPG": VPG, "tokenizer": ()}
+ROLES = {"source": (*VPG, *WORDS), "target": ("",), "model": ("",), "VPG": VPG, "tokenizer": (), "shapes": ()}
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ def read_config(folder):
 
 
 def resolve(name, role):
-    """A short name, Hub id, folder or run, and what it is for ("source", "target", "model", "VPG", "tokenizer") -> Place.
+    """A short name, Hub id, folder or run, and what it is for ("source", "target", "model", "VPG", "tokenizer", or of a source only
+    its config.json: "shapes") -> Place.
 
     FileNotFoundError says which files are missing, where they belong, and what else could be done."""
     folder = Path(name)
     if folder.is_dir():
         run = read_config(folder)
-        if run.get("model_type") != "vpgtrans":
+        if run.get("model_type") != "vpgtrans" or role == "shapes":
             return Place(name, folder, folder, folder, folder)
         if not {"vit", "llm"} <= run.keys():
             raise ValueError(f"{folder / 'config.json'}: does not name the run's ViT and LLM; it is damaged")

@@ -888,23 +888,27 @@ def complete_tied(tensors, words):
         tensors[words] = tensors[HEAD] = nn.Parameter(held[0], requires_grad=False)
 
 
+def empty_llm(folder):
+    """The language model of a folder as its config.json says, without weights: on the meta device, where tensors have shapes only."""
+    config, _ = read_config(folder)
+    try:
+        with torch.device("meta"):
+            return ARCHITECTURES[config["model_type"]](config)
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json: {error} is missing") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
+
+
 def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
     """The language model of a folder in Hugging Face layout, frozen and in eval mode.
 
     The LLM lies at the top level or under `language_model.` (BLIP-2). FileNotFoundError or ValueError name the file and
     the option that is not implemented, or the tensor that is missing, misshapen or damaged."""
-    config, prefix = read_config(folder)
-    architecture = ARCHITECTURES[config["model_type"]]
-    try:
-        with torch.device("meta"):
-            llm = architecture(config)
-    except KeyError as error:
-        raise ValueError(f"{folder}/config.json: {error} is missing") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json: {error}") from error
-    if architecture is T5 and dtype == torch.float16:
+    llm, (_, prefix) = empty_llm(folder), read_config(folder)
+    if isinstance(llm, T5) and dtype == torch.float16:
         raise ValueError(f"{folder}: T5 overflows in float16; load it in bfloat16 or float32")
-    rename = renaming(architecture, prefix)
+    rename = renaming(type(llm), prefix)
     tensors = {rename(name): tensor.to(device, dtype) for name, tensor in read_tensors(folder, rename)}
     if llm.lm_head.weight is llm.get_parameter(llm.WORDS):
         complete_tied(tensors, llm.WORDS)

@@ -408,16 +408,20 @@ def load_vit(folder, dtype=torch.bfloat16, device="cpu", layers=None):
     return vit.requires_grad_(False).eval()
 
 
+def empty_vpg(folder, image_size=None, vit_layers=None):
+    """The VPG of a folder as its config.json says, without weights: on the meta device, where tensors have shapes only."""
+    choices = {"image_size": image_size, "vit_layers": vit_layers}
+    with torch.device("meta"):
+        return checked(folder, VPG, read_config(folder) | {key: n for key, n in choices.items() if n is not None})
+
+
 def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_former=True, image_size=None, vit_layers=None):
     """The VPG of a BLIP-2 folder, in eval mode, with no gradients: entering a stage says what trains.
 
     The frozen ViT comes in `dtype`, what VPGTrans trains in float32. One of our runs holds only what was trained:
     `vit_folder` is then the folder with the ViT. With q_former=False what trains is not read but drawn (VPG.reset), and the
     folder may be CLIP's. `image_size` and `vit_layers` are as in VPG. FileNotFoundError or ValueError name file and tensor."""
-    choices = {"image_size": image_size, "vit_layers": vit_layers}
-    config, vit_folder = read_config(folder) | {key: n for key, n in choices.items() if n is not None}, vit_folder or folder
-    with torch.device("meta"):
-        vpg = checked(folder, VPG, config)
+    vpg, vit_folder = empty_vpg(folder, image_size, vit_layers), vit_folder or folder
     if q_former:
         if not any(name.startswith("qformer.") for name in checkpoint_files(folder)):
             raise ValueError(f"{folder}: holds no Q-Former (qformer.*); a ViT alone is a source for training --from-scratch only")
@@ -425,7 +429,7 @@ def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_form
         tensors = {name: tensor.to(device, torch.float32) for name, tensor in read_tensors(folder, ours)}
     else:
         tensors = {name: torch.empty(parameter.shape, device=device) for name, parameter in vpg.trained_parameters().items()}
-    tensors |= {name: tensor.to(device, dtype) for name, tensor in read_vit(vit_folder, config.get("vit_layers")) if is_frozen(name)}
+    tensors |= {name: tensor.to(device, dtype) for name, tensor in read_vit(vit_folder, vpg.config["vit_layers"]) if is_frozen(name)}
     assign_tensors(vpg, tensors, folder if vit_folder == folder else f"{folder} with the ViT of {vit_folder}")
     if not q_former:
         vpg.reset()

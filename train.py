@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import cache
 import data
+import estimate
 import hub
 import llm as language_models
 import qformer
@@ -90,8 +91,10 @@ def parse_arguments(argv=None):
     length.add_argument("--warm-up-lr", type=float, help="rate of stage 1 (default: 5 x --lr)")
     length.add_argument("--seed", type=int, default=0, help="a run is a function of its arguments and this (default: %(default)s)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--micro-batch", type=int, default=36, help="samples at a time on one GPU; lower it when memory runs "
-                         "out; but for the draws of dropout, the result stays the same (default: %(default)s)")
+    machine.add_argument("--micro-batch", type=int, help="samples at a time on one GPU; but for the draws of dropout, the result is the "
+                         "same whatever it is (default: what should fit into the GPU's memory, 36 at most)")
+    machine.add_argument("--dry-run", nargs="?", const="", metavar="CARD", help="print what would train, how long, and the memory, operations and hours that "
+                         f"it should take on CARD ({', '.join(estimate.CARDS)}; default: what is found here), and load no weights")
     machine.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of frozen weights and of the arithmetic; "
                          "trained weights are always float32 (default: %(default)s)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
@@ -129,7 +132,7 @@ def parse_arguments(argv=None):
 
 
 # What a run's result does not depend on, or by the draws of dropout alone, so that --resume may change it.
-FREE = {"out", "micro_batch", "compile", "workers", "resume", "gate", "log_every", "val_every", "save_every", "max_bad"}
+FREE = {"out", "micro_batch", "dry_run", "compile", "workers", "resume", "gate", "log_every", "val_every", "save_every", "max_bad"}
 
 
 def plan_stages(args):
@@ -300,6 +303,62 @@ def convert_projector(projector, src, tgt, captions, say):
     say(f"word converter: {src_words.shape[1]} -> {tgt_words.shape[1]}, fitted on {len(src_ids):,} shared tokens, {(counts > 0).sum():,} of them "
         f"in the captions; explains {explained:.1%} of the target embeddings' variance there ({time.time() - began:.1f} s)")
     return vpgtrans.merge(projector, converter)
+
+
+def shape_model(args, src, tgt):
+    """The model of a run without weights, on the meta device."""
+    vpg, llm = qformer.empty_vpg(args.from_scratch or src.folder, args.image_size, args.vit_layers), language_models.empty_llm(tgt.llm)
+    return vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim, device="meta"), llm).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
+
+
+def trace(model, tok, tokens):
+    """What a step of this model needs, by estimate.trace, with captions of so many tokens."""
+    prompts = torch.tensor([data.prompt_ids(tok, model.vpg.num_query_tokens)] * 2)
+    images = torch.empty(2, 3, model.vpg.image_size, model.vpg.image_size, dtype=model.projector.weight.dtype, device="meta")
+    return estimate.trace(model, {"prompt_ids": prompts, "target_ids": torch.zeros(2, tokens, dtype=torch.long, device="meta"), "images": images})
+
+
+def choose_micro_batch(args, stages, sets, src, tgt, processes):
+    """How many samples at a time: as --micro-batch says, else what should fit into the memory of this GPU."""
+    if args.micro_batch or processes.device.type == "cpu":
+        return args.micro_batch or 36
+    model, tok, fits = shape_model(args, src, tgt), data.load_tokenizer(tgt.tokenizer), []
+    for name, stage in stages.items():
+        vpgtrans.enter_stage(model, stage)
+        step = trace(model, tok, args.max_tokens * captions_a_sample(args, sets[name][0]))
+        fits.append(estimate.largest_micro_batch(model, step, torch.cuda.mem_get_info()[1], 36, processes.world))
+    processes.say(f"micro-batch: {min(fits)} (--micro-batch)")
+    return min(fits)
+
+
+def captions_a_sample(args, sets):
+    return math.ceil(sum(map(len, sets)) / sum(len(pairs.images) for pairs in sets)) if args.captions == "packed" else 1
+
+
+def dry_run(args, stages):
+    """Prints what the run would do and need, for --dry-run. Without data under datasets/, the paper's amounts are taken."""
+    tgt, src, world = hub.resolve(args.tgt, "tokenizer"), hub.resolve(args.src, "shapes"), int(os.environ.get("WORLD_SIZE", 1))
+    tok, model, machine = data.load_tokenizer(tgt.tokenizer), shape_model(args, src, tgt), estimate.machine(args.dry_run)
+    try:
+        sets, _ = find_data(args, stages, print)
+    except FileNotFoundError as error:
+        if args.data:
+            raise
+        print(f"{str(error).splitlines()[0]}: taken are the paper's amounts, with captions of 12 tokens")
+        sets = None
+    for name, stage in stages.items():
+        pairs, tokens, captions = stage.samples or 1_400_000, 12, 1
+        if sets:
+            texts = [text for some in sets[name][0] for text in itertools.islice(some.captions, 1000)]
+            tokens = round(sum(len(data.caption_ids(tok, text, args.max_tokens)) for text in texts) / len(texts))
+            pairs, captions = sum(data.sizes(sets[name][0], args.captions)), captions_a_sample(args, sets[name][0])
+        steps = plan_length(args, name, stage, pairs, world)
+        print(describe_stage(name, stage, steps, pairs, vpgtrans.enter_stage(model, stage)))
+        longest, typical = trace(model, tok, args.max_tokens * captions), trace(model, tok, tokens * captions)
+        fits = estimate.largest_micro_batch(model, longest, machine[1], 36, world) if machine[1] else 36
+        print(*estimate.report(model, longest, typical, steps * stage.batch_size, machine, args.micro_batch or fits, world), sep="\n")
+    need = runs.disk_need(vpgtrans.blip2_names(model))
+    print(f"\n{args.out}: {in_words(need)} while it runs; {in_words(disk_space(args.out))} are free on that disk")
 
 
 def build_model(args, src, tgt, captions, processes):
@@ -638,6 +697,7 @@ def prepare(args, stages):
     processes = Processes.start(args.precision)
     src, tgt = find_models(args)
     sets, val = find_data(args, stages, processes.say)
+    args.micro_batch = choose_micro_batch(args, stages, sets, src, tgt, processes)
     sizes = {name: data.sizes(pairs, args.captions) for name, (pairs, _) in sets.items()}
     steps = {name: plan_length(args, name, stage, sum(sizes[name]), processes.world) for name, stage in stages.items()}
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
@@ -676,6 +736,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     stages = plan_stages(args)
     try:
+        if args.dry_run is not None:
+            return dry_run(args, stages) if int(os.environ.get("RANK", 0)) == 0 else None
         run, jobs, resumed = prepare(args, stages)
     except (OSError, ValueError) as error:
         fail(error)
