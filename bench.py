@@ -383,8 +383,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size if args.batch_size is not None else 16 if args.llm else 8
-    if min(args.generation_batch_size, args.batch_size, args.target_tokens, args.repeats) < 1:
-        parser.error("--batch-size, --generation-batch-size, --target-tokens and --repeats must be at least 1")
+    if min(args.generation_batch_size, args.batch_size, args.target_tokens, args.repeats, 1 if args.captions is None else args.captions) < 1:
+        parser.error("--batch-size, --generation-batch-size, --target-tokens, --captions and --repeats must be at least 1")
     return args
 
 
@@ -679,7 +679,7 @@ def main(argv=None):
     torch._dynamo.config.recompile_limit = 64  # all blocks of a kind share one function; past 8 variants, they run eagerly
     print(f"`python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}`: {args.llm or args.size}, {args.precision}, batch {args.batch_size}, "
           f"{args.target_tokens} target tokens, medians of {args.repeats}\n{machine(device)}")
-    (bench_llm if args.llm else bench_captions if args.captions else bench_blip2)(args, device, dtype)
+    (bench_captions if args.captions else bench_llm if args.llm else bench_blip2)(args, device, dtype)
 
 
 if __name__ == "__main__":

@@ -301,12 +301,13 @@ class Lookalikes:
     """Finds pictures that are among given ones, also under another name, in another size or quality, as COCO's in Visual Genome."""
 
     def __init__(self, files):
-        """Reads the files (N); those that cannot be read are passed over."""
+        """Reads the files; those that cannot be read, and those that show next to nothing, are passed over."""
         def read(file):
             with contextlib.suppress(OSError):
                 return file, thumbnail(load_image(file))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
             known = [pair for pair in pool.map(read, files) if pair]
+        known = [pair for pair in known if pair[1].std() >= 13]  # what is nearly plain looks like any other such picture
         self.files, thumbnails = zip(*known) if known else ((), ())
         self.thumbnails = np.array(thumbnails, np.int16).reshape(-1, 768)
 
@@ -715,12 +716,11 @@ def kept_scan(sources, root):
 
 
 def parse_spec(spec):
-    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> (name, source, images or None, weight or None); a path that exists is a SOURCE, whatever
-    signs are in it. Without NAME, a folder has its own name, a file that of its folder."""
-    parts = re.fullmatch(r"(?:([\w-]+)=)?([^@]+?)(?:@(.+?))?(?::(\d+(?:\.\d+)?))?", spec)
+    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> (name, source, images or None, weight or None); what exists is a SOURCE as a whole,
+    whatever signs are in it. Without NAME, a folder has its own name, a file that of its folder."""
     if os.path.exists(spec):
         name, source, images, weight = None, spec, None, None
-    elif parts:
+    elif parts := re.fullmatch(r"(?:([\w-]+)=)?([^@]+?)(?:@(.+?))?(?::(\d+(?:\.\d+)?))?", spec):
         name, source, images, weight = parts.groups()
     else:
         raise ValueError(f"{spec!r} does not read [NAME=]SOURCE[@IMAGES][:WEIGHT]")
@@ -837,6 +837,11 @@ def plan(sizes, samples, seed, weights=None):
 MOST_PACKED = 16  # captions of one image; of more (Visual Genome has 50), so many are drawn anew each time
 
 
+def captions_a_sample(pairs, captions):
+    """How many captions a sample of a data set has on average."""
+    return np.minimum(np.bincount(pairs.image), MOST_PACKED).mean() if captions == "packed" else 1.0
+
+
 def sizes(sets, captions="each"):
     """How many samples each data set holds: its captions ("each"), or its images, with "one" or all ("packed") of their captions."""
     return [len(pairs) if captions == "each" else len(pairs.images) for pairs in sets]
@@ -861,24 +866,24 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         position, index = key
-        bad = []
-        while len(bad) < 10:
-            d = int(np.searchsorted(self.starts, index, side="right")) - 1
-            chosen = self.choose(d, int(index - self.starts[d]), position)
-            file = self.sets[d].file(chosen[0])
+        image, failed = None, {}  # {file: why}
+        for index in range(index, index + self.starts[-1]):
+            pairs, chosen = self.choose(index % self.starts[-1], position)
+            file = pairs.file(chosen[0])
             try:
-                image, twin = self.look(self.sets[d], file, position)
-                break
+                if file not in failed:  # else this is another caption of it
+                    image, twin = self.look(pairs, file, position)
             except OSError as error:
-                bad.append(str(error))
-                index = (index + 1) % self.starts[-1]
-        else:
-            raise OSError("ten images in a row cannot be read:\n" + "\n".join(bad))
-        prompt, targets = self.prompt, [caption_ids(self.tok, self.sets[d].captions[i], self.max_tokens) for i in chosen]
+                failed[file] = str(error)
+            if image is not None or len(failed) == 10:
+                break
+        if image is None:
+            raise OSError(f"{len(failed)} images in a row cannot be read:\n" + "\n".join(failed.values()))
+        prompt, targets = self.prompt, [caption_ids(self.tok, pairs.captions[i], self.max_tokens) for i in chosen]
         if self.split:
             cut = first_part(self.tok, targets[0], np.random.default_rng((self.seed, position, 1)))  # the crops use (seed, position)
             prompt, targets = [*prompt[:-1], *targets[0][:cut], prompt[-1]], [targets[0][cut:]]
-        return {"image": image, "prompt": prompt, "targets": targets, "file": file, "bad": bad, "twin": twin}
+        return {"image": image, "prompt": prompt, "targets": targets, "file": file, "bad": list(failed.values()), "twin": twin}
 
     def lengths(self):
         """The letters in the captions of every sample: (samples,) int64."""
@@ -887,14 +892,17 @@ class Samples(torch.utils.data.Dataset):
             letters = [np.bincount(pairs.image, n, len(pairs.images)).astype(np.int64) for pairs, n in zip(self.sets, letters)]
         return np.concatenate(letters)
 
-    def choose(self, d, i, position):
-        """The captions of sample i of data set d, as their numbers there."""
+    def choose(self, index, position):
+        """Sample `index` -> its data set, and the numbers of its captions there."""
+        d = int(np.searchsorted(self.starts, index, side="right")) - 1
+        i = int(index - self.starts[d])
         if self.captions == "each":
-            return [i]
-        order, ends = self.groups[d]
-        of_image, rng = order[ends[i] : ends[i + 1]], np.random.default_rng((self.seed, position, 2))
-        most = 1 if self.captions == "one" else MOST_PACKED
-        return of_image if len(of_image) <= most else np.sort(rng.choice(of_image, most, replace=False))
+            return self.sets[d], [i]
+        order, begins = self.groups[d]
+        of_image, most = order[begins[i] : begins[i + 1]], 1 if self.captions == "one" else MOST_PACKED
+        if len(of_image) > most:
+            of_image = np.random.default_rng((self.seed, position, 2)).choice(of_image, most, replace=False)
+        return self.sets[d], of_image
 
     def look(self, pairs, file, position):
         """The pixels of an image, (3,size,size) uint8, or its queries from the cache, and which of the known pictures it is, if any.
@@ -1001,8 +1009,8 @@ def main(argv=None):
     parser.add_argument("--image-size", type=int, default=224, help="of the ViT (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        if not args.sheet.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{args.sheet}: there is no folder {args.sheet.parent} to write it into")
+        if not args.sheet.absolute().parent.is_dir() or args.sheet.suffix.lower() not in Image.registered_extensions():
+            raise FileNotFoundError(f"{args.sheet}: there is no folder {args.sheet.parent} to write it into, or it ends as no picture does (.png)")
         pairs = read_pairs(args.spec)
         print(*describe(pairs, args.check or len(pairs.images)), sep="\n")
         contact_sheet(pairs, args.image_size).save(args.sheet)

@@ -104,7 +104,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         rows = max(1, FrozenHeadLoss.BLOCK.get(x.device.type, 2**29) // (4 * len(weight)))
         loss, gradient = torch.zeros((), device=x.device), torch.empty_like(x)
         for part, ids, part_gradient in zip(x.split(rows), target_ids[:, None].split(rows), gradient.split(rows)):
-            logits, real, ids = F.linear(part, weight).float(), ids != -100, ids.clamp(min=0)
+            logits, real, ids = F.linear(part, weight).float(), ids != -100, filled(ids)
             log_z = logits.logsumexp(-1, keepdim=True)
             loss += ((log_z - logits.gather(1, ids)) * real).sum()
             if ctx.needs_input_grad[0]:
@@ -116,8 +116,15 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
+        if torch.is_grad_enabled():  # create_graph=True: what is kept knows nothing of x
+            raise RuntimeError("the loss of a frozen head has no second derivative; with head.weight.requires_grad_() it has")
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None
+
+
+def filled(target_ids):
+    """Targets with an id in the place of -100, which stands for none."""
+    return target_ids.masked_fill(target_ids == -100, 0)
 
 
 def caption_loss(head, x, target_ids):
@@ -138,7 +145,7 @@ def pack_captions(target_ids):
 
     -> ids, the caption that each is of, its place there, and the target that it predicts, (B,S) each; where a row has fewer
     than S, the target is -100."""
-    inputs, targets, width = target_ids[..., :-1].flatten(1), target_ids[..., 1:].flatten(1), max(1, target_ids.shape[2] - 1)
+    inputs, targets, width = target_ids[..., :-1].flatten(1), target_ids[..., 1:].flatten(1), target_ids.shape[2] - 1
     real = targets != -100
     order = real.long().argsort(dim=1, descending=True, stable=True)[:, : int(real.sum(1).max())]
     return inputs.gather(1, order), order // width, order % width, targets.gather(1, order)
@@ -318,7 +325,7 @@ class LanguageModel(nn.Module):
     def check_targets(self, target_ids):
         if target_ids.ndim != 2:
             raise ValueError(f"targets must be (B,T), not {tuple(target_ids.shape)}; several captions behind one prefix are for the loss of decoder-only LLMs")
-        check_ids(target_ids.clamp(min=0), self.vocab_size)
+        check_ids(filled(target_ids), self.vocab_size)
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0, min_new_tokens=0,
@@ -370,29 +377,30 @@ class DecoderOnly(LanguageModel):
         """As `forward` -> (B,T,D): what the head reads to predict target t."""
         self.check_targets(target_ids)
         prefix, _, positions, mask = self.lay_out(prefix, prefix_mask, target_ids.shape[1] - 1)
-        x = torch.cat([prefix, self.embed(target_ids[:, :-1].clamp(min=0))], dim=1)
+        x = torch.cat([prefix, self.embed(filled(target_ids[:, :-1]))], dim=1)
         return self.read(x, positions, mask)[:, prefix.shape[1] - 1 :]
 
     def loss(self, prefix, target_ids, prefix_mask=None):
         """(B,P,D), (B,T) or (B,K,T), (B,P) bool -> (sum of cross-entropies in float32, number of tokens); -100 does not count.
 
         K captions share one prefix, which is read once: each sees the prefix and itself, and its positions go on from the
-        prefix's, so that the loss is the sum of what they give alone."""
+        prefix's, so that the loss is the sum of what they give alone. Leave their ids on the CPU, and no GPU has to wait."""
         if target_ids.ndim == 2:
             return super().loss(prefix, target_ids, prefix_mask)
-        B, K, T = target_ids.shape
-        check_ids(target_ids.clamp(min=0), self.vocab_size)
+        _, K, T = target_ids.shape
+        check_ids(filled(target_ids), self.vocab_size)
         self.check_length(prefix.shape[1] + T - 1)
-        ids, caption, place, targets = pack_captions(target_ids)  # (B, S - P)
+        packed = (*pack_captions(target_ids), target_ids[..., 0])
+        ids, caption, place, targets, first_targets = (x.to(prefix.device, non_blocking=True) for x in packed)  # (B, S - P), (B, K)
         prefix, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.lm_head.weight.dtype)
         keep = prefix_mask if prefix_mask is not None else torch.ones(prefix.shape[:2], dtype=torch.bool, device=prefix.device)
         positions = torch.cat([(keep.cumsum(1) - 1).clamp(min=0), keep.sum(1, keepdim=True) + place], dim=1)  # (B, S)
         caption = F.pad(caption, (prefix.shape[1], 0), value=-1)  # -1: the prefix
         sees = (caption[:, :, None] == caption[:, None, :]) | (caption[:, None, :] == -1)
         mask = causal_mask(F.pad(keep, (0, ids.shape[1]), value=True)) & sees[:, None]
-        x = self.read(torch.cat([prefix, self.embed(ids.clamp(min=0))], dim=1), positions, mask)
+        x = self.read(torch.cat([prefix, self.embed(filled(ids))], dim=1), positions, mask)
         firsts = x[:, prefix.shape[1] - 1, None].expand(-1, K, -1)  # the prefix's last position predicts all first tokens
-        x, targets = torch.cat([firsts, x[:, prefix.shape[1] :]], dim=1), torch.cat([target_ids[..., 0], targets], dim=1)
+        x, targets = torch.cat([firsts, x[:, prefix.shape[1] :]], dim=1), torch.cat([first_targets, targets], dim=1)
         return caption_loss(self.lm_head, x, targets)
 
     def start(self, prefix, prefix_mask, steps, K):
@@ -763,7 +771,7 @@ class T5(LanguageModel):
         """As `forward` -> (B,T,D): what the head reads to predict target t."""
         self.check_targets(target_ids)
         read, keep = self.read(prefix, prefix_mask)
-        ids = F.pad(target_ids[:, :-1].clamp(min=0), (1, 0), value=self.start_id)
+        ids = F.pad(filled(target_ids[:, :-1]), (1, 0), value=self.start_id)
         positions = torch.arange(ids.shape[1], device=ids.device)
         bias = self.decoder.bias(positions, positions, positions[:, None] >= positions)
         return self.write(self.embed(ids), bias, read, keep)

@@ -138,10 +138,12 @@ class Log:
         if self.rank == 0:
             kept = [row for row in self.rows() if (stages.index(row["stage"]), row["step"]) <= at]
             write(self.file, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+            for row in self.rows(self.bad_data):
+                self.reported.setdefault(row["problem"], set()).add(row["where"])
 
-    def rows(self):
-        """All rows but one that a kill has cut in the middle."""
-        return [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
+    def rows(self, file=None):
+        """All rows of the metrics, or of another file, but one that a kill has cut in the middle."""
+        return [json.loads(line) for line in (file or self.file).read_text().splitlines() if line.endswith("}")]
 
     def add(self, **row):
         if self.rank == 0:
@@ -157,12 +159,12 @@ class Log:
         if self.rank == 0 and problems:
             with open(self.bad_data, "a") as lines:
                 for problem, where in problems:
-                    known = self.reported.setdefault(problem, set())
-                    if where not in known:
-                        known.add(where)
+                    reported = self.reported.setdefault(problem, set())
+                    if where not in reported:
+                        reported.add(where)
                         lines.write(self.bad_line(problem, where))
-                        if len(known) <= 10:
-                            tqdm.write(f"{problem}: {where}{f' (further ones: {self.bad_data})' * (len(known) == 10)}", file=sys.stderr)
+                        if len(reported) <= 10:
+                            tqdm.write(f"{problem}: {where}{f' (further ones: {self.bad_data})' * (len(reported) == 10)}", file=sys.stderr)
 
     def draw(self):
         """Training loss, and validation loss with matched and with shuffled images, over all stages."""

@@ -12,15 +12,11 @@ such a folder, so that transfers chain.
 import argparse
 import contextlib
 import dataclasses
-import datetime
-import functools
-import hashlib
 import itertools
 import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -32,12 +28,9 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-import cache
 import data
 import estimate
-import hub
-import llm as language_models
-import qformer
+import prepare
 import runs
 import vpgtrans
 from vpgtrans import STAGES
@@ -74,7 +67,8 @@ def parse_arguments(argv=None):
     pairs.add_argument("--warm-up-data", action="append", metavar=spec, help="other pairs for stage 1 (default: as --data)")
     pairs.add_argument("--captions", choices=("each", "one", "packed"), default="each", help="a sample is each caption, as in the paper; or an "
                        "image with one of its captions, drawn anew each time; or an image with all of them (16 at most) packed behind one "
-                       "prefix, which is read once: half the work or less for COCO's five, not for T5 (default: %(default)s)")
+                       "prefix, which is read once: less than half the work for COCO's five, in twice the memory a sample; weights and the paper's "
+                       "13M then count captions, batches images; not for T5 (default: %(default)s)")
     pairs.add_argument("--val", metavar=spec, help="validation pairs (default: 5%% of the images, 500 at most, are held out)")
     pairs.add_argument("--val-samples", type=int, default=500, help="validation images at most (default: %(default)s)")
     pairs.add_argument("--augment", choices=("crop", "none"), default="crop", help="random crops of 50-100%% and flips, or plain "
@@ -123,328 +117,12 @@ def parse_arguments(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be above {least}")
     if args.vit_layers and args.from_scratch != "":
         parser.error("--vit-layers is for --from-scratch with a random Q-Former: a Q-Former that was trained on one block's features does not read another's")
-    if args.cache and "warm-up" not in plan_stages(args):
+    if args.cache and "warm-up" not in prepare.plan_stages(args):
         parser.error("--cache is for stage 1, which this run has not: only there the VPG stands still")
     if args.warm_up_data and not args.data:
         parser.error("--warm-up-data needs --data, for the other stage")
     args.out = args.out or Path("out") / f"{Path(args.src).name}-to-{Path(args.tgt).name}"
     return args
-
-
-# What a run's result does not depend on, or by the draws of dropout alone, so that --resume may change it.
-FREE = {"out", "micro_batch", "dry_run", "compile", "workers", "resume", "gate", "log_every", "val_every", "save_every", "max_bad"}
-
-
-def plan_stages(args):
-    """The stages of this run, by name, with the arguments' rates and batch sizes in the place of the paper's."""
-    if args.from_scratch is not None:
-        names = ["from-scratch"]
-    else:
-        names = [args.stage] if args.stage else ["fine-tune"] if args.no_warm_up else ["warm-up", "fine-tune"]
-    stages = {}
-    for name in names:
-        stage, warm_up = STAGES[name], name == "warm-up"
-        lr = (args.warm_up_lr or (5 * args.lr if args.lr else None)) if warm_up else args.lr
-        if lr:
-            stage = dataclasses.replace(stage, lr=lr, final_lr=lr * stage.final_lr / stage.lr)
-        stages[name] = dataclasses.replace(stage, batch_size=args.batch_size or stage.batch_size)
-    return stages
-
-
-# -------------------------------------------------------------------------------------------------------------- processes
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """This process among its peers: one a GPU under torchrun, else a single one."""
-
-    rank: int
-    world: int
-    device: torch.device
-    precision: str
-
-    @classmethod
-    def start(cls, precision):
-        rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
-        return cls(rank, world, device, precision)
-
-    def say(self, text):
-        """Prints on the first process only."""
-        if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-
-    def sum(self, *numbers):
-        """The sums of some numbers over all processes, as floats; on the CPU, so that no GPU has to be waited for."""
-        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, things):
-        """The lists of all processes, one behind the other."""
-        lists = [things] * self.world
-        if self.world > 1:
-            dist.all_gather_object(lists, things)
-        return list(itertools.chain.from_iterable(lists))
-
-    def autocast(self):
-        """bf16 arithmetic around float32 trained weights; torch keeps losses and norms in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-
-# -------------------------------------------------------------------------------------------------------------------- data
-
-
-def name_data(args, stages, say):
-    """-> {stage: specs of its data sets}, spec of the validation set or None: as the arguments say, or the paper's choice."""
-    if args.data:
-        return {name: args.warm_up_data or args.data if name == "warm-up" else args.data for name in stages}, args.val
-    root = Path(os.environ.get("VPGTRANS_DATA", "datasets"))
-    found, specs = data.find_paper_data(root), {}
-    for name in stages:
-        shares = data.FINE_TUNE if name == "fine-tune" else data.WARM_UP
-        specs[name] = [f"{d}={found[d]}" + (f":{share}" if name == "fine-tune" else "") for d, share in shares.items() if d in found]
-        missing = [d for d in shares if d not in found]
-        if not specs[name]:
-            raise FileNotFoundError(f"stage {name} needs {' or '.join(shares)}\n{data.how_to_get_paper_data(root)}")
-        if missing:
-            say(f"stage {name}: not under {root}/ and left out: {', '.join(missing)}")
-    return specs, args.val or (f"val={found['val']}" if "val" in found else None)
-
-
-def find_data(args, stages, say):
-    """-> ({stage: (data sets, weights or None)}, validation Pairs), and says what was found and what is left out."""
-    specs, val_spec = name_data(args, stages, say)
-    place = lambda spec: data.parse_spec(spec)[1:3]  # (file, images): what a stage weights is read once
-    pairs = {place(spec): data.read_pairs(spec, crop=not spec.startswith("vg=")) for spec in sum(specs.values(), [])}
-    val = data.read_pairs(val_spec) if val_spec else None
-    for p in [*pairs.values(), *([val] if val else [])]:
-        check_left_out(p, args.max_bad, say)
-    if not val:
-        whole = pairs[place(specs[list(stages)[-1]][0])]
-        held = data.hold_out(whole, args.val_samples)
-        val = whole.without(held, instead=True)
-        pairs = {key: p.without(held) for key, p in pairs.items()}
-        say(f"validation: {len(held)} images of {whole.name} held out")
-    for (file, _), p in pairs.items():
-        say(f"data: {p.name}, {len(p):,} pairs, {len(p.images):,} images ({file})")
-        if not len(p):
-            raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
-    sets = {}
-    for name in stages:
-        weights = [data.parse_spec(spec)[3] for spec in specs[name]]
-        if any(weights) and not all(weights):
-            raise ValueError(f"give each of {', '.join(specs[name])} a :WEIGHT above 0, or none of them")
-        sets[name] = [pairs[place(spec)] for spec in specs[name]], weights if any(weights) else None
-    return sets, data.one_caption_an_image(val, args.val_samples)
-
-
-def check_left_out(pairs, max_bad, say):
-    """Says what of a data set is unusable; ValueError if that is more than a share of `max_bad` (of 1,000 at least: a few are no harm)."""
-    bad = sum(map(len, pairs.left_out.values()))
-    lines = lambda most: [f"data: {pairs.name}, {len(places):,} left out: {problem} ({', '.join(places[:most])}{', ...' if len(places) > most else ''})"
-                          for problem, places in pairs.left_out.items()]
-    if bad > max_bad * max(bad + len(pairs), 1000):
-        raise ValueError("\n".join([f"{bad:,} of {bad + len(pairs):,} annotations are unusable, more than --max-bad {max_bad:g}", *lines(20)]))
-    for line in lines(3):
-        say(line)
-
-
-def plan_length(args, name, stage, available, world):
-    """The number of optimizer steps of a stage over so many samples."""
-    if stage.batch_size % world:
-        raise ValueError(f"--batch-size {stage.batch_size} must be a multiple of the {world} processes")
-    steps = args.warm_up_steps if name == "warm-up" else args.steps
-    if not steps:
-        samples = stage.epochs * available or (min(stage.samples, 10 * available) if args.data else stage.samples)
-        steps = samples // stage.batch_size
-    if steps < 1:
-        raise ValueError(f"{available:,} samples do not fill one batch of {stage.batch_size:,}; lower --batch-size or set --steps")
-    return steps
-
-
-# ------------------------------------------------------------------------------------------------------------------ models
-
-
-def find_models(args):
-    """-> where the source and the target lie. Gigabytes for a target that cannot be used are not fetched: its config.json and
-    tokenizer come first."""
-    tokenizer = hub.resolve(args.tgt, "tokenizer").tokenizer
-    language_models.read_config(tokenizer)
-    if args.tgt_tokenizer:
-        tokenizer = hub.resolve(args.tgt_tokenizer, "tokenizer").tokenizer
-    if data.load_tokenizer(tokenizer).encoder_decoder and args.captions == "packed":
-        raise ValueError(f"--captions packed is not for {args.tgt}: the encoder of a T5 reads a part of each caption; use one or each")
-    src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
-    return src, dataclasses.replace(tgt, tokenizer=tokenizer)
-
-
-def convert_projector(projector, src, tgt, captions, say):
-    """Stage 1, initialisation: the source's projector followed by the word converter. -> nn.Linear(Dq, D of the target)"""
-    src_tok, tgt_tok = data.load_tokenizer(src.tokenizer), data.load_tokenizer(tgt.tokenizer)
-    src_words, tgt_words = language_models.read_word_embeddings(src.llm), language_models.read_word_embeddings(tgt.llm)
-    if projector.out_features != src_words.shape[1]:
-        raise ValueError(f"{src.folder}: the projector's output is {projector.out_features} wide, but the word embeddings of its LLM "
-                         f"({src.llm}) are {src_words.shape[1]} wide, and the target's {tgt_words.shape[1]}; it belongs to another LLM")
-    src_ids, tgt_ids = vpgtrans.shared_tokens(src_tok.vocab(), tgt_tok.vocab())
-    if len(src_ids) == 0:
-        raise ValueError(f"the tokenizers of {src.llm} and {tgt.llm} share no token; use --init random")
-    src_words, tgt_words = src_words[src_ids], tgt_words[tgt_ids]
-    counts, began = data.count_tokens(src_tok, captions, max(src_tok.vocab().values()) + 1)[src_ids].float(), time.time()
-    # tokens that these captions happen not to use count a little too: a hundredth of the average
-    converter = vpgtrans.fit_word_converter(src_words, tgt_words, weight=counts + 0.01 * counts.mean())
-    variance = lambda x: (counts @ (x - counts @ x / counts.sum()) ** 2).sum()
-    explained = 1 - variance(tgt_words - converter(src_words)) / variance(tgt_words)
-    say(f"word converter: {src_words.shape[1]} -> {tgt_words.shape[1]}, fitted on {len(src_ids):,} shared tokens, {(counts > 0).sum():,} of them "
-        f"in the captions; explains {explained:.1%} of the target embeddings' variance there ({time.time() - began:.1f} s)")
-    return vpgtrans.merge(projector, converter)
-
-
-def shape_model(args, src, tgt):
-    """The model of a run without weights, on the meta device."""
-    vpg, llm = qformer.empty_vpg(args.from_scratch or src.folder, args.image_size, args.vit_layers), language_models.empty_llm(tgt.llm)
-    return vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim, device="meta"), llm).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
-
-
-def trace(model, tok, tokens):
-    """What a step of this model needs, by estimate.trace, with captions of so many tokens."""
-    prompts = torch.tensor([data.prompt_ids(tok, model.vpg.num_query_tokens)] * 2)
-    images = torch.empty(2, 3, model.vpg.image_size, model.vpg.image_size, dtype=model.projector.weight.dtype, device="meta")
-    return estimate.trace(model, {"prompt_ids": prompts, "target_ids": torch.zeros(2, tokens, dtype=torch.long, device="meta"), "images": images})
-
-
-def choose_micro_batch(args, stages, sets, src, tgt, processes):
-    """How many samples at a time: as --micro-batch says, else what should fit into the memory of this GPU."""
-    if args.micro_batch or processes.device.type == "cpu":
-        return args.micro_batch or 36
-    model, tok, fits = shape_model(args, src, tgt), data.load_tokenizer(tgt.tokenizer), []
-    for name, stage in stages.items():
-        vpgtrans.enter_stage(model, stage)
-        step = trace(model, tok, args.max_tokens * captions_a_sample(args, sets[name][0]))
-        fits.append(estimate.largest_micro_batch(model, step, torch.cuda.mem_get_info()[1], 36, processes.world))
-    processes.say(f"micro-batch: {min(fits)} (--micro-batch)")
-    return min(fits)
-
-
-def captions_a_sample(args, sets):
-    return math.ceil(sum(map(len, sets)) / sum(len(pairs.images) for pairs in sets)) if args.captions == "packed" else 1
-
-
-def dry_run(args, stages):
-    """Prints what the run would do and need, for --dry-run. Without data under datasets/, the paper's amounts are taken."""
-    tgt, src, world = hub.resolve(args.tgt, "tokenizer"), hub.resolve(args.src, "shapes"), int(os.environ.get("WORLD_SIZE", 1))
-    tok, model, machine = data.load_tokenizer(tgt.tokenizer), shape_model(args, src, tgt), estimate.machine(args.dry_run)
-    try:
-        sets, _ = find_data(args, stages, print)
-    except FileNotFoundError as error:
-        if args.data:
-            raise
-        print(f"{str(error).splitlines()[0]}: taken are the paper's amounts, with captions of 12 tokens")
-        sets = None
-    for name, stage in stages.items():
-        pairs, tokens, captions = stage.samples or 1_400_000, 12, 1
-        if sets:
-            texts = [text for some in sets[name][0] for text in itertools.islice(some.captions, 1000)]
-            tokens = round(sum(len(data.caption_ids(tok, text, args.max_tokens)) for text in texts) / len(texts))
-            pairs, captions = sum(data.sizes(sets[name][0], args.captions)), captions_a_sample(args, sets[name][0])
-        steps = plan_length(args, name, stage, pairs, world)
-        print(describe_stage(name, stage, steps, pairs, vpgtrans.enter_stage(model, stage)))
-        longest, typical = trace(model, tok, args.max_tokens * captions), trace(model, tok, tokens * captions)
-        fits = estimate.largest_micro_batch(model, longest, machine[1], 36, world) if machine[1] else 36
-        print(*estimate.report(model, longest, typical, steps * stage.batch_size, machine, args.micro_batch or fits, world), sep="\n")
-    need = runs.disk_need(vpgtrans.blip2_names(model))
-    print(f"\n{args.out}: {in_words(need)} while it runs; {in_words(disk_space(args.out))} are free on that disk")
-
-
-def build_model(args, src, tgt, captions, processes):
-    """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the target's LLM; and its tokenizer."""
-    device, say = processes.device, processes.say
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    q_former = hub.resolve(args.from_scratch, "VPG") if args.from_scratch else src
-    vpg = qformer.load_vpg(q_former.folder, dtype=dtype, device=device, vit_folder=src.vit, q_former=args.from_scratch != "",
-                           image_size=args.image_size, vit_layers=args.vit_layers)
-    hub.check_belongs(src, vit=vpg.frozen_parameters())
-    llm, tok = language_models.load_llm(tgt.llm, dtype=dtype, device=device), data.load_tokenizer(tgt.tokenizer)
-    if (last := max(tok.vocab().values())) >= llm.vocab_size:
-        raise ValueError(f"the tokenizer in {tgt.tokenizer} has ids up to {last}, the vocabulary of {tgt.llm} only up to {llm.vocab_size - 1}: it "
-                         "belongs to another LLM (see --tgt-tokenizer)")
-    torch.manual_seed(args.seed)
-    projector = nn.Linear(vpg.dim, llm.dim)
-    if args.from_scratch is not None:
-        say(f"from scratch: {f'Q-Former of {args.from_scratch}' if args.from_scratch else 'random Q-Former'}, random projector")
-        if not args.from_scratch:
-            vpg.reset()
-    elif args.init == "random":
-        say("projector: random")
-    elif src.llm.resolve() == tgt.llm.resolve():
-        projector = qformer.load_projector(src.folder)
-        say("source and target are the same LLM: the projector stays as it is")
-    elif processes.rank == 0:
-        projector = convert_projector(qformer.load_projector(src.folder), src, tgt, captions, say)
-    model = vpgtrans.VisualLLM(vpg, projector.to(device), llm)
-    if processes.world > 1:
-        for parameter in vpgtrans.blip2_names(model).values():
-            dist.broadcast(parameter.data, src=0)
-    return model, tok
-
-
-# -------------------------------------------------------------------------------------------------------- a run's folder
-
-
-def run_config(args, src, tgt, model):
-    """config.json of a run: what its weights are, and which ViT and LLM belong to them."""
-    source = hub.read_config(src.folder)
-    vit = source["vit"]["name"] if source.get("model_type") == "vpgtrans" else hub.lasting_name(args.src)
-    return {"model_type": "vpgtrans", **model.vpg.config, "vit": {"name": vit, "fingerprint": hub.fingerprint(model.vpg.frozen_parameters())},
-            "llm": {"name": hub.lasting_name(args.tgt), "fingerprint": hub.fingerprint(dict(model.llm.named_parameters())),
-                    "tokenizer": args.tgt_tokenizer and hub.lasting_name(args.tgt_tokenizer)}, "arguments": arguments(args)}
-
-
-def arguments(args):
-    """As JSON has them; where the cache lies does not matter, but whether there is one."""
-    return json.loads(json.dumps(vars(args) | {"cache": bool(args.cache) or None}, default=str))
-
-
-def disk_space(folder):
-    """Bytes that are free where a folder is or will be."""
-    return shutil.disk_usage(next(place for place in [folder, *folder.absolute().parents] if place.is_dir())).free
-
-
-def check_same_run(args, state):
-    """ValueError if a state is that of a run with other arguments, as far as they matter."""
-    now, then = arguments(args), state["arguments"]
-    other = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in now if key not in FREE and now[key] != then.get(key)]
-    if other:
-        raise ValueError(f"{args.out}: --resume with other arguments would be another run: {'; '.join(other)}")
-
-
-def open_caches(args, sets, vpg, say):
-    """-> the data sets of stage 1, each with the cache of its images' queries under --cache, after making sure that they fit there."""
-    if len({pairs.name for pairs in sets}) < len(sets):
-        raise ValueError("--cache: two data sets of stage 1 have the same name; give each its own, --data NAME=...")
-    configuration = hashlib.sha256(json.dumps(vpg.config, sort_keys=True).encode()).hexdigest()[:16]
-    made_with = {"VPG": hub.fingerprint(dict(vpg.named_parameters())), "image size": vpg.image_size, "configuration": configuration}
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    sets = [dataclasses.replace(pairs, cache=cache.FeatureCache(args.cache / pairs.name, pairs.files(), (vpg.num_query_tokens, vpg.dim),
-                                                                dtype, made_with)) for pairs in sets]
-    whole, left = (sum(sizes) for sizes in zip(*(pairs.cache.need() for pairs in sets)))
-    free = disk_space(args.cache)
-    images = sum(len(pairs.cache.files) for pairs in sets)
-    need = (f"{images:,} images x {in_words(whole / images)} = {in_words(whole)}, of which {in_words(left)} are still to be computed; {in_words(free)} are free")
-    if left > free:
-        raise OSError(f"{args.cache}: the cache does not fit on this disk: {need}")
-    say(f"cache: {args.cache}, {need}; stage 1 sees these images whole, without crops")
-    return sets
-
-
-def in_words(size):
-    """Bytes for people."""
-    return next(f"{size / unit:.1f} {name}" for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if size >= unit or name == "KB")
 
 
 # -------------------------------------------------------------------------------------------------------------- validation
@@ -515,7 +193,7 @@ class Run:
     """What the stages of a run share."""
 
     args: argparse.Namespace
-    processes: Processes
+    processes: prepare.Processes
     model: vpgtrans.VisualLLM
     validation: Validation
     log: runs.Log
@@ -534,7 +212,7 @@ class Run:
         if self.processes.rank == 0:
             parameters = vpgtrans.blip2_names(self.model)
             runs.save_model(self.args.out, parameters)
-            runs.save_state(self.args.out, parameters, optimizer, {**at, "seconds": self.log.seconds, "arguments": arguments(self.args)})
+            runs.save_state(self.args.out, parameters, optimizer, {**at, "seconds": self.log.seconds, "arguments": prepare.arguments(self.args)})
 
     def check_loss(self, losses, files, optimizer, at):
         """Stops a run whose loss is no number any more. `losses` and the `files` of this process, a step each, are the last
@@ -579,7 +257,9 @@ def optimizer_step(model, trained, micro_batches, optimizer, processes):
             sees = {key: micro[key].to(processes.device, non_blocking=True) for key in ("images", "queries") if key in micro}
             if "images" in sees:
                 sees["images"] = data.normalise(sees["images"])
-            targets = micro["target_ids"].to(processes.device, non_blocking=True)
+            targets = micro["target_ids"]
+            if targets.ndim == 2:  # packed ones are laid out on the CPU
+                targets = targets.to(processes.device, non_blocking=True)
             loss, _ = trained(micro["prompt_ids"], targets, **sees)
             (loss * (processes.world / tokens)).backward()  # times world: DDP takes the mean over processes
         loss_sum += loss.detach()
@@ -590,37 +270,12 @@ def optimizer_step(model, trained, micro_batches, optimizer, processes):
     return tokens, loss_sum, bool(stop)
 
 
-def fill_cache(run, samples):
-    """Computes what --cache does not hold yet of the images of stage 1."""
-    args, processes, vpg = run.args, run.processes, run.model.vpg
-    read = functools.partial(data.read_image, size=vpg.image_size)
-
-    @torch.no_grad()
-    def queries(images):
-        with processes.autocast():
-            return vpg(data.normalise(images.to(processes.device)))
-
-    for pairs in samples.sets:
-        done = pairs.cache.fill(read, queries, args.micro_batch, args.workers, processes.rank, processes.world, stop_asked.is_set)
-        if processes.sum(not done)[0]:
-            processes.say("stopped while the cache was computed; the same command goes on with it")
-            sys.exit(130)
-
-
-def describe_stage(name, stage, steps, pairs, table):
-    """What is printed on entering a stage: its length and rate, and the table of what trains."""
-    samples = steps * stage.batch_size
-    head = (f"\nstage {name}: {steps:,} steps of {stage.batch_size:,} = {samples:,} samples, {samples / pairs:.2g} epochs; "
-            f"rate {stage.lr:g} -> {stage.final_lr:g}\n  {'part':24} {'parameters':>14} {'trainable':>14}  mode")
-    return "\n".join([head, *(f"  {part:24} {total:14,} {trainable:14,}  {mode}" for part, total, trainable, mode in table)])
-
-
 def train_stage(run, name, stage, samples, order, steps, resumed=None):
     """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state, stands."""
     args, processes, model, log = run.args, run.processes, run.model, run.log
-    processes.say(describe_stage(name, stage, steps, samples.starts[-1], vpgtrans.enter_stage(model, stage)))
+    processes.say(prepare.describe_stage(name, stage, steps, samples.starts[-1], vpgtrans.enter_stage(model, stage)))
     if samples.sets[0].cache:
-        fill_cache(run, samples)
+        prepare.fill_cache(args, samples.sets, model.vpg, processes, stop_asked.is_set)
     optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=stage.lr, betas=stage.betas, fused=True)
     optimizer.found_inf = torch.zeros((), device=processes.device)
     if resumed:
@@ -645,7 +300,7 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
             files.append([file for micro in micro_batches for file in micro["files"]])
             tokens += step_tokens
             problems += [("unreadable image", message) for micro in micro_batches for message in micro["bad"]]
-            problems += [("validation image in training", f"{f} is {known}") for micro in micro_batches for f, known in micro["twins"].items()]
+            problems += [("validation image in training", f"{file} looks like {known}") for micro in micro_batches for file, known in micro["twins"].items()]
             done = at(step + 1)
             save = done["step"] % args.save_every == 0 or done["step"] == steps or stop
             if done["step"] % args.log_every == 0 or save:  # no state is saved whose loss was not looked at
@@ -682,34 +337,36 @@ def fail(error):
     sys.exit(2)
 
 
-def prepare(args, stages):
+def set_up(args, stages):
     """Everything that can be wrong with arguments, files and folders, before anything long begins.
 
     -> (the Run, {stage: (samples, order, steps)}, the state to resume from or None)"""
     if int(os.environ.get("RANK", 0)) == 0:  # before others wait: what the first process alone looks at, fetches and makes
         if not args.resume and any((args.out / file).exists() for file in ("resume.safetensors", "model.safetensors")):
             raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
-        find_models(args)
+        prepare.find_models(args)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            find_data(args, stages, lambda _: None)  # a large scan is kept, and the others need not make it
+            prepare.find_data(args, stages, lambda _: None)  # a large scan is kept, and the others need not make it
         for folder in [args.out] + [args.cache] * bool(args.cache):
             runs.check_writable(folder)
-    processes = Processes.start(args.precision)
-    src, tgt = find_models(args)
-    sets, val = find_data(args, stages, processes.say)
-    args.micro_batch = choose_micro_batch(args, stages, sets, src, tgt, processes)
+    processes = prepare.Processes.start(args.precision)
+    src, tgt = prepare.find_models(args)
+    sets, val = prepare.find_data(args, stages, processes.say)
+    args.micro_batch = prepare.choose_micro_batch(args, stages, sets, src, tgt, processes)
     sizes = {name: data.sizes(pairs, args.captions) for name, (pairs, _) in sets.items()}
-    steps = {name: plan_length(args, name, stage, sum(sizes[name]), processes.world) for name, stage in stages.items()}
+    mixtures = {name: prepare.mixture(args, *of_stage) for name, of_stage in sets.items()}  # (shares of samples, captions a sample)
+    steps = {name: prepare.plan_length(args, name, stage, sum(sizes[name]), mixtures[name][1], processes.world) for name, stage in stages.items()}
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
-        check_same_run(args, resumed[0])
+        prepare.check_same_run(args, resumed[0])
     captions = itertools.chain.from_iterable(pairs.captions for pairs in sets[list(stages)[0]][0])
-    model, tok = build_model(args, src, tgt, captions, processes)
+    model, tok = prepare.build_model(args, src, tgt, captions, processes)
     new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
     validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), runs.Log(args.out, processes.rank)
     known = data.Lookalikes(val.files())
     jobs = {}
-    for name, (pairs, weights) in sets.items():
+    for name, (pairs, _) in sets.items():
+        weights = mixtures[name][0]
         seed = args.seed * len(STAGES) + list(STAGES).index(name)  # each stage has an order and crops of its own
         samples = steps[name] * stages[name].batch_size
         if weights:
@@ -717,15 +374,15 @@ def prepare(args, stages):
             processes.say(f"stage {name}: epochs of each data set in its {samples:,} samples: {', '.join(epochs)}")
         order = data.plan(sizes[name], samples, seed, weights)
         if args.cache and name == "warm-up" and not (resumed and resumed[0]["stage"] != name):
-            pairs = open_caches(args, pairs, model.vpg, processes.say)
+            pairs = prepare.open_caches(args, pairs, model.vpg, processes.say)
         jobs[name] = new_samples(pairs, captions=args.captions, augment=args.augment == "crop", known=known, seed=seed), order, steps[name]
-    if (need := runs.disk_need(vpgtrans.blip2_names(model)) - sum(f.stat().st_size for f in args.out.glob("*.safetensors"))) > disk_space(args.out):
-        raise OSError(f"{args.out}: the run's folder needs {in_words(need)} more, of which {in_words(disk_space(args.out))} are free on that disk")
+    if (need := runs.disk_need(vpgtrans.blip2_names(model)) - sum(f.stat().st_size for f in args.out.glob("*.safetensors"))) > prepare.disk_space(args.out):
+        raise OSError(f"{args.out}: the run's folder needs {prepare.in_words(need)} more, of which {prepare.in_words(prepare.disk_space(args.out))} are free on that disk")
     if resumed:
         log.continue_from(list(stages), resumed[0])
     elif processes.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        runs.write(args.out / "config.json", lambda file: file.write_text(json.dumps(run_config(args, src, tgt, model), indent=2)))
+        runs.write(args.out / "config.json", lambda file: file.write_text(json.dumps(prepare.run_config(args, src, tgt, model), indent=2)))
         whole = {id(p.left_out): p for p in [*itertools.chain(*(pairs for pairs, _ in sets.values())), val]}  # what several stages read, once
         log.begin((problem, where) for p in whole.values() for problem, places in p.left_out.items() for where in places)
     log.report(processes.gather(validation.bad))
@@ -734,11 +391,11 @@ def prepare(args, stages):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    stages = plan_stages(args)
+    stages = prepare.plan_stages(args)
     try:
         if args.dry_run is not None:
-            return dry_run(args, stages) if int(os.environ.get("RANK", 0)) == 0 else None
-        run, jobs, resumed = prepare(args, stages)
+            return prepare.dry_run(args, stages) if int(os.environ.get("RANK", 0)) == 0 else None
+        run, jobs, resumed = set_up(args, stages)
     except (OSError, ValueError) as error:
         fail(error)
     if args.compile:

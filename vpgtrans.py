@@ -116,7 +116,8 @@ class VisualLLM(nn.Module):
         return prefix, None if mask is None else mask.to(device, non_blocking=True)
 
     def forward(self, prompt_ids, target_ids, images=None, features=None, queries=None):
-        """(B,P), (B,T) and the images in one of their forms -> (sum of the tokens' cross-entropies, number of tokens)."""
+        """(B,P), (B,T) and the images in one of their forms -> (sum of the tokens' cross-entropies, number of tokens); with
+        several captions an image, (B,K,T), see the LLM's loss."""
         prefix, mask = self.prefix(prompt_ids, images, features, queries)
         return self.llm.loss(prefix, target_ids, mask)
 

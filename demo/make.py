@@ -11,7 +11,6 @@ B batch, T tokens, N image tokens, Q query tokens, D LLM width, V vocabulary.
 """
 
 import argparse
-import io
 import json
 import math
 import random

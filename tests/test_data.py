@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -603,6 +603,23 @@ def test_kept_scans_of_links_to_one_file_are_told_apart(tmp_path, monkeypatch):
         assert pixels(data.read_pairs(str(tmp_path / name)).file(0)).shape == (30, 40, 3)
 
 
+def test_paths_with_signs_in_them_are_read_as_they_are(tmp_path):
+    write_pairs(tmp_path / "we@ird=x" / "a:5", 4)
+    folder, file = tmp_path / "we@ird=x" / "a:5", tmp_path / "we@ird=x" / "a:5" / "pairs.jsonl"
+    assert data.parse_spec(str(file)) == ("a:5", file, None, None) and len(data.read_pairs(str(file))) == 4
+    assert data.parse_spec(str(folder)) == ("a:5", folder, None, None)
+    assert data.parse_spec(f"n={tmp_path}/x.json@images:0.5") == ("n", tmp_path / "x.json", Path("images"), 0.5)
+    assert data.parse_spec("x.jsonl")[0] == "x" and data.parse_spec("coco/x.jsonl")[0] == "coco"
+
+
+@pytest.mark.parametrize("sheet", ["missing/sheet.png", "sheet", "sheet.txt"])
+def test_a_sheet_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys, sheet):
+    monkeypatch.setattr(data, "read_pairs", None)
+    with pytest.raises(SystemExit) as stop:
+        data.main([str(write_pairs(tmp_path, 2)), "--sheet", str(tmp_path / sheet)])
+    assert stop.value.code == 2 and sheet in capsys.readouterr().err
+
+
 def test_the_papers_data_is_found_where_it_lies(tmp_path):
     write(tmp_path / "coco" / "annotations" / "captions_train2014.json", "")
     write(tmp_path / "coco" / "annotations" / "captions_val2017.json", "")
@@ -975,6 +992,19 @@ def test_an_unreadable_image_is_replaced_and_named(tok, tmp_path):
     assert len(batch["bad"]) == 1 and "5.png" in batch["bad"][0]
 
 
+@pytest.mark.parametrize("captions", ["each", "one", "packed"])
+def test_an_unreadable_image_with_many_captions_counts_once(tok, samples, tmp_path, captions):
+    files = [write(tmp_path / "bad.png", "<html>"), *samples.sets[0].files()[:3]]
+    pairs = make_pairs([str(file) for file in files for _ in range(20)], [f"a red square {'a ' * (i % 20)}" for i in range(80)])
+    many = data.Samples([pairs], tok, 28, 5, captions=captions)
+    drawn = [many[position, 0] for position in range(3)]
+    assert all(sample["file"] == str(files[1]) and len(sample["bad"]) == 1 for sample in drawn)
+    assert not many[0, many.starts[-1] - 1]["bad"]
+    none = data.Samples([make_pairs([str(files[0])] * 4, ["a red square"] * 4)], tok, 28, 5, captions=captions)
+    with pytest.raises(OSError, match="1 images in a row cannot be read"):
+        none[0, 0]
+
+
 def test_crops_are_drawn_by_the_position_in_the_plan(samples):
     """The same sample comes out the same, at another position or with another seed differently; and validation is not cropped at
     all, nor is a set that says so (Visual Genome's regions)."""
@@ -1073,6 +1103,10 @@ def test_an_image_can_come_with_one_of_its_captions(samples):
     assert data.sizes(one.sets, "one") == [40, 3] and data.sizes(one.sets) == [40, 6] and list(one.starts) == [0, 40, 43]
     drawn = [[texts(one, one[position, 41]) for position in range(60)] for _ in "ab"]
     assert drawn[0] == drawn[1]
+    crops = [np.random.default_rng((0, position)).choice(3) for position in range(60)]
+    other_seed = data.Samples(one.sets, samples.tok, 28, 5, captions="one", seed=1)
+    assert drawn[0] != [texts(one, other_seed[position, 41]) for position in range(60)]
+    assert drawn[0] != [texts(one, {"targets": [data.caption_ids(samples.tok, pairs.captions[one.groups[1][0][1 + crop]])]}) for crop in crops]
     counts = {text: sum(text == other for (other,) in drawn[0]) for text in ("two", "two red", "two red red")}
     assert sum(counts.values()) == 60 and min(counts.values()) > 8  # 20 expected
     assert texts(one, one[0, 40]) == ["one"] and one[7, 42]["file"] == samples.sets[0].file(2)
@@ -1106,7 +1140,7 @@ def test_captions_are_not_packed_for_t5(prefix_lm):
 
 # ------------------------------------------------------------------------------------------------------------ lookalikes
 
-def test_a_picture_is_known_in_another_size_quality_and_name(tmp_path):
+def test_a_picture_is_known_in_another_size_quality_and_name(tmp_path, samples):
     for i in range(12):
         photograph(seed=i).save(tmp_path / f"{i}.jpg", quality=90)
     known = data.Lookalikes([tmp_path / f"{i}.jpg" for i in range(8)] + [tmp_path / "missing.jpg"])
@@ -1117,9 +1151,26 @@ def test_a_picture_is_known_in_another_size_quality_and_name(tmp_path):
             with data.open_image(tmp_path / "other.jpg") as image:
                 data.random_crop(image, 100, np.random.default_rng(0))  # as in training: decoded coarsely
                 assert known.find(data.upright_rgb(image)) == (tmp_path / f"{i}.jpg" if i < 8 else None)
+    photograph(seed=3).quantize(200).save(tmp_path / "palette.png")
+    pairs = make_pairs([str(tmp_path / "palette.png")], ["a red square"])
+    assert data.Samples([pairs], samples.tok, 28, 5, known=known).look(pairs, pairs.file(0), 0)[1] == tmp_path / "3.jpg"
     turned = photograph(seed=0)
     turned.paste(Image.new("RGB", (120, 90), "red"), (300, 200))  # another picture of the same place
     assert known.find(turned) is None and data.Lookalikes([]).find(turned) is None
+
+
+def test_plain_pictures_are_not_taken_for_each_other(tmp_path):
+    """Drawings in thin lines on white, an almost black one, a flat grey one: each looks like any other of its kind."""
+    files, rng = [], np.random.default_rng(0)
+    for i in range(12):
+        image = Image.new("RGB", (200, 200), ("white", "black", "gray")[i % 3])
+        for _ in range(3):
+            ImageDraw.Draw(image).line(rng.integers(0, 200, 4).tolist(), fill="gray" if i % 3 < 2 else "silver", width=1)
+        image.save(tmp_path / f"{i}.png")
+        files.append(tmp_path / f"{i}.png")
+    photograph().save(tmp_path / "photograph.png")
+    known = data.Lookalikes([*files[:6], tmp_path / "photograph.png"])
+    assert [known.find(data.load_image(file)) for file in files] == [None] * 12 and known.find(photograph()) == tmp_path / "photograph.png"
 
 
 def test_samples_name_pictures_that_are_held_out(samples, tok):

@@ -7,6 +7,7 @@ from torch import nn
 import bench
 import estimate
 import llm as language_models
+import prepare
 import qformer
 import train
 import vpgtrans
@@ -88,10 +89,10 @@ def test_a_dry_run_without_data_takes_the_papers_amounts(world, tmp_path, capsys
 
 def test_on_a_gpu_the_micro_batch_follows_from_its_memory(world, monkeypatch):
     args = train.parse_arguments(["--src", str(world[0]), "--tgt", str(world[1]), "--data", str(world[2])])
-    stages, src, tgt = train.plan_stages(args), train.hub.resolve(args.src, "source"), train.hub.resolve(args.tgt, "target")
-    sets = {name: ([train.data.read_pairs(str(world[2]))], None) for name in stages}
-    gpu, cpu = (train.Processes(0, 1, torch.device(device), "bf16") for device in ("cuda", "cpu"))
-    chosen = lambda processes, size: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size)) or train.choose_micro_batch(args, stages, sets, src, tgt, processes)
+    stages, src, tgt = prepare.plan_stages(args), prepare.hub.resolve(args.src, "source"), prepare.hub.resolve(args.tgt, "target")
+    sets = {name: ([prepare.data.read_pairs(str(world[2]))], None) for name in stages}
+    gpu, cpu = (prepare.Processes(0, 1, torch.device(device), "bf16") for device in ("cuda", "cpu"))
+    chosen = lambda processes, size: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size)) or prepare.choose_micro_batch(args, stages, sets, src, tgt, processes)
     assert chosen(gpu, 24e9) == 36 == chosen(cpu, 1)
     assert 1 <= chosen(gpu, 6e6) < 36
     args.micro_batch = 5

@@ -1,7 +1,6 @@
 """Facts about hub.py, without a network: a cache is a folder like any other."""
 
 import json
-from pathlib import Path
 
 import pytest
 from huggingface_hub import constants

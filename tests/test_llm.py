@@ -189,6 +189,28 @@ def test_a_caption_packed_with_others_reads_no_other(pair):
     assert ours.loss(random_prefix(1, 4), random_ids(3, 1).view(1, 3, 1))[1] == 3  # captions of one token
 
 
+def test_packed_captions_that_do_not_fit_are_refused(tmp_path):
+    opt, *_ = make_pair(tmp_path, "opt")
+    for target, says in ((random_ids(2, 60)[None], "positions"), (torch.full((1, 2, 3), 120), "vocabulary"), (torch.full((1, 2, 3), -1), "vocabulary")):
+        with pytest.raises(ValueError, match=says):
+            opt.loss(random_prefix(1, 10), target)
+    assert opt.loss(random_prefix(1, 10), random_ids(6, 50).view(1, 6, 50))[1] == 300  # 310 positions in all, of which each caption counts 60
+
+
+@pytest.mark.parametrize("variant", ["opt", "flan-t5"])
+def test_only_minus_100_stands_for_no_target(tmp_path, variant):
+    ours, *_ = make_pair(tmp_path, variant)
+    with pytest.raises(ValueError, match="ids from -1"):
+        ours.loss(random_prefix(1, 4), torch.tensor([[4, 5, -1]]))
+
+
+def test_there_is_no_second_derivative_of_a_frozen_heads_loss(tmp_path):
+    opt, *_ = make_pair(tmp_path, "opt")
+    x = random_prefix(1, 4).requires_grad_()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(opt.loss(x, random_ids(1, 5))[0], x, create_graph=True)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
 def test_the_loss_of_a_frozen_head_is_taken_a_block_of_rows_at_a_time(monkeypatch, rows):
     head, ids = nn.Linear(16, 50, bias=False).double(), torch.randint(50, (2, 10))

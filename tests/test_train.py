@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import conftest
+import data
+import prepare
 import qformer
 import runs
 import sample
@@ -110,7 +112,7 @@ def test_the_converter_heeds_how_often_captions_use_a_token(world):
     import hub
 
     source, target, said = hub.resolve(str(world[0]), "source"), hub.resolve(str(world[1]), "target"), []
-    projectors = [train.convert_projector(train.qformer.load_projector(world[0]), source, target, captions, said.append)
+    projectors = [prepare.convert_projector(prepare.qformer.load_projector(world[0]), source, target, captions, said.append)
                   for captions in (["a red square"], ["a blue circle on a table"])]
     assert not torch.allclose(projectors[0].weight, projectors[1].weight, atol=1e-2)
     used = set(data.caption_ids(data.load_tokenizer(world[0]), "a red square"))
@@ -120,7 +122,7 @@ def test_the_converter_heeds_how_often_captions_use_a_token(world):
 def test_no_validation_image_is_trained_on_in_any_stage(world, tmp_path):
     """Also where the stages name the same file with other weights."""
     args = train.parse_arguments(["--src", "a", "--tgt", "b", "--data", f"{world[2]}:0.5", "--warm-up-data", str(world[2])])
-    sets, val = train.find_data(args, train.plan_stages(args), lambda text: None)
+    sets, val = prepare.find_data(args, prepare.plan_stages(args), lambda text: None)
     assert len(val) == 2 and sets["fine-tune"][1] == [0.5] and sets["warm-up"][1] is None
     for pairs, _ in sets.values():
         assert len(pairs[0]) == 22 and not set(pairs[0].files()) & set(val.files())
@@ -233,7 +235,7 @@ def test_a_tokenizer_of_another_llm_is_refused(world, tmp_path, capsys):
 
 def test_transfers_chain(finished, world, tmp_path):
     """A run as the source of the next one; towards the same LLM its projector stays, towards another it is converted."""
-    run, printed = finished[0], []
+    run = finished[0]
     train.main(arguments((run, world[1], world[2]), tmp_path / "same", "--lr", "1e-9", "--stage", "fine-tune"))
     ours, before = load_file(tmp_path / "same" / "model.safetensors"), load_file(run / "model.safetensors")
     assert torch.allclose(ours["language_projection.weight"], before["language_projection.weight"], atol=1e-5)
@@ -629,11 +631,46 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(world, tmp_path, 
     (tmp_path / "pairs" / "5.png").write_bytes(b"<html>")
     argv = arguments((*world[:2], pairs), tmp_path / "run", "--val", str(world[2]))
     train.main(argv)
-    assert capsys.readouterr().err.count("5.png") == 1 and max(bad for bad, in rows(tmp_path / "run", "bad_samples")) > 1
-    assert [row["where"] for row in bad_data(tmp_path / "run", "unreadable image") if "5.png" in row["where"]]
+    assert capsys.readouterr().err.count("5.png") == 1
+    (tmp_path / "pairs" / "5.png").unlink()  # it gives way to the one after it: as often as both were drawn, less one's own turns
+    counted = {stage: bad for stage, bad in rows(tmp_path / "run", "stage", "bad_samples")}
+    assert counted == {"warm-up": 1, "fine-tune": 2}  # 24 and 48 samples of 24 pairs
+    assert len(bad_data(tmp_path / "run", "unreadable image")) == 1 and "5.png" in bad_data(tmp_path / "run", "unreadable image")[0]["where"]
     with pytest.raises(SystemExit) as stop:
         train.main(arguments((*world[:2], pairs), tmp_path / "strict", "--val", str(world[2]), "--max-bad", "0"))
     assert stop.value.code == 2 and "could not be read" in capsys.readouterr().err
+
+
+def test_bad_data_of_all_processes_and_of_a_resumed_run_is_written_down_once(world, tmp_path, capsys):
+    """Two of three broken images are in training, on either process, and one is in validation."""
+    pairs = conftest.write_pairs(tmp_path / "pairs", 24)
+    val = conftest.write_pairs(tmp_path / "val", 6)
+    for file in (pairs.parent / "4.png", pairs.parent / "11.png", val.parent / "2.png"):
+        file.write_bytes(b"<html>")
+    argv = arguments((*world[:2], pairs), tmp_path / "run", "--val", str(val))
+    with pytest.raises(SystemExit):
+        stop_at("fine-tune", 2, lambda: train.main(argv))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *argv, "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    names = lambda out, problem: sorted(row["where"].split("/")[-1].rstrip("'") for row in bad_data(out, problem))
+    assert names(tmp_path / "run", "unreadable image") == ["11.png", "4.png"]
+    assert names(tmp_path / "run", "validation image left out") == ["2.png"]
+    two = [*command[:-1]]
+    two[two.index(str(tmp_path / "run"))] = str(tmp_path / "two")
+    assert subprocess.run(two, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
+    assert names(tmp_path / "two", "unreadable image") == ["11.png", "4.png"]
+    assert rows(tmp_path / "two", "stage", "bad_samples")[-1] == ("fine-tune", 4)
+
+
+def test_weights_are_shares_of_captions_where_these_are_packed():
+    pairs = lambda images, captions: data.Pairs("x", "/", data.Strings.of(map(str, range(images))), data.Strings.of(["a"] * images * captions),
+                                                np.repeat(np.arange(images), captions))
+    sets, args = [pairs(10, 5), pairs(40, 1), pairs(2, 50)], lambda captions: train.argparse.Namespace(captions=captions)
+    assert prepare.mixture(args("each"), sets, [0.1, 0.7, 0.2]) == ([0.1, 0.7, 0.2], 1)
+    shares, captions = prepare.mixture(args("packed"), sets, [0.1, 0.7, 0.2])
+    assert np.allclose(shares, [0.02, 0.7, 0.0125]) and np.isclose(captions, 1 / 0.7325)  # 16 of 50 are packed
+    assert prepare.mixture(args("packed"), sets[:2], None) == (None, 90 / 50)
 
 
 def bad_data(out, problem):
@@ -660,7 +697,7 @@ def test_validation_images_in_training_are_named_under_whatever_name(world, tmp_
     pairs.write_text("".join(line(f"{i}.png") for i in range(12)))
     (tmp_path / "val.jsonl").write_text(line("val.jpg") + line("red.png"))
     train.main(arguments((*world[:2], pairs), tmp_path / "run", "--val", str(tmp_path / "val.jsonl")))
-    where = f"{tmp_path / '3.png'} is {tmp_path / 'val.jpg'}"
+    where = f"{tmp_path / '3.png'} looks like {tmp_path / 'val.jpg'}"
     assert bad_data(tmp_path / "run", "validation image in training") == [{"problem": "validation image in training", "where": where}]
     assert capsys.readouterr().err.count(where) == 1
 
