@@ -5,6 +5,7 @@
     python bench.py --llm opt-125m                               # a language model alone, behind soft prompts
     python bench.py --loading                                    # a checkpoint of 2 GB, from disk to the first logits
     python bench.py --captions 5                                 # so many captions an image: each alone, or packed behind one prefix
+    python bench.py --techniques                                 # a training step, and the same without each thing that makes it fast
     python bench.py --images                                     # JPEG photographs to the ViT's input, on one core
     python bench.py --pairs                                      # files and shards to batches, beside transformers and webdataset
 
@@ -25,6 +26,7 @@ A ratio above 1: ours is faster than the better of the two. Figures mean somethi
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import platform
@@ -371,6 +373,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--llm", choices=LLMS, help="a language model of these shapes alone, in the place of a BLIP-2")
     parser.add_argument("--loading", action="store_true", help="the loading of a checkpoint, in the place of both")
     parser.add_argument("--captions", type=int, help="training on so many captions an image, packed and one by one, in the place of all these")
+    parser.add_argument("--techniques", action="store_true", help="what each technique contributes to the speed of a training step")
     parser.add_argument("--images", action="store_true", help="reading and resizing of JPEG photographs")
     parser.add_argument("--pairs", action="store_true", help="the whole data path: read, decode, crop, tokenize, collate")
     parser.add_argument("--batch-size", type=int, help="samples a training step (default: 8, and 16 with --llm)")
@@ -583,6 +586,87 @@ def bench_captions(args, device, dtype):
             print(f"| {what}, {way} | {median * 1e3:,.0f} | {min(times) * 1e3:,.0f} - {max(times) * 1e3:,.0f} | {B * K / median:,.1f} | {alone / median:.2f} |")
 
 
+def score_all_positions(llm, prefix, target_ids, prefix_mask=None):
+    """DecoderOnly.loss as it is usually written: logits of the prefix's positions too, all of them at once."""
+    prefix, _, positions, mask = llm.lay_out(prefix, prefix_mask, target_ids.shape[1] - 1)
+    x = llm.read(torch.cat([prefix, llm.embed(target_ids[:, :-1].clamp(min=0))], dim=1), positions, mask)
+    logits, targets = language_models.word_scores(llm.lm_head, x), F.pad(target_ids, (prefix.shape[1] - 1, 0), value=-100)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"), (target_ids >= 0).sum()
+
+
+def bench_techniques(args, device, dtype):
+    """A step of four micro-batches with captions of unequal lengths: as it is, and without each technique. They take turns."""
+    B, longest = args.batch_size, args.target_tokens * 3 // 2
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    model = build_models(args.size, dtype, device)["ours"]
+    images = torch.randn(B, 3, model.vpg.image_size, model.vpg.image_size, device=device)
+    queries = torch.randn(B, model.vpg.num_query_tokens, model.vpg.dim, device=device)
+    prompt = torch.tensor([vpgtrans.IMAGE] * model.vpg.num_query_tokens + [BOS]).expand(B, -1)
+    lengths = torch.randint(args.target_tokens // 2, longest + 1, (4 * B,), device=device)
+    ids = torch.randint(4, IMAGE_ID, (4 * B, longest), device=device).masked_fill(torch.arange(longest, device=device) >= lengths[:, None], -100)
+    batches = lambda order: [ids[some, : int(lengths[some].max())] for some in order.split(B)]
+    like, unlike = batches(lengths.argsort()), batches(torch.arange(4 * B, device=device))
+
+    def step(model, optimizer, batches, sees):
+        for targets in batches:
+            with autocast():
+                model(prompt, targets, **sees)[0].backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def patched(*changes):
+        before = [getattr(place, name) for place, name, _ in changes]
+        for place, name, new in changes:
+            setattr(place, name, new)
+        yield
+        for (place, name, _), old in zip(changes, before):
+            setattr(place, name, old)
+
+    @contextlib.contextmanager
+    def unfrozen():
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+        for p in frozen:
+            p.requires_grad_(False)
+
+    compiled = copy.deepcopy(model)
+    for block in [*compiled.vpg.layers, *compiled.llm.layers]:
+        block.compile()
+    sdpa = F.scaled_dot_product_attention
+    attentions = [(qformer, "attention", lambda q, k, v, dropout=0.0: sdpa(q, k, v, dropout_p=dropout)),
+                  (language_models, "attention", lambda q, k, v, mask=None, causal=False: sdpa(q, k, v, mask, is_causal=causal))]
+    for what in ("warm-up", "fine-tune"):
+        stage = vpgtrans.STAGES[what]
+        vpgtrans.enter_stage(model, stage), vpgtrans.enter_stage(compiled, stage)
+        new_optimizer = lambda model: torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=0.0, fused=True)
+        optimizer, sees = new_optimizer(model), {"images": images}
+        ways = {"as it is": (contextlib.nullcontext, model, like, sees), "without micro-batches of like lengths": (contextlib.nullcontext, model, unlike, sees),
+                "all logits at once": (lambda: patched((language_models.FrozenHeadLoss, "BLOCK", {device.type: 2**62})), model, like, sees),
+                "logits of the prefix, too": (lambda: patched((language_models.OPT, "loss", score_all_positions)), model, like, sees),
+                "gradients for frozen weights, too": (unfrozen, model, like, sees),
+                "torch's attention" if device.type == "cpu" else "-": (lambda: patched(*attentions), model, like, sees),
+                "blocks compiled": (contextlib.nullcontext, compiled, like, sees)}
+        if what == "warm-up":
+            ways["queries from a cache"] = contextlib.nullcontext, model, like, {"queries": queries}
+        optimizers = {model: optimizer, compiled: new_optimizer(compiled)}
+
+        def run(way):
+            context, model, batches, sees = ways[way]
+            with context():
+                step(model, optimizers[model], batches, sees)
+
+        for way in ways:
+            run(way)
+        seconds = take_turns({way: partial(run, way) for way in ways}, args.repeats, device)
+        usual = statistics.median(seconds["as it is"])
+        print(f"\n| {what}, 4 x {B} samples | ms | min - max | times as long |\n|---|---|---|---|")
+        for way, times in seconds.items():
+            print(f"| {way} | {statistics.median(times) * 1e3:,.0f} | {min(times) * 1e3:,.0f} - {max(times) * 1e3:,.0f} | {statistics.median(times) / usual:.2f} |")
+
+
 def bench_llm(args, device, dtype):
     B, T, low = args.batch_size, args.target_tokens, dtype == torch.bfloat16
     llms = build_llms(args.llm, dtype, device)
@@ -679,7 +763,7 @@ def main(argv=None):
     torch._dynamo.config.recompile_limit = 64  # all blocks of a kind share one function; past 8 variants, they run eagerly
     print(f"`python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}`: {args.llm or args.size}, {args.precision}, batch {args.batch_size}, "
           f"{args.target_tokens} target tokens, medians of {args.repeats}\n{machine(device)}")
-    (bench_captions if args.captions else bench_llm if args.llm else bench_blip2)(args, device, dtype)
+    (bench_techniques if args.techniques else bench_captions if args.captions else bench_llm if args.llm else bench_blip2)(args, device, dtype)
 
 
 if __name__ == "__main__":

@@ -101,9 +101,9 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, target_ids):
-        rows = max(1, FrozenHeadLoss.BLOCK.get(x.device.type, 2**29) // (4 * len(weight)))
+        blocks = math.ceil(4 * len(x) * len(weight) / FrozenHeadLoss.BLOCK.get(x.device.type, 2**29))
         loss, gradient = torch.zeros((), device=x.device), torch.empty_like(x)
-        for part, ids, part_gradient in zip(x.split(rows), target_ids[:, None].split(rows), gradient.split(rows)):
+        for part, ids, part_gradient in zip(x.chunk(blocks), target_ids[:, None].chunk(blocks), gradient.chunk(blocks)):
             logits, real, ids = F.linear(part, weight).float(), ids != -100, filled(ids)
             log_z = logits.logsumexp(-1, keepdim=True)
             loss += ((log_z - logits.gather(1, ids)) * real).sum()
