@@ -124,7 +124,10 @@ class FeatureCache:
         """Under another name first, so that a kill or a full disk leaves no half of a file."""
         temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # safetensors makes files that only their owner may read
             save(temporary)
+            temporary.chmod(mode)
             os.replace(temporary, file)
         except Exception as error:  # safetensors has its own kind
             raise OSError(f"{file}: cannot be written ({error}); what is in the cache already stays") from error

@@ -141,7 +141,10 @@ def write_shards(folder, tensors):
         size += tensor.nbytes
     files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, names in zip(tqdm(files, desc="writing", unit="file"), shards):
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode  # safetensors makes files that only their owner may read
         save_file({name: tensors[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
                  "weight_map": {name: file for file, names in zip(files, shards) for name in names}}

@@ -34,7 +34,10 @@ def write(file, save):
     """save(temporary) writes a file that then takes the place of `file`. OSError if it cannot; what was there before stays."""
     temporary = file.with_name(file.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that only their owner may read
         save(temporary)
+        temporary.chmod(mode)
         flush(temporary)
         os.replace(temporary, file)
         flush(file.parent)

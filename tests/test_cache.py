@@ -43,6 +43,7 @@ def fill(cache, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_computed_once_is_there_from_then_on(tmp_path, dtype):
     done, seen = fill(new_cache(tmp_path, dtype=dtype))
+    assert len({file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()}) == 1
     again = new_cache(tmp_path, dtype=dtype)
     assert done and seen == FILES and fill(again) == (True, [FILES[7]])  # what could not be read is tried again
     for number in (22, 0, 4, 5, 13):

@@ -52,6 +52,10 @@ def exported(request, world, tmp_path_factory):
     return run, folder / "blip2", [world[2].parent / f"{i}.png" for i in range(3)]
 
 
+def test_whoever_may_read_one_file_of_an_export_may_read_all(exported):
+    assert len({file.stat().st_mode for file in exported[1].iterdir()}) == 1
+
+
 def load_theirs(folder):
     theirs, loading = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
     assert not any(loading.values()), loading  # missing, unexpected, misshapen

@@ -63,6 +63,10 @@ def test_a_run_leaves_weights_metrics_and_curves(finished, world):
     assert "stage warm-up: 3 steps of 8 = 24 samples" in printed and "word converter: 40 -> 32" in printed and "(people: " in printed
 
 
+def test_whoever_may_read_one_file_of_a_run_may_read_all(finished):
+    assert len({file.stat().st_mode for file in finished[0].iterdir()}) == 1
+
+
 def test_the_tables_printed_say_what_trains(finished):
     trainable = [line.split()[-2] for line in finished[1].splitlines() if line.endswith(("  train", "  eval"))]
     assert trainable == ["0", "0", "0", "0", "1,056", "0"] + ["0", "96", "160", "44,864", "1,056", "0"]
@@ -423,9 +427,9 @@ def test_micro_batches_give_the_whole_batch(world, tmp_path):
 
 
 def test_two_processes_equal_one(world, tmp_path):
-    train.main(arguments(world, tmp_path / "one", "--steps", "12"))
+    train.main(arguments(world, tmp_path / "one", "--steps", "20"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
-               *arguments(world, tmp_path / "two", "--steps", "12")]
+               *arguments(world, tmp_path / "two", "--steps", "20")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for key in ("loss", "val_loss", "val_loss_shuffled"):
