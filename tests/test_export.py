@@ -189,7 +189,7 @@ def test_an_export_is_a_source(exported, world, tmp_path, capsys):
     _, folder, files = exported
     sample.main([str(files[0]), "--model", str(folder), "--precision", "fp32", "--num-beams", "1"])
     assert capsys.readouterr().out.startswith(f"{files[0]}: ")
-    train.main(["--src", str(folder), "--tgt", str(world[1]), "--data", str(world[2]), "--out", str(tmp_path / "run"), "--steps", "1",
+    train.main(["--src", str(folder), "--tgt", str(world[1]), "--data", str(world[2]), "--out", str(tmp_path / "run"), "--gate", "0", "--steps", "1",
                 "--warm-up-steps", "1", "--batch-size", "8", "--workers", "0", "--precision", "fp32"])
     assert "word converter: 32 -> 32" in capsys.readouterr().out
 
