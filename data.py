@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tarfile
 import textwrap
@@ -928,6 +929,12 @@ class Samples(torch.utils.data.Dataset):
                 "twins": {sample["file"]: sample["twin"] for sample in samples if sample["twin"]}}
 
 
+def leave_signals(_):
+    """A worker ends with the process that it reads for, and leaves it to that one what to do when both are told to stop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0):
     """Yields, for every optimizer step from first_step on, this rank's share of the batch as a list of micro-batches.
 
@@ -943,8 +950,8 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
             for i in range(0, len(positions), micro_batch):
                 yield [(int(p), int(order[p])) for p in positions[i : i + micro_batch]]
 
-    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=micro_batches(), collate_fn=samples.collate,
-                                              num_workers=workers, pin_memory=torch.cuda.is_available()))
+    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=micro_batches(), collate_fn=samples.collate, num_workers=workers,
+                                              pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals))
     per_step = -(-len(range(rank, batch_size, world)) // micro_batch)
     for _ in steps:
         yield [next(loader) for _ in range(per_step)]

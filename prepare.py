@@ -165,8 +165,8 @@ def mixture(args, sets, weights):
 
 def plan_length(args, name, stage, available, captions, world):
     """The number of optimizer steps of a stage over so many samples, each of so many captions; the paper's amounts are captions."""
-    if stage.batch_size % world:
-        raise ValueError(f"--batch-size {stage.batch_size} must be a multiple of the {world} processes")
+    if stage.batch_size < world:
+        raise ValueError(f"--batch-size {stage.batch_size} leaves some of the {world} processes without a sample")
     steps = args.warm_up_steps if name == "warm-up" else args.steps
     if not steps:
         amount = round(stage.samples / captions)
@@ -180,15 +180,22 @@ def plan_length(args, name, stage, available, captions, world):
 # ------------------------------------------------------------------------------------------------------------------ models
 
 
-def find_models(args):
-    """-> where the source and the target lie. Gigabytes for a target that cannot be used are not fetched: its config.json and
-    tokenizer come first."""
+def load_target_tokenizer(args):
+    """-> (where the target's tokenizer lies, the Tokenizer), after a look at the target's config.json."""
     tokenizer = hub.resolve(args.tgt, "tokenizer").tokenizer
     language_models.read_config(tokenizer)
     if args.tgt_tokenizer:
         tokenizer = hub.resolve(args.tgt_tokenizer, "tokenizer").tokenizer
-    if data.load_tokenizer(tokenizer).encoder_decoder and args.captions == "packed":
+    tok = data.load_tokenizer(tokenizer)
+    if tok.encoder_decoder and args.captions == "packed":
         raise ValueError(f"--captions packed is not for {args.tgt}: the encoder of a T5 reads a part of each caption; use one or each")
+    return tokenizer, tok
+
+
+def find_models(args):
+    """-> where the source and the target lie. Gigabytes for a target that cannot be used are not fetched: its config.json and
+    tokenizer come first."""
+    tokenizer, _ = load_target_tokenizer(args)
     src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
     return src, dataclasses.replace(tgt, tokenizer=tokenizer)
 
@@ -334,8 +341,19 @@ def describe_stage(name, stage, steps, available, table):
 def shape_model(args, src, tgt):
     """The model of a run without weights, on the meta device."""
     q_former = hub.resolve(args.from_scratch, "shapes") if args.from_scratch else src
+    if args.from_scratch is None and str(hub.read_config(q_former.folder).get("model_type")).startswith("clip"):
+        raise ValueError(f"{q_former.folder}: holds no Q-Former; a ViT alone is a source for training --from-scratch only")
     vpg, llm = qformer.empty_vpg(q_former.folder, args.image_size, args.vit_layers), language_models.empty_llm(tgt.llm)
-    return vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim, device="meta"), llm).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    return vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm).to("meta", dtype)
+
+
+def check_disk(out, model):
+    """OSError if there is no room for what a run of this model writes, beside what it has written already."""
+    there = sum(file.stat().st_size for name in ("model.safetensors", runs.STATE, runs.PREVIOUS) if (file := out / name).is_file())
+    need, free = runs.disk_need(vpgtrans.blip2_names(model)) - there, disk_space(out)
+    if need > free:
+        raise OSError(f"{out}: the run needs {in_words(need)} more there, and {in_words(free)} are free on that disk; name another --out")
 
 
 def trace(model, tok, tokens):
@@ -345,30 +363,37 @@ def trace(model, tok, tokens):
     return estimate.trace(model, {"prompt_ids": prompts, "target_ids": torch.zeros(2, tokens, dtype=torch.long, device="meta"), "images": images})
 
 
-def choose_micro_batch(args, stages, sets, src, tgt, processes):
-    """How many samples at a time: as --micro-batch says, else what should fit into the memory of this GPU."""
+def longest_text(args, sets):
+    """Tokens that a sample's captions may have: where they are packed, as many as the data set with most has on average."""
+    return round(args.max_tokens * max(data.captions_a_sample(pairs, args.captions) for pairs in sets))
+
+
+def choose_micro_batch(args, stages, sets, model, tok, processes):
+    """How many samples at a time: as --micro-batch says, else what should fit into the memory of the smallest GPU. `model` has shapes
+    only."""
     if args.micro_batch or processes.device.type == "cpu":
         return args.micro_batch or 36
-    model, tok, fits = shape_model(args, src, tgt), data.load_tokenizer(tgt.tokenizer), []
+    fits = []
     for name, stage in stages.items():
         vpgtrans.enter_stage(model, stage)
-        step = trace(model, tok, round(args.max_tokens * mixture(args, *sets[name])[1]))
+        step = trace(model, tok, longest_text(args, sets[name][0]))
         fits.append(estimate.largest_micro_batch(model, step, torch.cuda.mem_get_info()[1], 36, processes.world))
-    processes.say(f"micro-batch: {min(fits)} (--micro-batch)")
-    return min(fits)
+    fits = min(processes.gather(fits))
+    processes.say(f"micro-batch: {fits} samples at a time on each GPU (--micro-batch)")
+    return fits
 
 
 def dry_run(args, stages):
     """Prints what the run would do and need, for --dry-run. Without data under datasets/, the paper's amounts are taken."""
     tgt, src, world = hub.resolve(args.tgt, "tokenizer"), hub.resolve(args.src, "shapes"), int(os.environ.get("WORLD_SIZE", 1))
-    tok = data.load_tokenizer(hub.resolve(args.tgt_tokenizer, "tokenizer").tokenizer if args.tgt_tokenizer else tgt.tokenizer)
+    tok = load_target_tokenizer(args)[1]
     model, machine = shape_model(args, src, tgt), estimate.machine(args.dry_run)
     try:
         sets, _ = find_data(args, stages, print)
     except FileNotFoundError as error:
         if args.data:
             raise
-        print(f"{str(error).splitlines()[0]}: taken are the paper's amounts, with captions of 12 tokens")
+        print(f"{str(error).splitlines()[0]}: taken are the paper's amounts, each caption a sample of 12 tokens")
         sets = None
     for name, stage in stages.items():
         available, tokens, captions = stage.samples or 1_400_000, 12, 1
@@ -378,7 +403,8 @@ def dry_run(args, stages):
             available, captions = sum(data.sizes(sets[name][0], args.captions)), mixture(args, *sets[name])[1]
         steps = plan_length(args, name, stage, available, captions, world)
         print(describe_stage(name, stage, steps, available, vpgtrans.enter_stage(model, stage)))
-        longest, typical = (trace(model, tok, round(n * captions)) for n in (args.max_tokens, tokens))
+        longest = trace(model, tok, longest_text(args, sets[name][0]) if sets else args.max_tokens)
+        typical = trace(model, tok, round(tokens * captions))
         fits = estimate.largest_micro_batch(model, longest, machine[1], 36, world) if machine[1] else 36
         print(*estimate.report(model, longest, typical, steps * stage.batch_size, machine, args.micro_batch or fits, world), sep="\n")
     need = runs.disk_need(vpgtrans.blip2_names(model))

@@ -9,6 +9,7 @@ Whatever is killed or full, whole files stay: each is written under another name
 Nothing is pickled.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -141,17 +142,30 @@ class Log:
         if self.rank == 0:
             kept = [row for row in self.rows() if (stages.index(row["stage"]), row["step"]) <= at]
             write(self.file, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in kept)))
-            for row in self.rows(self.bad_data):
+            bad = self.rows(self.bad_data)
+            write(self.bad_data, lambda file: file.write_text("".join(self.bad_line(**row) for row in bad)))
+            for row in bad:
                 self.reported.setdefault(row["problem"], set()).add(row["where"])
 
     def rows(self, file=None):
-        """All rows of the metrics, or of another file, but one that a kill has cut in the middle."""
-        return [json.loads(line) for line in (file or self.file).read_text().splitlines() if line.endswith("}")]
+        """All rows of the metrics, or of another file, but what a kill has cut in the middle."""
+        rows, file = [], file or self.file
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
+
+    @staticmethod
+    def append(file, lines):
+        try:
+            with open(file, "a") as opened:
+                opened.writelines(lines)
+        except OSError as error:
+            raise OSError(f"{file}: cannot be written ({error})") from error
 
     def add(self, **row):
         if self.rank == 0:
-            with open(self.file, "a") as lines:
-                lines.write(json.dumps(row | {"seconds": round(self.seconds, 3)}) + "\n")
+            self.append(self.file, [json.dumps(row | {"seconds": round(self.seconds, 3)}) + "\n"])
 
     @staticmethod
     def bad_line(problem, where):
@@ -159,15 +173,13 @@ class Log:
 
     def report(self, problems):
         """Writes down, and of each kind prints the first ten, what is wrong with the data: (problem, where), each of them once."""
-        if self.rank == 0 and problems:
-            with open(self.bad_data, "a") as lines:
-                for problem, where in problems:
-                    reported = self.reported.setdefault(problem, set())
-                    if where not in reported:
-                        reported.add(where)
-                        lines.write(self.bad_line(problem, where))
-                        if len(reported) <= 10:
-                            tqdm.write(f"{problem}: {where}{f' (further ones: {self.bad_data})' * (len(reported) == 10)}", file=sys.stderr)
+        for problem, where in problems if self.rank == 0 else ():
+            reported = self.reported.setdefault(problem, set())
+            if where not in reported:
+                reported.add(where)
+                self.append(self.bad_data, [self.bad_line(problem, where)])
+                if len(reported) <= 10:
+                    tqdm.write(f"{problem}: {where}{f' (further ones: {self.bad_data})' * (len(reported) == 10)}", file=sys.stderr)
 
     def draw(self):
         """Training loss, and validation loss with matched and with shuffled images, over all stages."""

@@ -12,6 +12,7 @@ such a folder, so that transfers chain.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -95,7 +96,7 @@ def parse_arguments(argv=None):
                          help="torch.compile the repeated blocks (default: on GPUs)")
     machine.add_argument("--workers", type=int, default=min(8, os.cpu_count() // 2), help="processes that read images, for each "
                          "GPU (default: %(default)s)")
-    machine.add_argument("--cache", type=Path, metavar="DIR", help="keep there what the frozen VPG makes of each image of stage 1 (48 KB in bf16), "
+    machine.add_argument("--cache", type=Path, metavar="DIR", help="keep there what the frozen VPG makes of each image of stage 1 (49 KB in bf16), "
                          "computed once for all runs with this VPG and data; stage 1 then sees images without crops")
     machine.add_argument("--gate", type=float, default=0.01, metavar="LOSS", help="after the warm-up, stop unless shuffled images raise the "
                          "validation loss by at least this: else the LLM does not look at them, and days of fine-tuning would be in vain; "
@@ -183,9 +184,11 @@ stop_asked = threading.Event()
 
 
 def ask_to_stop(number, _):
-    """On SIGTERM or SIGINT: the run is saved after the step at hand; a second signal ends it at once."""
+    """On SIGTERM or SIGINT: the run is saved after the next step; a second Ctrl-C ends it at once. SIGTERM comes several times
+    where a scheduler and torchrun both send it."""
     stop_asked.set()
-    signal.signal(number, signal.SIG_DFL)
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @dataclasses.dataclass
@@ -208,11 +211,19 @@ class Run:
             self.processes.say("\n".join(self.validation.examples(self.model, 2)))
             self.log.draw()
 
-    def save(self, optimizer, at):
+    def save(self, optimizer, at, name=runs.STATE):
+        """Writes where the run stands, and the weights alone."""
         if self.processes.rank == 0:
             parameters = vpgtrans.blip2_names(self.model)
-            runs.save_model(self.args.out, parameters)
-            runs.save_state(self.args.out, parameters, optimizer, {**at, "seconds": self.log.seconds, "arguments": prepare.arguments(self.args)})
+            state = {**at, "seconds": self.log.seconds, "arguments": prepare.arguments(self.args)}
+            runs.save_state(self.args.out, parameters, optimizer, state, name)
+            if name == runs.STATE:
+                runs.save_model(self.args.out, parameters)
+        self.processes.sum()  # nobody leaves while the first process writes: torchrun would end it
+
+    def fail(self, error):
+        """Ends a run in which all processes have found the same error."""
+        fail(error) if self.processes.rank == 0 else sys.exit(2)
 
     def check_loss(self, losses, files, optimizer, at):
         """Stops a run whose loss is no number any more. `losses` and the `files` of this process, a step each, are the last
@@ -224,26 +235,27 @@ class Run:
         files = sorted(self.processes.gather(files[wrong]))
         if self.processes.rank == 0:
             runs.write(out / "broken.json", lambda file: file.write_text(json.dumps(at | {"loss": str(losses[wrong]), "files": files}, indent=2)))
-            runs.save_state(out, vpgtrans.blip2_names(self.model), optimizer, at, name="broken.safetensors")
-        fail(f"the loss at step {at['step']:,} of stage {at['stage']} is {losses[wrong]}. {out / 'broken.json'} names the samples of that step, "
-             f"broken.safetensors holds the weights and moments before it, and {runs.STATE} the last state saved. A lower --lr may help, or --precision fp32")
+        self.save(optimizer, at, name="broken.safetensors")
+        self.fail(f"the loss or its gradient at step {at['step']:,} of stage {at['stage']} is {losses[wrong]}. {out / 'broken.json'} names the samples of "
+                  f"that step, broken.safetensors holds the weights and moments before it. To go on from the weights last saved, with another rate or "
+                  f"precision: --src {out} --no-warm-up --lr ... --precision ... and a new --out")
 
     def check_images(self, bad, seen):
         """Stops a run too many of whose images cannot be read."""
         if bad > self.args.max_bad * max(seen, 1000):
-            fail(f"{bad} of {seen} images could not be read, more than --max-bad {self.args.max_bad:g}; {self.log.bad_data} says which")
+            self.fail(f"{bad} of {seen} images could not be read, more than --max-bad {self.args.max_bad:g}; {self.log.bad_data} says which")
 
     def check_gate(self):
         """Stops a run after the warm-up if its LLM does not look at the images."""
         matched, shuffled = self.gate or self.validation.losses(self.model)
         if self.args.gate and not shuffled - matched >= self.args.gate:
-            fail(f"after the warm-up, the validation loss is {matched:.3f} with the right images and {shuffled:.3f} with shuffled ones: the LLM does not "
+            self.fail(f"after the warm-up, the validation loss is {matched:.3f} with the right images and {shuffled:.3f} with shuffled ones: the LLM does not "
                  f"use the image (--gate {self.args.gate:g}). Look at whether captions fit their images (python data.py SPEC), at --src, and at "
                  f"the curves in {self.args.out}; try more --warm-up-steps or another --warm-up-lr in a new --out. The state is saved: the same command "
                  "with --resume --gate 0 goes on regardless")
 
 
-def optimizer_step(model, trained, micro_batches, optimizer, processes):
+def optimizer_step(trained, micro_batches, optimizer, processes):
     """Forward, backward and update for one batch, of which this process has some micro-batches; `trained` is the model, or
     DDP around it.
 
@@ -264,7 +276,9 @@ def optimizer_step(model, trained, micro_batches, optimizer, processes):
             (loss * (processes.world / tokens)).backward()  # times world: DDP takes the mean over processes
         loss_sum += loss.detach()
     # once a gradient is no number, AdamW stands still, as under a GradScaler: nothing waits for that, and nothing is spoilt
-    optimizer.found_inf = torch.maximum(optimizer.found_inf, (~model.projector.bias.grad.isfinite().all()).float())
+    norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
+    optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
+    loss_sum += 0 * norm  # the loss of a step whose gradient is no number is none, either
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return tokens, loss_sum, bool(stop)
@@ -280,22 +294,24 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
     optimizer.found_inf = torch.zeros((), device=processes.device)
     if resumed:
         runs.restore(vpgtrans.blip2_names(model), optimizer, resumed[1])
+        if processes.rank == 0:  # a kill may have come between the two files of a save
+            runs.save_model(args.out, vpgtrans.blip2_names(model))
     first = resumed[0]["step"] if resumed else 0
     trained = nn.parallel.DistributedDataParallel(model, init_sync=False) if processes.world > 1 else model
-    batches = data.load_batches(samples, order, stage.batch_size, args.micro_batch, processes.rank, processes.world, first, args.workers)
     val_every = args.val_every or max(1, steps // 10)
     at = lambda step: {"stage": name, "step": step, "samples": step * stage.batch_size}
     if first == 0:
         run.validate(at(0))
     losses, files, tokens, bad, problems, logged, since = [], [], 0, 0, [], first, time.time()
-    with tqdm(total=steps, initial=first, desc=name, unit="step", disable=None if processes.rank == 0 else True) as bar:
+    loader = data.load_batches(samples, order, stage.batch_size, args.micro_batch, processes.rank, processes.world, first, args.workers)
+    with contextlib.closing(loader) as batches, tqdm(total=steps, initial=first, desc=name, unit="step", disable=None if processes.rank == 0 else True) as bar:
         for step in range(first, steps):
             micro_batches, lr = next(batches), vpgtrans.learning_rate(stage, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # dropout is a function of the stage's seed, step and rank, so that a resumed run draws what it would have drawn
             torch.manual_seed(hash((samples.seed, step, processes.rank)))
-            step_tokens, loss, stop = optimizer_step(model, trained, micro_batches, optimizer, processes)
+            step_tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes)
             losses.append(loss)
             files.append([file for micro in micro_batches for file in micro["files"]])
             tokens += step_tokens
@@ -313,6 +329,10 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
                 log.add(**done, loss=sum(losses) / tokens, lr=lr, samples_per_second=samples_seen / seconds, peak_memory=peak_memory(), bad_samples=bad)
                 run.check_images(bad, done["samples"] - first * stage.batch_size)
                 bar.set_postfix(loss=f"{sum(losses) / tokens:.3f}", samples_per_second=f"{samples_seen / seconds:.0f}")
+                if bar.disable:  # not a terminal but a file
+                    left = (steps - done["step"]) * seconds / (done["step"] - logged)
+                    processes.say(f"{name} {done['step']:,}/{steps:,}  loss {sum(losses) / tokens:.3f}  rate {lr:.3g}  {samples_seen / seconds:,.0f} samples/s  "
+                                  f"{peak_memory() / 1e9:.1f} GB  {datetime.timedelta(seconds=round(left))} left in this stage")
                 losses, files, tokens, problems, logged, since = [], [], 0, [], done["step"], time.time()
             bar.update()
             if done["step"] % val_every == 0 or done["step"] == steps:
@@ -351,8 +371,10 @@ def set_up(args, stages):
             runs.check_writable(folder)
     processes = prepare.Processes.start(args.precision)
     src, tgt = prepare.find_models(args)
+    shapes = prepare.shape_model(args, src, tgt)
+    prepare.check_disk(args.out, shapes)
     sets, val = prepare.find_data(args, stages, processes.say)
-    args.micro_batch = prepare.choose_micro_batch(args, stages, sets, src, tgt, processes)
+    args.micro_batch = prepare.choose_micro_batch(args, stages, sets, shapes, data.load_tokenizer(tgt.tokenizer), processes)
     sizes = {name: data.sizes(pairs, args.captions) for name, (pairs, _) in sets.items()}
     mixtures = {name: prepare.mixture(args, *of_stage) for name, of_stage in sets.items()}  # (shares of samples, captions a sample)
     steps = {name: prepare.plan_length(args, name, stage, sum(sizes[name]), mixtures[name][1], processes.world) for name, stage in stages.items()}
@@ -376,8 +398,6 @@ def set_up(args, stages):
         if args.cache and name == "warm-up" and not (resumed and resumed[0]["stage"] != name):
             pairs = prepare.open_caches(args, pairs, model.vpg, processes.say)
         jobs[name] = new_samples(pairs, captions=args.captions, augment=args.augment == "crop", known=known, seed=seed), order, steps[name]
-    if (need := runs.disk_need(vpgtrans.blip2_names(model)) - sum(f.stat().st_size for f in args.out.glob("*.safetensors"))) > prepare.disk_space(args.out):
-        raise OSError(f"{args.out}: the run's folder needs {prepare.in_words(need)} more, of which {prepare.in_words(prepare.disk_space(args.out))} are free on that disk")
     if resumed:
         log.continue_from(list(stages), resumed[0])
     elif processes.rank == 0:

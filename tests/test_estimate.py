@@ -14,13 +14,18 @@ import vpgtrans
 from conftest import write_source, write_target
 
 
-def build(device):
-    vit, former, opt = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=7), \
-        dict(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, encoder_hidden_size=96), \
-        dict(model_type="opt", hidden_size=128, ffn_dim=512, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=128, vocab_size=1000)
+LLMS = {"opt": dict(model_type="opt", hidden_size=128, ffn_dim=512, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=128, vocab_size=1000),
+        "llama": dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000),
+        "t5": dict(model_type="t5", d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, vocab_size=1000, feed_forward_proj="gated-gelu")}
+
+
+def build(device, llm="opt"):
+    vit = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=7)
+    former = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, encoder_hidden_size=96)
     with torch.device(device):
-        vpg, llm = qformer.VPG({"vision_config": vit, "qformer_config": former}), language_models.OPT(opt)
-        return vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm)
+        vpg = qformer.VPG({"vision_config": vit, "qformer_config": former})
+        llm = language_models.ARCHITECTURES[llm](LLMS[llm])
+        return vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm).to(device)
 
 
 def inputs(model, device, B=2, T=14):
@@ -38,16 +43,38 @@ def test_operations_are_those_of_the_formulas(name):
     assert step.logits == 4 * 1000 * 14
 
 
+@pytest.mark.parametrize("llm", LLMS)
 @pytest.mark.parametrize("name", ["warm-up", "fine-tune"])
-def test_what_is_kept_is_what_a_real_step_keeps(name):
+def test_what_is_kept_is_what_a_real_step_keeps(name, llm):
     """On the CPU attention is written out, as it is on the meta device, so that they keep the same up to details of it."""
     kept = []
     for device in ("meta", "cpu"):
         torch.manual_seed(0)
-        model = build(device)
+        model = build(device, llm)
         vpgtrans.enter_stage(model, vpgtrans.STAGES[name])
         kept.append(estimate.trace(model, inputs(model, device)).kept)
     assert 0.8 < kept[0] / kept[1] < 1.25
+    model = build("meta", llm)
+    vpgtrans.enter_stage(model, vpgtrans.STAGES[name])
+    assert 0.98 < estimate.trace(model, inputs(model, "meta", B=8)).kept / kept[0] <= 1  # per sample: weights are not among it
+
+
+def test_memory_is_weights_gradients_and_moments():
+    model = build("meta").bfloat16()
+    vpgtrans.enter_stage(model, vpgtrans.STAGES["fine-tune"])
+    count = lambda trains: sum(p.numel() for p in model.parameters() if p.requires_grad == trains)
+    step = estimate.Step(operations=2e9, kept=5e6, logits=1e6)
+    assert list(estimate.memory(model, step, 3).values()) == [2 * count(False), 18 * count(True), 15e6, 6e6]
+    assert list(estimate.memory(model, step, 3, world=8).values())[1] == 22 * count(True)
+    assert list(estimate.memory(model.float(), step, 3).values())[:2] == [4 * count(False), 16 * count(True)]
+    assert list(estimate.memory(model, step, 10**6).values())[3] == 2**30  # a block of logits is all there is
+
+
+def test_hours_are_those_of_all_cards():
+    model, step = build("meta"), estimate.Step(operations=2e12, kept=5e6, logits=1e6)
+    longer = estimate.Step(operations=9e12, kept=5e6, logits=1e6)
+    first, *_ = estimate.report(model, longer, step, samples=36_000_000, machine=("card", None, 1e13), micro_batch=4, world=8)
+    assert first.strip() == "2 TFLOP a sample, 72,000.0 PFLOP in all: 250.0 hours on 8 x card, 2,000.0 hours of one"
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
@@ -89,10 +116,11 @@ def test_a_dry_run_without_data_takes_the_papers_amounts(world, tmp_path, capsys
 
 def test_on_a_gpu_the_micro_batch_follows_from_its_memory(world, monkeypatch):
     args = train.parse_arguments(["--src", str(world[0]), "--tgt", str(world[1]), "--data", str(world[2])])
-    stages, src, tgt = prepare.plan_stages(args), prepare.hub.resolve(args.src, "source"), prepare.hub.resolve(args.tgt, "target")
+    stages, (src, tgt) = prepare.plan_stages(args), prepare.find_models(args)
+    shapes, tok = prepare.shape_model(args, src, tgt), prepare.data.load_tokenizer(tgt.tokenizer)
     sets = {name: ([prepare.data.read_pairs(str(world[2]))], None) for name in stages}
     gpu, cpu = (prepare.Processes(0, 1, torch.device(device), "bf16") for device in ("cuda", "cpu"))
-    chosen = lambda processes, size: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size)) or prepare.choose_micro_batch(args, stages, sets, src, tgt, processes)
+    chosen = lambda processes, size: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size)) or prepare.choose_micro_batch(args, stages, sets, shapes, tok, processes)
     assert chosen(gpu, 24e9) == 36 == chosen(cpu, 1)
     assert 1 <= chosen(gpu, 6e6) < 36
     args.micro_batch = 5

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -270,15 +273,15 @@ def test_without_data_the_papers_layout_is_used(world, tmp_path, monkeypatch, ca
 # ------------------------------------------------------------------------------------------------------ resume, processes
 
 
-@pytest.mark.parametrize("stage, step, signal, code", [("warm-up", 2, "SIGKILL", -9), ("fine-tune", 3, "SIGKILL", -9), ("fine-tune", 2, "SIGTERM", 130)])
-def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, stage, step, signal, code):
+@pytest.mark.parametrize("stage, step, kill, code", [("warm-up", 2, "SIGKILL", -9), ("fine-tune", 3, "SIGKILL", -9), ("fine-tune", 2, "SIGTERM", 130)])
+def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, stage, step, kill, code):
     """Killed after a line of the log, with dropout on: a resumed run draws what it would have drawn. The log's last line
     is cut in the middle, as a kill may leave it."""
     conftest.write_source(tmp_path / "source", dropout=0.1)
     world = (tmp_path / "source", *world[1:])
     train.main(arguments(world, tmp_path / "whole", "--save-every", "1"))
     killer = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train; add = train.runs.Log.add\n"
-              f"def kill(log, **row):\n    add(log, **row)\n    if (row['stage'], row['step']) == ({stage!r}, {step}): os.kill(os.getpid(), signal.{signal})\n"
+              f"def kill(log, **row):\n    add(log, **row)\n    if (row['stage'], row['step']) == ({stage!r}, {step}): os.kill(os.getpid(), signal.{kill})\n"
               "train.runs.Log.add = kill; train.main(sys.argv[1:])")
     killed = subprocess.run([sys.executable, "-c", killer, *arguments(world, tmp_path / "killed", "--save-every", "1")], capture_output=True)
     assert killed.returncode == code
@@ -359,7 +362,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(world, tmp_pa
     saved = {}
     step = train.optimizer_step
 
-    def watched(model, *rest):
+    def watched(model, *rest):  # before each step
         saved[len(calls)] = {name: p.detach().clone() for name, p in train.vpgtrans.blip2_names(model).items()}
         return step(model, *rest)
 
@@ -373,6 +376,82 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(world, tmp_pa
     assert all(torch.equal(broken[f"model.{name}"], value) for name, value in saved[2].items())
     assert any(not torch.equal(broken[f"model.{name}"], value) for name, value in saved[1].items())
     assert all(value.isfinite().all() for value in broken.values())
+
+
+@pytest.mark.parametrize("name", ["projector.bias", "vpg.query_tokens"])
+def test_a_gradient_that_is_no_number_stops_the_run_too(world, tmp_path, capsys, monkeypatch, name):
+    """The losses are finite, and so are all other gradients."""
+    set_up, before = train.set_up, {}
+
+    def poisoned(*arguments):
+        run, jobs, resumed = set_up(*arguments)
+        calls, parameter = [], run.model.get_parameter(name).requires_grad_()
+        parameter.register_hook(lambda gradient: calls.append(1) or (gradient * float("nan") if len(calls) == 2 else gradient))
+        before["parameter"] = parameter
+        return run, jobs, resumed
+
+    monkeypatch.setattr(train, "set_up", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(world, tmp_path / "run", "--no-warm-up", "--log-every", "6", "--save-every", "6"))
+    assert stop.value.code == 2 and "at step 2 of stage fine-tune is nan" in capsys.readouterr().err
+    broken = load_file(tmp_path / "run" / "broken.safetensors")
+    assert all(value.isfinite().all() for value in broken.values()) and {value.item() for key, value in broken.items() if key.endswith(".step")} == {1}
+    assert not (tmp_path / "run" / runs.STATE).exists()
+    with safe_open(tmp_path / "run" / "broken.safetensors", framework="pt") as saved:
+        assert json.loads(saved.metadata()["state"])["step"] == 2
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
+def test_a_run_with_reading_processes_survives_that_all_of_them_are_terminated(world, tmp_path, launcher):
+    """As Slurm and torchrun do it: every process of the group gets the signal, those that read images too."""
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments(world, tmp_path / "run", "--workers", "1", "--steps", "5000", "--val-every", "5000")]
+    run = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics, began = tmp_path / "run" / "metrics.jsonl", time.time()
+    while not (metrics.is_file() and '"stage": "fine-tune"' in metrics.read_text()) and time.time() - began < 120:
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGTERM)
+    said, _ = run.communicate(timeout=120)
+    assert "stopped at step" in said and (run.returncode == 130 or launcher), said
+    with safe_open(tmp_path / "run" / runs.STATE, framework="pt") as saved:
+        assert json.loads(saved.metadata()["state"])["stage"] == "fine-tune"
+
+
+def test_without_a_terminal_the_log_has_a_line_now_and_then(finished):
+    assert re.search(r"\nfine-tune 4/6  loss \d\.\d+  rate 0.00\d+  [\d,]+ samples/s  \d\.\d GB  0:00:\d\d left in this stage\n", finished[1])
+
+
+def test_a_gate_is_for_runs_that_go_on_after_the_warm_up(world, tmp_path):
+    train.main(arguments(world, tmp_path / "run", "--gate", "9", "--stage", "warm-up"))
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_kill_between_the_files_of_a_save_is_made_up_for(world, tmp_path, monkeypatch):
+    """State and weights are two files; and logs that are missing or cut do not keep a run from going on."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_model", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            train.main(arguments(world, out, "--save-every", "2"))
+    assert not (out / "model.safetensors").exists()
+    (out / "metrics.jsonl").unlink()
+    (out / "bad_data.jsonl").write_text('{"problem": "x", "where": "y"}\n{"problem": "unr')
+    with pytest.raises(SystemExit):
+        stop_at("fine-tune", 2, lambda: train.main(arguments(world, out, "--resume")))
+    assert bad_data(out, "x") == [{"problem": "x", "where": "y"}]
+    train.main(arguments(world, out, "--resume"))
+    train.main(arguments(world, tmp_path / "whole"))
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    (out / "model.safetensors").unlink()
+    train.main(arguments(world, out, "--resume"))
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_run_says_beforehand_what_it_takes_on_disk(world, tmp_path):
+    train.main(arguments(world, tmp_path / "run"))
+    size = {name: (tmp_path / "run" / name).stat().st_size for name in ("model.safetensors", runs.STATE)}
+    args = train.parse_arguments(arguments(world, tmp_path / "run"))
+    need = runs.disk_need(train.vpgtrans.blip2_names(prepare.shape_model(args, *prepare.find_models(args))))
+    assert 0.8 < need / (size["model.safetensors"] + 3 * size[runs.STATE]) < 1
 
 
 def test_memory_that_runs_out_says_what_to_change(world, tmp_path, monkeypatch, capsys):
@@ -426,14 +505,15 @@ def test_micro_batches_give_the_whole_batch(world, tmp_path):
         assert abs(a - b) < 1e-5
 
 
-def test_two_processes_equal_one(world, tmp_path):
+@pytest.mark.parametrize("count", [2, 3])  # three do not share a batch of eight evenly
+def test_several_processes_equal_one(world, tmp_path, count):
     train.main(arguments(world, tmp_path / "one", "--steps", "20"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
-               *arguments(world, tmp_path / "two", "--steps", "20")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), str(ROOT / "train.py"),
+               *arguments(world, tmp_path / "several", "--steps", "20")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for key in ("loss", "val_loss", "val_loss_shuffled"):
-        for a, b in zip(rows(tmp_path / "one", "stage", "step", key), rows(tmp_path / "two", "stage", "step", key), strict=True):
+        for a, b in zip(rows(tmp_path / "one", "stage", "step", key), rows(tmp_path / "several", "stage", "step", key), strict=True):
             assert a[:2] == b[:2] and abs(a[2] - b[2]) < 1e-5, key
 
 
@@ -506,7 +586,8 @@ def test_a_cache_of_another_vpg_or_data_set_is_refused(world, tmp_path, capsys, 
     refused(capsys, cached("--data", f"pairs={tmp_path / 'pairs' / 'pairs.jsonl'}"), "two data sets of stage 1 have the same name", "NAME=")
     (tmp_path / "file").write_text("")
     refused(capsys, [*cached(), "--cache", str(tmp_path / "file")], "file")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(20_000, 10_000, 10_000))
+    (tmp_path / "small").mkdir()  # another disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 0, 10_000 if place.name == "small" else 10**9))
     both = cached("--data", f"more={tmp_path / 'pairs' / 'pairs.jsonl'}")
     refused(capsys, [*both, "--cache", str(tmp_path / "small")], "the cache does not fit on this disk: 52 images x 0.6 KB = 33.3 KB", "10.0 KB are free")
     refused(capsys, cached("--precision", "bf16"), "float32, not [5, 32] torch.bfloat16")
