@@ -104,13 +104,12 @@ class FrozenHeadLoss(torch.autograd.Function):
         blocks = math.ceil(4 * len(x) * len(weight) / FrozenHeadLoss.BLOCK.get(x.device.type, 2**29))
         loss, gradient = torch.zeros((), device=x.device), torch.empty_like(x)
         for part, ids, part_gradient in zip(x.chunk(blocks), target_ids[:, None].chunk(blocks), gradient.chunk(blocks)):
-            logits, real, ids = F.linear(part, weight).float(), ids != -100, filled(ids)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            loss += ((log_z - logits.gather(1, ids)) * real).sum()
+            log_p, real, ids = F.linear(part, weight).float().log_softmax(-1), ids != -100, filled(ids)
+            loss -= (log_p.gather(1, ids) * real).sum()
             if ctx.needs_input_grad[0]:
-                p = logits.sub_(log_z).exp_()  # d loss / d logits: the probabilities, less 1 at the target
-                p.scatter_add_(1, ids, torch.full_like(log_z, -1)).mul_(real)
-                part_gradient.copy_(p.to(weight.dtype) @ weight)
+                p = log_p.exp_()  # d loss / d logits: the probabilities, less 1 at the target
+                p.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=p.dtype))
+                part_gradient.copy_((p.to(weight.dtype) @ weight) * real)
         ctx.save_for_backward(gradient)
         return loss
 

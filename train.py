@@ -192,6 +192,28 @@ def ask_to_stop(number, _):
 
 
 @dataclasses.dataclass
+class Since:
+    """What this process has done since the last line of the log, a loss and files for each step."""
+
+    samples: int  # of the stage, by then
+    seen: int = 0  # samples since the stage was entered, of all processes
+    bad: int = 0  # images among these that could not be read
+    losses: list = dataclasses.field(default_factory=list)
+    tokens: float = 0.0
+    files: list = dataclasses.field(default_factory=list)
+    problems: list = dataclasses.field(default_factory=list)
+    began: float = dataclasses.field(default_factory=time.time)
+
+    def add(self, loss, tokens, micro_batches):
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.files.append([file for micro in micro_batches for file in micro["files"]])
+        for micro in micro_batches:
+            self.problems += [("unreadable image", message) for message in micro["bad"]]
+            self.problems += [("validation image in training", f"{file} looks like {known}") for file, known in micro["twins"].items()]
+
+
+@dataclasses.dataclass
 class Run:
     """What the stages of a run share."""
 
@@ -210,6 +232,23 @@ class Run:
         if self.processes.rank == 0:
             self.processes.say("\n".join(self.validation.examples(self.model, 2)))
             self.log.draw()
+
+    def report(self, since, optimizer, at, lr, bar):
+        """Looks at what has happened since the last line of the log, and writes the next. -> the Since to go on with"""
+        losses, problems = self.processes.sum(*since.losses), self.processes.gather(since.problems)
+        self.check_loss(losses, since.files, optimizer, at)
+        self.log.report(problems)
+        seconds, samples = time.time() - since.began, at["samples"] - since.samples
+        bad, loss, speed = since.bad + sum(problem == "unreadable image" for problem, _ in problems), sum(losses) / since.tokens, samples / seconds
+        self.log.seconds += seconds
+        self.log.add(**at, loss=loss, lr=lr, samples_per_second=speed, peak_memory=peak_memory(), bad_samples=bad)
+        self.check_images(bad, since.seen + samples)
+        bar.set_postfix(loss=f"{loss:.3f}", samples_per_second=f"{speed:.0f}")
+        if bar.disable:  # what is printed goes into a file
+            left = datetime.timedelta(seconds=round((bar.total - at["step"]) * seconds / len(losses)))
+            self.processes.say(f"{at['stage']} {at['step']:,}/{bar.total:,}  loss {loss:.3f}  rate {lr:.3g}  {speed:,.0f} samples/s  "
+                               f"{peak_memory() / 1e9:.1f} GB  {left} left in this stage")
+        return Since(at["samples"], since.seen + samples, bad)
 
     def save(self, optimizer, at, name=runs.STATE):
         """Writes where the run stands, and the weights alone."""
@@ -286,7 +325,7 @@ def optimizer_step(trained, micro_batches, optimizer, processes):
 
 def train_stage(run, name, stage, samples, order, steps, resumed=None):
     """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state, stands."""
-    args, processes, model, log = run.args, run.processes, run.model, run.log
+    args, processes, model = run.args, run.processes, run.model
     processes.say(prepare.describe_stage(name, stage, steps, samples.starts[-1], vpgtrans.enter_stage(model, stage)))
     if samples.sets[0].cache:
         prepare.fill_cache(args, samples.sets, model.vpg, processes, stop_asked.is_set)
@@ -302,43 +341,26 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
     at = lambda step: {"stage": name, "step": step, "samples": step * stage.batch_size}
     if first == 0:
         run.validate(at(0))
-    losses, files, tokens, bad, problems, logged, since = [], [], 0, 0, [], first, time.time()
-    loader = data.load_batches(samples, order, stage.batch_size, args.micro_batch, processes.rank, processes.world, first, args.workers)
-    with contextlib.closing(loader) as batches, tqdm(total=steps, initial=first, desc=name, unit="step", disable=None if processes.rank == 0 else True) as bar:
+    since, quiet = Since(at(first)["samples"]), None if processes.rank == 0 else True  # None: where there is no terminal
+    batches = data.load_batches(samples, order, stage.batch_size, args.micro_batch, processes.rank, processes.world, first, args.workers)
+    with contextlib.closing(batches), tqdm(total=steps, initial=first, desc=name, unit="step", disable=quiet) as bar:
         for step in range(first, steps):
             micro_batches, lr = next(batches), vpgtrans.learning_rate(stage, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # dropout is a function of the stage's seed, step and rank, so that a resumed run draws what it would have drawn
             torch.manual_seed(hash((samples.seed, step, processes.rank)))
-            step_tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes)
-            losses.append(loss)
-            files.append([file for micro in micro_batches for file in micro["files"]])
-            tokens += step_tokens
-            problems += [("unreadable image", message) for micro in micro_batches for message in micro["bad"]]
-            problems += [("validation image in training", f"{file} looks like {known}") for micro in micro_batches for file, known in micro["twins"].items()]
+            tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes)
+            since.add(loss, tokens, micro_batches)
             done = at(step + 1)
             save = done["step"] % args.save_every == 0 or done["step"] == steps or stop
             if done["step"] % args.log_every == 0 or save:  # no state is saved whose loss was not looked at
-                losses, problems = processes.sum(*losses), processes.gather(problems)
-                run.check_loss(losses, files, optimizer, done)
-                bad += sum(problem == "unreadable image" for problem, _ in problems)
-                log.report(problems)
-                seconds, samples_seen = time.time() - since, (done["step"] - logged) * stage.batch_size
-                log.seconds += seconds
-                log.add(**done, loss=sum(losses) / tokens, lr=lr, samples_per_second=samples_seen / seconds, peak_memory=peak_memory(), bad_samples=bad)
-                run.check_images(bad, done["samples"] - first * stage.batch_size)
-                bar.set_postfix(loss=f"{sum(losses) / tokens:.3f}", samples_per_second=f"{samples_seen / seconds:.0f}")
-                if bar.disable:  # not a terminal but a file
-                    left = (steps - done["step"]) * seconds / (done["step"] - logged)
-                    processes.say(f"{name} {done['step']:,}/{steps:,}  loss {sum(losses) / tokens:.3f}  rate {lr:.3g}  {samples_seen / seconds:,.0f} samples/s  "
-                                  f"{peak_memory() / 1e9:.1f} GB  {datetime.timedelta(seconds=round(left))} left in this stage")
-                losses, files, tokens, problems, logged, since = [], [], 0, [], done["step"], time.time()
+                since = run.report(since, optimizer, done, lr, bar)
             bar.update()
             if done["step"] % val_every == 0 or done["step"] == steps:
                 pause = time.time()
                 run.validate(done)
-                since += time.time() - pause
+                since.began += time.time() - pause
             if save:
                 run.save(optimizer, done)
             if stop:
