@@ -122,6 +122,11 @@ def test_on_a_gpu_the_micro_batch_follows_from_its_memory(world, monkeypatch):
     gpu, cpu = (prepare.Processes(0, 1, torch.device(device), "bf16") for device in ("cuda", "cpu"))
     chosen = lambda processes, size: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size)) or prepare.choose_micro_batch(args, stages, sets, shapes, tok, processes)
     assert chosen(gpu, 24e9) == 36 == chosen(cpu, 1)
-    assert 1 <= chosen(gpu, 6e6) < 36
+    both, (warm_up, fine_tune) = chosen(gpu, 6e6), list(stages.items())
+    alone = []
+    for name, stage in (warm_up, fine_tune):
+        stages = {name: stage}
+        alone.append(chosen(gpu, 6e6))
+    assert 1 <= both == min(alone) < max(alone)
     args.micro_batch = 5
     assert chosen(gpu, 24e9) == 5

@@ -392,7 +392,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_too(world, tmp_path, capsys,
 
     monkeypatch.setattr(train, "set_up", poisoned)
     with pytest.raises(SystemExit) as stop:
-        train.main(arguments(world, tmp_path / "run", "--no-warm-up", "--log-every", "6", "--save-every", "6"))
+        train.main(arguments(world, tmp_path / "run", "--no-warm-up", "--log-every", "100", "--save-every", "2"))
     assert stop.value.code == 2 and "at step 2 of stage fine-tune is nan" in capsys.readouterr().err
     broken = load_file(tmp_path / "run" / "broken.safetensors")
     assert all(value.isfinite().all() for value in broken.values()) and {value.item() for key, value in broken.items() if key.endswith(".step")} == {1}
@@ -409,7 +409,9 @@ def test_a_run_with_reading_processes_survives_that_all_of_them_are_terminated(w
     metrics, began = tmp_path / "run" / "metrics.jsonl", time.time()
     while not (metrics.is_file() and '"stage": "fine-tune"' in metrics.read_text()) and time.time() - began < 120:
         time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGTERM)
+    for _ in range(2):  # and some of them twice
+        os.killpg(run.pid, signal.SIGTERM)
+        time.sleep(0.01)
     said, _ = run.communicate(timeout=120)
     assert "stopped at step" in said and (run.returncode == 130 or launcher), said
     with safe_open(tmp_path / "run" / runs.STATE, framework="pt") as saved:
