@@ -929,10 +929,9 @@ class Samples(torch.utils.data.Dataset):
                 "twins": {sample["file"]: sample["twin"] for sample in samples if sample["twin"]}}
 
 
-def leave_signals(_):
-    """A worker ends with the process that it reads for, and leaves it to that one what to do when both are told to stop."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def block_signals(_=None):
+    """Neither Ctrl-C nor SIGTERM reaches this process and its children any more. -> what was blocked before"""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0):
@@ -950,8 +949,13 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
             for i in range(0, len(positions), micro_batch):
                 yield [(int(p), int(order[p])) for p in positions[i : i + micro_batch]]
 
-    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=micro_batches(), collate_fn=samples.collate, num_workers=workers,
-                                              pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals))
+    # workers end with the process that they read for, and leave it to that one what to do when all are told to stop
+    before = block_signals()
+    try:
+        loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=micro_batches(), collate_fn=samples.collate, num_workers=workers,
+                                                  pin_memory=torch.cuda.is_available(), worker_init_fn=block_signals))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     per_step = -(-len(range(rank, batch_size, world)) // micro_batch)
     for _ in steps:
         yield [next(loader) for _ in range(per_step)]
