@@ -289,9 +289,9 @@ class Run:
         matched, shuffled = self.gate or self.validation.losses(self.model)
         if self.args.gate and not shuffled - matched >= self.args.gate:
             self.fail(f"after the warm-up, the validation loss is {matched:.3f} with the right images and {shuffled:.3f} with shuffled ones: the LLM does not "
-                 f"use the image (--gate {self.args.gate:g}). Look at whether captions fit their images (python data.py SPEC), at --src, and at "
-                 f"the curves in {self.args.out}; try more --warm-up-steps or another --warm-up-lr in a new --out. The state is saved: the same command "
-                 "with --resume --gate 0 goes on regardless")
+                      f"use the image (--gate {self.args.gate:g}). Look at whether captions fit their images (python data.py SPEC), at --src, and at "
+                      f"the curves in {self.args.out}; try more --warm-up-steps or another --warm-up-lr in a new --out. The state is saved: the same command "
+                      "with --resume --gate 0 goes on regardless")
 
 
 def optimizer_step(trained, micro_batches, optimizer, processes):
