@@ -1,0 +1,221 @@
+"""The paper in miniature: every run of docs/miniature.md, each a command of train.py that can be repeated alone.
+
+    python miniature/study.py                    # what is not recorded yet, two runs at a time (one thread each)
+    python miniature/study.py --list transfer    # the commands whose names contain "transfer"
+    python miniature/study.py --only sweep       # these runs alone, and what they need
+
+A run leaves NAME.jsonl (its metrics.jsonl) and NAME.json (its command, and how the finished model captions the images of its split)
+in --results; what is there is not run again, and a run that was killed goes on where it stood. python miniature/make.py all
+comes first. Rates were chosen on the validation images (runs named sweep-*); all others report the test images.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+WORLD, RUNS = "out/study", "out/study/runs"
+SEEDS = (0, 1, 2)
+SOURCES = ("opt-64", "opt-128", "opt-192")  # language models of sources; opt-128 where nothing else is said
+TARGET = "opt-256"
+BUDGETS = (300, 1000, 3000, 10000)  # optimizer steps of the runs from scratch, each with a schedule of its own
+STARTS = {"random": "", "stage1": f"{WORLD}/stage1"}  # of a Q-Former that is trained from scratch
+SOURCE_STEPS, SOURCE_RATE = 4000, "2e-3"
+
+RATES = {"random": ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3"), "stage1": ("1e-3", "2e-3", "4e-3")}  # swept from scratch
+SWEPT = (300, 1000)  # at these budgets; longer ones take what is best at the last
+CHOSEN = {("random", 300): "4e-3", ("random", 1000): "2e-3", ("stage1", 300): "2e-3", ("stage1", 1000): "2e-3"}
+WARM_UP_RATES, FINE_TUNE_RATES = ("1e-3", "2e-3", "5e-3", "1e-2"), ("1e-3", "2e-3")  # swept for VPGTrans, at 300 steps
+WARM_UP_RATE, FINE_TUNE_RATE = "5e-3", "1e-3"
+WARM_UP_SHARE = 0.2  # of a transfer's steps
+
+
+@dataclass
+class Run:
+    """One command. `needs` are the runs whose models it reads; `script` is train.py, or initialise.py of the study."""
+
+    name: str
+    flags: list
+    needs: list = field(default_factory=list)
+    script: str = "train.py"
+
+    @property
+    def command(self):
+        return ["python", self.script, *map(str, self.flags), "--out", f"{RUNS}/{self.name}"]
+
+
+def train(name, src, tgt, *flags, images="", split="test", seed=0, every=None, needs=()):
+    """A run of train.py on a part of the training images, watched on a split."""
+    common = ["--src", src, "--tgt", f"{WORLD}/{tgt}", "--data", f"{WORLD}/pairs/train{images}.jsonl", "--val", f"{WORLD}/pairs/{split}.jsonl",
+              "--batch-size", 32, "--micro-batch", 32, "--augment", "none", "--workers", 0, "--log-every", every or 50, "--gate", 0, "--seed", seed]
+    return Run(name, common + (["--val-every", every] if every else []) + list(flags), list(needs))
+
+
+def scratch(name, tgt, start, steps, rate, **options):
+    vpg = [STARTS[start]] if STARTS[start] else []
+    return train(name, f"{WORLD}/vit", tgt, "--from-scratch", *vpg, "--steps", steps, "--lr", rate, **options)
+
+
+def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, warm_up_rate=WARM_UP_RATE, rate=FINE_TUNE_RATE, share=WARM_UP_SHARE,
+             init=None, **options):
+    """VPGTrans in so many steps, warm-up counted, or what `flags` make of it; seed s takes the source of seed s, or what
+    initialise.py made of it."""
+    src, before = f"init-{init}-s{seed}" if init else f"source-{source}-s{seed}", round(share * steps)
+    length = ["--steps", steps] if "--no-warm-up" in flags else ["--warm-up-steps", before, "--steps", steps - before]
+    if "--stage" in flags:  # the warm-up alone
+        length = ["--warm-up-steps", steps]
+    return train(f"{name}-s{seed}", f"{RUNS}/{src}", tgt, *flags, *length, "--lr", rate, "--warm-up-lr", warm_up_rate,
+                 seed=seed, every={100: 10, 300: 20, 1000: 50}[steps], needs=[src], **options)
+
+
+VARIANTS = {  # of a transfer in 300 steps, each with one thing changed
+    "vpgtrans": [], "random-projector": ["--init", "random"], "no-warm-up": ["--no-warm-up"],
+    "inheritance": ["--no-warm-up", "--init", "random"], "projector-only": ["--stage", "warm-up"]}
+CONVERTERS = ("unweighted", "ridge", "cosine")
+FAMILIES = {"llama": (("opt-64", "llama-128"), ("opt-192", "llama-256")), "t5": (("opt-64", "t5-128"), ("opt-192", "t5-256"))}  # small, large
+
+
+def plan():
+    """All runs, in the order in which they are best made: {name: Run}."""
+    # The baseline, first of all: its rate, on validation images; then annealed budgets, on test images.
+    runs = [scratch(f"sweep-scratch-{start}-{steps}-{rate}", TARGET, start, steps, rate, split="val")
+            for start in STARTS for steps in SWEPT for rate in RATES[start]]
+    # The sources: a Q-Former after the first stage, trained on with a small language model, as BLIP-2 is.
+    runs += [scratch(f"source-{llm}-s{seed}", llm, "stage1", SOURCE_STEPS, SOURCE_RATE, split="val", seed=seed)
+             for llm in ("opt-128", "opt-64", "opt-192") for seed in SEEDS]
+    runs += [scratch(f"scratch-{start}-{steps}-s{seed}", TARGET, start, steps, CHOSEN[start, min(steps, SWEPT[-1])], seed=seed, every=steps // 10)
+             for steps in BUDGETS for start in STARTS for seed in SEEDS]
+    # VPGTrans: its rates, on validation images; then what is reported.
+    runs += [transfer(f"sweep-transfer-{warm}-{rate}", 300, seed=0, warm_up_rate=warm, rate=rate, split="val")
+             for warm in WARM_UP_RATES for rate in FINE_TUNE_RATES]
+    for seed in SEEDS:
+        runs += [transfer(f"transfer-{steps}", steps, seed=seed) for steps in (100, 300, 1000)]
+        runs += [transfer(f"images-{part}-{steps}", steps, seed=seed, images=f"-{part}") for part in ("5", "10.7", "25") for steps in (100, 300, 1000)]
+        runs += [transfer(f"variant-{name}", 300, *flags, seed=seed) for name, flags in VARIANTS.items() if name != "vpgtrans"]
+        runs += [transfer("variant-plain-rate", 300, seed=seed, warm_up_rate=FINE_TUNE_RATE)]
+        runs += [transfer(f"size-{source}", 300, seed=seed, source=source) for source in SOURCES if source != "opt-128"]
+    for tgt in [tgt for family in FAMILIES.values() for _, tgt in family]:
+        runs += [scratch(f"scratch-{tgt}-{steps}-s{seed}", tgt, "stage1", steps, CHOSEN["stage1", steps], seed=seed, every=steps // 10)
+                 for steps in SWEPT for seed in SEEDS]
+    runs += [transfer(f"family-{source}-{tgt}", 300, seed=seed, source=source, tgt=tgt)
+             for family in FAMILIES.values() for source, tgt in family for seed in SEEDS]
+    for how in CONVERTERS:
+        for seed in SEEDS:
+            source = f"source-opt-128-s{seed}"
+            flags = ["--src", f"{RUNS}/{source}", "--tgt", f"{WORLD}/{TARGET}", "--data", f"{WORLD}/pairs/train.jsonl", "--how", how, "--seed", seed]
+            runs += [Run(f"init-{how}-s{seed}", flags, [source], "miniature/initialise.py"),
+                     transfer(f"converter-{how}", 300, seed=seed, init=how)]
+    return {run.name: run for run in runs}
+
+
+# --------------------------------------------------------------------------------------------------------- doing the runs
+
+
+def measure(folder, split):
+    """What a finished run says about the images of a split: {"captions": [...], shares of the claims that are right, ...}."""
+    import torch
+
+    import sample
+    from demo.report import caption_all, read_scenes, share_right
+    from demo.scenes import mentioned
+
+    torch.set_num_threads(1)
+    files, _, truths = read_scenes(ROOT / WORLD / "pairs" / f"{split}.jsonl")
+    captions = caption_all(*sample.load_model(str(folder)), files)
+    right, claims = share_right(captions, truths)
+    words = [(word, {w for pair in truth for w in pair}) for caption, truth in zip(captions, truths) for word in mentioned(caption)]
+    return {"right": right, "claims": claims, "found": right * claims / sum(map(len, truths)),
+            "words_right": sum(word in there for word, there in words) / max(1, len(words)), "captions": captions[:24]}
+
+
+def do(run, results, say):
+    """Runs a command to its end, or goes on with it, and records what came out."""
+    record, out = results / f"{run.name}.json", ROOT / RUNS / run.name
+    if record.is_file():
+        return
+    resume = ["--resume"] if run.script == "train.py" and (out / "resume.safetensors").is_file() else []
+    say(f"$ {shlex.join(run.command + resume)}")
+    log = ROOT / WORLD / "logs" / f"{run.name}.log"
+    log.parent.mkdir(exist_ok=True, parents=True)
+    with open(log, "a") as file:
+        code = subprocess.run([sys.executable, *run.command[1:], *resume], cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        raise RuntimeError(f"{run.name}: ended with {code}; its last words are in {log}")
+    row = {"command": shlex.join(run.command), "machine": f"{platform.processor() or platform.machine()}, 1 thread"}
+    if run.script == "train.py":
+        split = "val" if run.name.startswith("sweep-") else "test"
+        done = subprocess.run([sys.executable, __file__, "--measure", str(out), "--split", split], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise RuntimeError(f"{run.name}: its captions could not be made: {done.stderr}")
+        row |= json.loads(done.stdout)
+        (results / f"{run.name}.jsonl").write_text((out / "metrics.jsonl").read_text())
+    record.write_text(json.dumps(row, indent=1) + "\n")
+    say(f"  {run.name}" + (f": {row['right']:.1%} of {row['claims']} claims right" if "right" in row else ""))
+
+
+def do_all(todo, results, jobs):
+    """Does runs, `jobs` at a time, each after those that it needs."""
+    lock, done = threading.Lock(), {}
+
+    def say(text):
+        with lock:
+            print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+    def work(run):
+        for name in run.needs:
+            done[name].result()
+        do(run, results, say)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # takes them in their order, and what is needed stands first
+        for run in todo:
+            done[run.name] = pool.submit(work, run)
+        failed = [error for error in (future.exception() for future in done.values()) if error]
+    if failed:
+        raise SystemExit("\n".join(str(error) for error in dict.fromkeys(failed)))
+
+
+def with_needs(chosen, every):
+    """The chosen runs and those that they need, in the plan's order."""
+    names, queue = set(), list(chosen)
+    while queue:
+        run = queue.pop()
+        if run.name not in names:
+            names.add(run.name)
+            queue += [every[name] for name in run.needs]
+    return [run for run in every.values() if run.name in names]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(WORLD) / "results", help="(default: %(default)s; what docs/miniature.md is made "
+                        "of is in miniature/results)")
+    parser.add_argument("--only", metavar="TEXT", action="append", help="runs whose names contain this")
+    parser.add_argument("--list", metavar="TEXT", nargs="?", const="", help="print the commands, and run nothing")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: %(default)s)")
+    parser.add_argument("--measure", type=Path, metavar="RUN", help="print what a finished run says about the images of --split, as JSON")
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    args = parser.parse_args()
+    if args.measure:
+        return print(json.dumps(measure(args.measure, args.split)))
+    every = plan()
+    if args.list is not None:
+        return print("\n".join(shlex.join(run.command) for run in every.values() if args.list in run.name))
+    todo = with_needs([run for run in every.values() if not args.only or any(text in run.name for text in args.only)], every)
+    todo = [run for run in todo if not (args.results / f"{run.name}.json").is_file() or any(run.name in other.needs for other in todo)]
+    args.results.mkdir(parents=True, exist_ok=True)
+    do_all(todo, args.results, args.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Facts about the study: its commands are real, what is recorded is what they say, and its parts do what they are named for."""
+
+import json
+import random
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "miniature"))
+
+import data
+import make
+import study
+import train
+from demo import scenes
+from initialise import fit_cosine
+from llm import ARCHITECTURES
+from qformer import VPG
+
+PLAN = study.plan()
+
+
+def test_all_commands_are_of_train_py_and_parse():
+    for run in PLAN.values():
+        if run.script == "train.py":
+            args = train.parse_arguments([*map(str, run.flags), "--out", f"{study.RUNS}/{run.name}"])
+            assert args.out.name == run.name
+
+
+def test_what_a_run_needs_stands_before_it():
+    order = list(PLAN)
+    for run in PLAN.values():
+        assert all(order.index(need) < order.index(run.name) for need in run.needs)
+        read = [word for word in map(str, run.flags) if word.startswith(study.RUNS)]
+        assert {Path(word).name for word in read} <= set(run.needs)
+
+
+def test_choices_are_made_on_validation_images_and_figures_reported_on_test_images():
+    for run in PLAN.values():
+        if run.script == "train.py":
+            split = Path(run.flags[run.flags.index("--val") + 1]).stem
+            assert split == ("val" if run.name.startswith(("sweep-", "source-")) else "test"), run.name
+
+
+def fake_run(folder, name, code=0, needs=()):
+    """A run whose script writes the metrics of two steps, or fails."""
+    script = folder / f"{name}.py"
+    script.write_text(f"""
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+with open(out / "calls", "a") as file: file.write(" ".join(sys.argv[1:]) + "\\n")
+if {code}: sys.exit("it broke")
+(out / "model.safetensors").write_text("")
+""")
+    return study.Run(name, [], list(needs), str(script))
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    results = tmp_path / "results"
+    results.mkdir()
+    return tmp_path, results
+
+
+def calls(folder, name):
+    return (folder / study.RUNS / name / "calls").read_text().splitlines()
+
+
+def test_runs_are_recorded_with_their_command_and_not_done_again(workplace, capsys):
+    folder, results = workplace
+    runs = {run.name: run for run in (fake_run(folder, "a"), fake_run(folder, "b", needs=["a"]))}
+    for _ in range(2):
+        study.do_all(list(runs.values()), results, jobs=2)
+    assert [len(calls(folder, name)) for name in runs] == [1, 1]
+    assert json.loads((results / "b.json").read_text())["command"] == shlex.join(runs["b"].command)
+    assert capsys.readouterr().out.count("$ python") == 2
+
+
+def test_a_failed_run_is_named_with_its_log_and_stops_what_needs_it(workplace):
+    folder, results = workplace
+    runs = {run.name: run for run in (fake_run(folder, "a", code=1), fake_run(folder, "b", needs=["a"]), fake_run(folder, "c"))}
+    with pytest.raises(SystemExit, match="a: ended with 1.*a.log"):
+        study.do_all(list(runs.values()), results, jobs=2)
+    assert not (results / "a.json").exists() and not (results / "b.json").exists() and (results / "c.json").exists()
+    assert "it broke" in (folder / study.WORLD / "logs" / "a.log").read_text()
+
+
+def test_what_a_chosen_run_needs_is_chosen_too():
+    runs = {"a": study.Run("a", []), "b": study.Run("b", [], ["a"]), "c": study.Run("c", [], ["b"]), "d": study.Run("d", [])}
+    assert [run.name for run in study.with_needs([runs["c"]], runs)] == ["a", "b", "c"]
+
+
+def test_the_cosine_converter_finds_a_linear_map():
+    torch.manual_seed(0)
+    src = torch.randn(200, 8)
+    tgt = src @ torch.randn(8, 12) + torch.randn(12)
+    converter = fit_cosine(src, tgt, torch.rand(200) + 0.1, epochs=50, tokens=100, lr=1.0)
+    assert torch.cosine_similarity(converter(src), tgt, dim=1).mean() > 0.99
+
+
+# ------------------------------------------------------------------------------------------------------------- the world
+
+
+def test_no_word_means_two_things():
+    words = [word for table in (scenes.COLOURS, scenes.SHAPES) for words in table.values() for word in words]
+    assert len(words) == len(set(words))
+
+
+@pytest.mark.parametrize("shape", scenes.SHAPES)
+def test_every_shape_can_be_seen_and_fits_its_circle(shape):
+    assert max(np.hypot(x, y) for x, y in scenes.outline(shape)) < 1.35
+    thing = dict(colour="red", shape=shape, size="small", x=32, y=32, radius=9, turn=10, shade=scenes.RGB["red"])
+    image, owner = scenes.render(dict(background="white", shade=(244, 244, 244), arrangement="alone", objects=[thing]))
+    assert 40 < (owner == 1).sum() < 18 * 18 and image[owner == 1].std() > 0
+
+
+def test_shapes_are_drawn_with_the_frequencies_of_the_table():
+    rng = random.Random(0)
+    drawn = [scenes.draw_from(scenes.SHAPES, 2, rng) for _ in range(20000)]
+    first, last = list(scenes.SHAPES)[0], list(scenes.SHAPES)[-1]
+    assert 13 < drawn.count(first) / drawn.count(last) < 27
+
+
+def test_patches_are_labelled_by_the_object_that_covers_them():
+    scene = scenes.random_scene(random.Random(3))
+    labels = make.patch_labels([scene], scenes.render(scene)[1][None])[0]
+    for thing in scene["objects"]:
+        patch = int(thing["y"]) // 8 * 8 + int(thing["x"]) // 8
+        if thing["shape"] not in ("ring", "frame", "corner", "chevron"):  # which are empty in their middle
+            assert labels[0, patch] == list(scenes.COLOURS).index(thing["colour"])
+            assert labels[1, patch] == 1 + list(scenes.SHAPES).index(thing["shape"])
+
+
+@pytest.mark.parametrize("family", make.TOKENIZERS)
+def test_tokenizers_of_the_world_read_like_those_of_their_family(family, tmp_path):
+    build, config = make.TOKENIZERS[family]
+    rng = random.Random(0)
+    texts = [scenes.caption(scenes.random_scene(rng), rng) for _ in range(3000)]
+    build(texts).save(str(tmp_path / "tokenizer.json"))
+    make.write_json(tmp_path / "tokenizer_config.json", config)
+    make.write_json(tmp_path / "config.json", make.LLMS[f"{family}-256"])
+    tok = data.load_tokenizer(tmp_path)
+    for text in texts[:50]:
+        assert tok.decode(tok.encode(text)).strip() == text
+    assert len(tok.encode(texts[0])) < len(texts[0]) and max(tok.vocab().values()) < make.LLMS[f"{family}-256"]["vocab_size"]
+    assert (tok.end_id == tok.eos_id) == (family == "t5")
+
+
+@pytest.mark.parametrize("name", make.LLMS)
+def test_the_language_models_of_the_world_can_be_built_and_read_both_corpora(name):
+    llm = ARCHITECTURES[name.split("-")[0]](make.LLMS[name])
+    make.initialise(llm)
+    read = make.read_encoder_ids if name.startswith("t5") else make.read_first_tokens
+    total, count = read(llm, [([5, 6, 1], [7, 8, 1]), ([5, 1], [7, 1])] if name.startswith("t5") else [[2, 5, 6, 7], [2, 5]])
+    assert count == (5 if name.startswith("t5") else 4) and 7 < total / count < 9.5
+
+
+def test_the_first_stage_learns_all_three_of_its_tasks():
+    """On eight fixed pairs: contrast, matching and captioning all fall far below what guessing gives."""
+    torch.manual_seed(0)
+    vpg = VPG(make.VPG_CONFIG)
+    vpg.reset()
+    torch.nn.init.normal_(vpg.query_tokens, std=0.5)
+    model = make.FirstStage(vpg, 50)
+    features, ids = torch.randn(8, 65, 128), torch.randint(5, 50, (8, 6))
+    ids[::2, 4:] = make.IGNORE
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "vision_model" not in n], lr=2e-3)
+    for _ in range(120):
+        parts = model(features, ids, 2)
+        optimizer.zero_grad()
+        sum(parts).backward()
+        optimizer.step()
+    contrast, matching, captioning = parts
+    assert contrast < 0.7 and matching < 0.4 and captioning < 1.5  # guessing: 2.1, 0.7, 3.9
