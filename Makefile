@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo study test clean
 
 # The main job on the embedded default: small models, 2,400 pairs, a laptop's CPU. Beside it, the same number of steps from scratch.
 TRANSFER = $(BIN)/python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --val demo/pairs/val.jsonl \
@@ -12,6 +12,12 @@ demo: .venv/run
 	$(TRANSFER) --warm-up-steps 60 --steps 240 --out out/demo
 	$(TRANSFER) --from-scratch --steps 300 --out out/demo-from-scratch
 	$(BIN)/python demo/report.py out/demo out/demo-from-scratch
+
+# The paper in miniature, docs/miniature.md: hours, resumable. Tables and pictures of what comes out lie in out/study/.
+study: .venv/run
+	$(BIN)/python miniature/make.py all
+	$(BIN)/python miniature/study.py
+	$(BIN)/python miniature/report.py --results out/study/results --out out/study
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q

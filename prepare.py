@@ -245,8 +245,11 @@ def build_model(args, src, tgt, captions, processes):
         projector = qformer.load_projector(src.folder)
         say("source and target are the same LLM: the projector stays as it is")
     elif processes.rank == 0:
-        projector = convert_projector(qformer.load_projector(src.folder), src, tgt, captions, say)
+        projector = convert_projector(qformer.load_projector(src.folder), src, tgt, captions(), say)
     model = vpgtrans.VisualLLM(vpg, projector.to(device), llm)
+    if args.word_like:
+        used = data.count_tokens(tok, captions(), llm.vocab_size).nonzero()[:, 0]
+        model.word_like, model.words = args.word_like, llm.embed(used.to(device)).float()
     if processes.world > 1:
         for parameter in vpgtrans.blip2_names(model).values():
             dist.broadcast(parameter.data, src=0)

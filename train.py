@@ -59,6 +59,9 @@ def parse_arguments(argv=None):
                         "CLIP alone: openai/clip-vit-large-patch14")
     method.add_argument("--vit-layers", type=int, metavar="N", help="with --from-scratch: read features after block N of the ViT (default: "
                         "the last; of CLIP ViT-L's 24, the paper's runs keep 21, LAVIS 23)")
+    method.add_argument("--word-like", type=float, default=0.0, metavar="WEIGHT", help="add WEIGHT x the distance of soft prompts from mixtures of word "
+                        "embeddings to the loss: the word converter carries what is trained so to other LLMs better (docs/miniature.md); not of "
+                        "the paper (default: %(default)s)")
     method.add_argument("--stage", choices=("warm-up", "fine-tune"), help="run one stage alone")
     pairs = parser.add_argument_group("data: without --data, the paper's sets and mixture, from datasets/ or $VPGTRANS_DATA")
     spec = "[NAME=]SOURCE[@IMAGES][:WEIGHT]"
@@ -84,6 +87,7 @@ def parse_arguments(argv=None):
                         "paper's data, at most 10 epochs of --data; from scratch 10 epochs)")
     length.add_argument("--lr", type=float, help="peak rate of stage 2, or from scratch (default: 1e-4)")
     length.add_argument("--warm-up-lr", type=float, help="rate of stage 1 (default: 5 x --lr)")
+    length.add_argument("--clip", type=float, metavar="NORM", help="scale gradients down to this norm where theirs is larger (default: never, as the paper)")
     length.add_argument("--seed", type=int, default=0, help="a run is a function of its arguments and this (default: %(default)s)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--micro-batch", type=int, help="samples at a time on one GPU; but for the draws of dropout, the result is the "
@@ -113,7 +117,9 @@ def parse_arguments(argv=None):
     for name in ("image_size", "vit_layers", "steps", "warm_up_steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name, least in (("lr", 0), ("warm_up_lr", 0), ("max_tokens", 1)):
+    if args.word_like < 0:
+        parser.error("--word-like must not be below 0")
+    for name, least in (("lr", 0), ("warm_up_lr", 0), ("clip", 0), ("max_tokens", 1)):
         if getattr(args, name) is not None and not getattr(args, name) > least:
             parser.error(f"--{name.replace('_', '-')} must be above {least}")
     if args.vit_layers and args.from_scratch != "":
@@ -294,7 +300,7 @@ class Run:
                       "with --resume --gate 0 goes on regardless")
 
 
-def optimizer_step(trained, micro_batches, optimizer, processes):
+def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
     """Forward, backward and update for one batch, of which this process has some micro-batches; `trained` is the model, or
     DDP around it.
 
@@ -317,6 +323,8 @@ def optimizer_step(trained, micro_batches, optimizer, processes):
     # once a gradient is no number, AdamW stands still, as under a GradScaler: nothing waits for that, and nothing is spoilt
     norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
     optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
+    if clip:
+        optimizer.grad_scale = (norm / clip).clamp(min=1)  # AdamW divides by it
     loss_sum += 0 * norm  # the loss of a step whose gradient is no number is none, either
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -350,7 +358,7 @@ def train_stage(run, name, stage, samples, order, steps, resumed=None):
                 group["lr"] = lr
             # dropout is a function of the stage's seed, step and rank, so that a resumed run draws what it would have drawn
             torch.manual_seed(hash((samples.seed, step, processes.rank)))
-            tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes)
+            tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes, args.clip)
             since.add(loss, tokens, micro_batches)
             done = at(step + 1)
             save = done["step"] % args.save_every == 0 or done["step"] == steps or stop
@@ -403,7 +411,7 @@ def set_up(args, stages):
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
         prepare.check_same_run(args, resumed[0])
-    captions = itertools.chain.from_iterable(pairs.captions for pairs in sets[list(stages)[0]][0])
+    captions = lambda: itertools.chain.from_iterable(pairs.captions for pairs in sets[list(stages)[0]][0])
     model, tok = prepare.build_model(args, src, tgt, captions, processes)
     new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
     validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), runs.Log(args.out, processes.rank)

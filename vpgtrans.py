@@ -85,6 +85,18 @@ def merge(projector, converter):
 # -------------------------------------------------------------------------------------------------------------- the model
 
 
+def distance_from_words(soft_prompts, words, sharpness=16.0):
+    """How far soft prompts (N,D) are from mixtures of word embeddings (V,D): the mean squared distance, in units of a word's mean
+    square norm. Not of the paper: a word converter fitted on words carries such soft prompts better.
+
+    The mixture is a softmax over the words, the nearest first, so that what minimises the distance is a point near some words."""
+    with torch.autocast(soft_prompts.device.type, enabled=False):
+        soft_prompts, square = soft_prompts.float(), words.pow(2).sum(-1)
+        nearness = soft_prompts @ words.T - 0.5 * square  # up to a constant, minus half the squared distance
+        mixture = (nearness * (sharpness / square.mean())).softmax(-1) @ words
+        return (soft_prompts - mixture).pow(2).sum(-1).mean() / square.mean()
+
+
 class VisualLLM(nn.Module):
     """VPG, projector and LLM as one model; its forward is the caption loss, so that DDP wraps one thing.
 
@@ -93,6 +105,7 @@ class VisualLLM(nn.Module):
 
     def __init__(self, vpg, projector, llm):
         super().__init__()
+        self.word_like, self.words = 0.0, None  # weight of distance_from_words in the loss of training, and the words (V,D)
         if (projector.in_features, projector.out_features) != (vpg.dim, llm.dim):
             raise ValueError(f"the projector is {projector.in_features} -> {projector.out_features}; between this Q-Former and "
                              f"this LLM it must be {vpg.dim} -> {llm.dim}")
@@ -119,7 +132,10 @@ class VisualLLM(nn.Module):
         """(B,P), (B,T) and the images in one of their forms -> (sum of the tokens' cross-entropies, number of tokens); with
         several captions an image, (B,K,T), see the LLM's loss."""
         prefix, mask = self.prefix(prompt_ids, images, features, queries)
-        return self.llm.loss(prefix, target_ids, mask)
+        loss, tokens = self.llm.loss(prefix, target_ids, mask)
+        if self.word_like and self.projector.training:
+            loss = loss + self.word_like * tokens * distance_from_words(prefix[(prompt_ids == IMAGE).to(prefix.device)], self.words)
+        return loss, tokens
 
     def generate(self, prompt_ids, images=None, features=None, queries=None, **options):
         """The LLM's answers as B lists of ids; `options` are those of the LLM's generate (num_beams, stop, ...)."""

@@ -31,9 +31,9 @@ SOURCES = ("opt-64", "opt-128", "opt-192")  # language models of sources; opt-12
 TARGET = "opt-256"
 BUDGETS = (300, 1000, 3000, 10000)  # optimizer steps of the runs from scratch, each with a schedule of its own
 STARTS = {"random": "", "stage1": f"{WORLD}/stage1"}  # of a Q-Former that is trained from scratch
-SOURCE_STEPS, SOURCE_RATE = 4000, "2e-3"
+SOURCE_STEPS, SOURCE_RATE, WORD_LIKE = 6000, "2e-3", 0.3
 
-RATES = {"random": ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3"), "stage1": ("1e-3", "2e-3", "4e-3")}  # swept from scratch
+RATES = ("1e-3", "2e-3", "4e-3")  # swept from scratch
 SWEPT = (300, 1000)  # at these budgets; longer ones take what is best at the last
 CHOSEN = {("random", 300): "4e-3", ("random", 1000): "2e-3", ("stage1", 300): "2e-3", ("stage1", 1000): "2e-3"}
 WARM_UP_RATES, FINE_TUNE_RATES = ("1e-3", "2e-3", "5e-3", "1e-2"), ("1e-3", "2e-3")  # swept for VPGTrans, at 300 steps
@@ -58,13 +58,13 @@ class Run:
 def train(name, src, tgt, *flags, images="", split="test", seed=0, every=None, needs=()):
     """A run of train.py on a part of the training images, watched on a split."""
     common = ["--src", src, "--tgt", f"{WORLD}/{tgt}", "--data", f"{WORLD}/pairs/train{images}.jsonl", "--val", f"{WORLD}/pairs/{split}.jsonl",
-              "--batch-size", 32, "--micro-batch", 32, "--augment", "none", "--workers", 0, "--log-every", every or 50, "--gate", 0, "--seed", seed]
+              "--batch-size", 32, "--micro-batch", 32, "--augment", "none", "--clip", 0.5, "--workers", 0, "--log-every", every or 50, "--gate", 0, "--seed", seed]
     return Run(name, common + (["--val-every", every] if every else []) + list(flags), list(needs))
 
 
-def scratch(name, tgt, start, steps, rate, **options):
+def scratch(name, tgt, start, steps, rate, *flags, **options):
     vpg = [STARTS[start]] if STARTS[start] else []
-    return train(name, f"{WORLD}/vit", tgt, "--from-scratch", *vpg, "--steps", steps, "--lr", rate, **options)
+    return train(name, f"{WORLD}/vit", tgt, "--from-scratch", *vpg, "--steps", steps, "--lr", rate, *flags, **options)
 
 
 def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, warm_up_rate=WARM_UP_RATE, rate=FINE_TUNE_RATE, share=WARM_UP_SHARE,
@@ -90,10 +90,12 @@ def plan():
     """All runs, in the order in which they are best made: {name: Run}."""
     # The baseline, first of all: its rate, on validation images; then annealed budgets, on test images.
     runs = [scratch(f"sweep-scratch-{start}-{steps}-{rate}", TARGET, start, steps, rate, split="val")
-            for start in STARTS for steps in SWEPT for rate in RATES[start]]
+            for start in STARTS for steps in SWEPT for rate in RATES]
     # The sources: a Q-Former after the first stage, trained on with a small language model, as BLIP-2 is.
     runs += [scratch(f"source-{llm}-s{seed}", llm, "stage1", SOURCE_STEPS, SOURCE_RATE, split="val", seed=seed)
              for llm in ("opt-128", "opt-64", "opt-192") for seed in SEEDS]
+    runs += [scratch(f"source-words-s{seed}", "opt-128", "stage1", SOURCE_STEPS, SOURCE_RATE, "--word-like", WORD_LIKE, split="val", seed=seed)
+             for seed in SEEDS]
     runs += [scratch(f"scratch-{start}-{steps}-s{seed}", TARGET, start, steps, CHOSEN[start, min(steps, SWEPT[-1])], seed=seed, every=steps // 10)
              for steps in BUDGETS for start in STARTS for seed in SEEDS]
     # VPGTrans: its rates, on validation images; then what is reported.
@@ -142,7 +144,7 @@ def measure(folder, split):
 def do(run, results, say):
     """Runs a command to its end, or goes on with it, and records what came out."""
     record, out = results / f"{run.name}.json", ROOT / RUNS / run.name
-    if record.is_file():
+    if record.is_file() and (out / "model.safetensors").is_file():
         return
     resume = ["--resume"] if run.script == "train.py" and (out / "resume.safetensors").is_file() else []
     say(f"$ {shlex.join(run.command + resume)}")
@@ -211,8 +213,8 @@ def main():
     every = plan()
     if args.list is not None:
         return print("\n".join(shlex.join(run.command) for run in every.values() if args.list in run.name))
-    todo = with_needs([run for run in every.values() if not args.only or any(text in run.name for text in args.only)], every)
-    todo = [run for run in todo if not (args.results / f"{run.name}.json").is_file() or any(run.name in other.needs for other in todo)]
+    chosen = [run for run in every.values() if not args.only or any(text in run.name for text in args.only)]
+    todo = with_needs([run for run in chosen if not (args.results / f"{run.name}.json").is_file()], every)
     args.results.mkdir(parents=True, exist_ok=True)
     do_all(todo, args.results, args.jobs)
 

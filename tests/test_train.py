@@ -24,6 +24,7 @@ import qformer
 import runs
 import sample
 import train
+import vpgtrans
 from test_data import write_kind, write_shard
 from test_llm import LLAMA, T5, make_model
 
@@ -850,3 +851,39 @@ def test_a_run_whose_llm_changed_is_refused(finished, world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main([str(world[2].parent / "0.png"), "--model", str(tmp_path / "run")])
     assert stop.value.code == 2 and "fingerprint" in capsys.readouterr().err
+
+
+def test_soft_prompts_come_nearer_to_words_when_they_are_asked_to(world, tmp_path):
+    """The same run with and without --word-like: the distance of the soft prompts of validation images from words."""
+    distances = []
+    for weight in ("0", "100"):
+        out = tmp_path / weight
+        train.main(arguments(world, out, "--no-warm-up", "--init", "random", "--steps", "20", "--word-like", weight))
+        model, tok = sample.load_model(str(out), torch.float32)
+        pairs = data.read_pairs(str(world[2]))
+        images = data.normalise(torch.stack([data.read_image(pairs.file(i), model.vpg.image_size) for i in range(8)]))
+        used = data.count_tokens(tok, pairs.captions, model.llm.vocab_size).nonzero()[:, 0]
+        with torch.no_grad():
+            distances.append(vpgtrans.distance_from_words(model.projector(model.vpg(images)).flatten(0, 1), model.llm.embed(used)))
+    assert distances[1] < 0.8 * distances[0]
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_clipped_gradients_are_those_of_torch(clip):
+    """Three steps with gradients of very different norms, against clip_grad_norm_ and a plain AdamW."""
+    torch.manual_seed(0)
+    ours, plain = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    plain.load_state_dict(ours.state_dict())
+    images, processes = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), prepare.Processes.start("fp32")
+    loss_of = lambda layer, x, size: size * layer(x.mean((2, 3))).pow(2).sum()
+    mine, reference = (torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True) for layer in (ours, plain))
+    mine.found_inf = torch.zeros(())
+    for size in (1.0, 300.0, 0.01):
+        batch = dict(prompt_ids=torch.zeros(2, 1), target_ids=torch.zeros(2, 5), images=images)
+        train.optimizer_step(lambda prompts, targets, images: (loss_of(ours, images, size), 10), [batch], mine, processes, clip)
+        (loss_of(plain, data.normalise(images), size) / 10).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        reference.step()
+        reference.zero_grad()
+    assert torch.allclose(ours.weight, plain.weight, atol=1e-6)

@@ -13,7 +13,7 @@ from conftest import make_blip2, relative_error
 from llm import load_llm
 from qformer import load_projector, load_vpg
 from test_llm import LLAMA, OPT, T5
-from vpgtrans import HOLE, IMAGE, STAGES, VisualLLM, enter_stage, fit_word_converter, learning_rate, merge, parameter_groups, shared_tokens
+from vpgtrans import HOLE, IMAGE, STAGES, VisualLLM, distance_from_words, enter_stage, fit_word_converter, learning_rate, merge, parameter_groups, shared_tokens
 
 
 def random(*shape, seed=0):
@@ -134,6 +134,27 @@ def test_soft_prompts_may_stand_anywhere_and_holes_change_nothing(model):
     holes = model(torch.tensor([[HOLE, 2, 9, HOLE] + [IMAGE] * 3 + [HOLE] + [IMAGE] * 2 + [8, HOLE]]), target, images=images)[0]
     elsewhere = model(torch.tensor([[IMAGE] * 5 + [2, 9, 8]]), target, images=images)[0]
     assert relative_error(holes, plain) < 1e-5 < relative_error(elsewhere, plain)
+
+
+def test_distance_from_words_is_nothing_on_a_word_and_grows_away_from_all():
+    words = random(40, 64)  # far apart: a softmax over them is nearly a choice
+    on, between, off = words[:5], (words[0] + words[1])[None] / 2, 3 * random(5, 64, seed=1)
+    assert distance_from_words(on, words) < 1e-3
+    assert distance_from_words(between, words) < 0.02  # the mixture of both
+    assert distance_from_words(off, words) > 5
+    assert torch.allclose(distance_from_words(10 * on + 1, 10 * words), distance_from_words(on + 0.1, words), rtol=1e-4)  # has no unit
+
+
+def test_word_likeness_adds_to_the_loss_of_training_alone(model):
+    prompts, targets, images = torch.tensor([[IMAGE] * model.vpg.num_query_tokens + [2]] * 2), torch.tensor([[5, 6, 7], [8, 9, -100]]), random(2, 3, 28, 28)
+    enter_stage(model, STAGES["warm-up"])
+    plain, tokens = model(prompts, targets, images=images)
+    model.word_like, model.words = 0.5, model.llm.embed(torch.arange(20)).float()
+    soft_prompts = model.projector(model.vpg(images))
+    with_it, _ = model(prompts, targets, images=images)
+    assert torch.allclose(with_it - plain, 0.5 * tokens * distance_from_words(soft_prompts.flatten(0, 1), model.words), rtol=1e-3)
+    model.eval()
+    assert torch.equal(model(prompts, targets, images=images)[0], plain)
 
 
 def test_a_prompt_with_too_few_places_is_refused(model):
