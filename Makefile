@@ -4,13 +4,13 @@ BIN = .venv/bin
 .PHONY: demo study test clean
 
 # The main job on the embedded default: small models, 2,400 pairs, a laptop's CPU. Beside it, the same number of steps from scratch.
-TRANSFER = $(BIN)/python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --val demo/pairs/val.jsonl \
-	--batch-size 64 --micro-batch 64 --lr 1e-3 --warm-up-lr 1e-3 --augment none --workers 0
+TRAIN = $(BIN)/python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --val demo/pairs/val.jsonl \
+	--batch-size 32 --micro-batch 32 --clip 0.5 --augment none --workers 0
 
 demo: .venv/run
 	rm -rf out/demo out/demo-from-scratch
-	$(TRANSFER) --warm-up-steps 60 --steps 240 --out out/demo
-	$(TRANSFER) --from-scratch --steps 300 --out out/demo-from-scratch
+	$(TRAIN) --warm-up-steps 60 --steps 240 --lr 1e-3 --out out/demo
+	$(TRAIN) --from-scratch --steps 300 --lr 2e-3 --out out/demo-from-scratch
 	$(BIN)/python demo/report.py out/demo out/demo-from-scratch
 
 # The paper in miniature, docs/miniature.md: hours, resumable. Tables and pictures of what comes out lie in out/study/.

@@ -522,6 +522,7 @@ def make_demo(args):
         shutil.rmtree(ROOT / "demo" / name, ignore_errors=True)
     shutil.copytree(args.out / "opt-256", ROOT / "demo" / "target")
     subprocess.run([sys.executable, ROOT / "export.py", args.out / "runs" / "source-opt-128-s0", ROOT / "demo" / "source"], check=True)
+    (ROOT / "demo" / "source" / "README.md").unlink()  # a model card that says how to load it
 
 
 # ------------------------------------------------------------------------------------------------------------ the command
