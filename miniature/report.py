@@ -21,7 +21,7 @@ import study
 from demo import report as demo
 from demo import scenes
 from make import SEEDS as SCENES
-from study import BUDGETS, CONVERTERS, FAMILIES, RATES, SEEDS, SOURCES, STARTS, SWEPT, VARIANTS, WARM_UP_RATES, FINE_TUNE_RATES
+from study import BUDGETS, FAMILIES, FINE_TUNE_RATES, RATES, SEEDS, SOURCES, STARTS, SWEPT, WARM_UP_RATES
 
 # --------------------------------------------------------------------------------------------------------------- results
 
@@ -139,6 +139,7 @@ def variant_table(results):
 def converter_table(results):
     names = {"transfer-300": "least squares, weighted by use (VPGTrans here)", "converter-unweighted": "least squares, each token once",
              "converter-ridge": "weighted, a ridge of 0.1 instead of 0.001", "converter-cosine": "cosine distance by SGD (the original)",
+             "converter-captions": "soft prompts read as words of their caption", "words-300": "weighted least squares, from a source with word-like soft prompts",
              "variant-random-projector": "none"}
     return change_rows(results, names)
 

@@ -33,9 +33,9 @@ BUDGETS = (300, 1000, 3000, 10000)  # optimizer steps of the runs from scratch, 
 STARTS = {"random": "", "stage1": f"{WORLD}/stage1"}  # of a Q-Former that is trained from scratch
 SOURCE_STEPS, SOURCE_RATE, WORD_LIKE = 6000, "2e-3", 0.3
 
-RATES = ("1e-3", "2e-3", "4e-3")  # swept from scratch
+RATES = ("5e-4", "1e-3", "2e-3", "4e-3")  # swept from scratch
 SWEPT = (300, 1000)  # at these budgets; longer ones take what is best at the last
-CHOSEN = {("random", 300): "4e-3", ("random", 1000): "2e-3", ("stage1", 300): "2e-3", ("stage1", 1000): "2e-3"}
+CHOSEN = {("random", 300): "2e-3", ("random", 1000): "2e-3", ("stage1", 300): "2e-3", ("stage1", 1000): "1e-3"}
 WARM_UP_RATES, FINE_TUNE_RATES = ("1e-3", "2e-3", "5e-3", "1e-2"), ("1e-3", "2e-3")  # swept for VPGTrans, at 300 steps
 WARM_UP_RATE, FINE_TUNE_RATE = "5e-3", "1e-3"
 WARM_UP_SHARE = 0.2  # of a transfer's steps
@@ -82,7 +82,7 @@ def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, warm_up_ra
 VARIANTS = {  # of a transfer in 300 steps, each with one thing changed
     "vpgtrans": [], "random-projector": ["--init", "random"], "no-warm-up": ["--no-warm-up"],
     "inheritance": ["--no-warm-up", "--init", "random"], "projector-only": ["--stage", "warm-up"]}
-CONVERTERS = ("unweighted", "ridge", "cosine")
+CONVERTERS = {"unweighted": WARM_UP_RATE, "ridge": WARM_UP_RATE, "cosine": WARM_UP_RATE, "captions": "5e-4"}  # and the rate of the warm-up
 FAMILIES = {"llama": (("opt-64", "llama-128"), ("opt-192", "llama-256")), "t5": (("opt-64", "t5-128"), ("opt-192", "t5-256"))}  # small, large
 
 
@@ -105,6 +105,7 @@ def plan():
         runs += [transfer(f"transfer-{steps}", steps, seed=seed) for steps in (100, 300, 1000)]
         runs += [transfer(f"images-{part}-{steps}", steps, seed=seed, images=f"-{part}") for part in ("5", "10.7", "25") for steps in (100, 300, 1000)]
         runs += [transfer(f"variant-{name}", 300, *flags, seed=seed) for name, flags in VARIANTS.items() if name != "vpgtrans"]
+        runs += [transfer(f"words-{steps}", steps, seed=seed, source="words", warm_up_rate=FINE_TUNE_RATE) for steps in (100, 300, 1000)]
         runs += [transfer("variant-plain-rate", 300, seed=seed, warm_up_rate=FINE_TUNE_RATE)]
         runs += [transfer(f"size-{source}", 300, seed=seed, source=source) for source in SOURCES if source != "opt-128"]
     for tgt in [tgt for family in FAMILIES.values() for _, tgt in family]:
@@ -112,12 +113,12 @@ def plan():
                  for steps in SWEPT for seed in SEEDS]
     runs += [transfer(f"family-{source}-{tgt}", 300, seed=seed, source=source, tgt=tgt)
              for family in FAMILIES.values() for source, tgt in family for seed in SEEDS]
-    for how in CONVERTERS:
+    for how, rate in CONVERTERS.items():
         for seed in SEEDS:
             source = f"source-opt-128-s{seed}"
             flags = ["--src", f"{RUNS}/{source}", "--tgt", f"{WORLD}/{TARGET}", "--data", f"{WORLD}/pairs/train.jsonl", "--how", how, "--seed", seed]
             runs += [Run(f"init-{how}-s{seed}", flags, [source], "miniature/initialise.py"),
-                     transfer(f"converter-{how}", 300, seed=seed, init=how)]
+                     transfer(f"converter-{how}", 300, seed=seed, init=how, warm_up_rate=rate)]
     return {run.name: run for run in runs}
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "miniature"))
 
 import data
 import make
+import report
 import study
 import train
 from demo import scenes
@@ -103,6 +104,54 @@ def test_the_cosine_converter_finds_a_linear_map():
     tgt = src @ torch.randn(8, 12) + torch.randn(12)
     converter = fit_cosine(src, tgt, torch.rand(200) + 0.1, epochs=50, tokens=100, lr=1.0)
     assert torch.cosine_similarity(converter(src), tgt, dim=1).mean() > 0.99
+
+
+# ------------------------------------------------------------------------------------------------------------ the report
+
+
+def write_run(folder, name, **stages):
+    """A recorded run: losses of its stages, 10 steps apart."""
+    lines = [dict(stage=stage, step=10 * i, val_loss=loss, val_loss_shuffled=3.0, seconds=float(i)) for stage, losses in stages.items() for i, loss in enumerate(losses)]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"{name}.json").write_text(json.dumps(dict(command=name, right=0.5, claims=10, found=0.5, words_right=0.9, captions=[])))
+
+
+def test_steps_are_counted_through_both_stages(tmp_path):
+    write_run(tmp_path, "run-s0", **{"warm-up": [3.0, 2.0], "fine-tune": [2.0, 1.5, 1.0]})
+    results = report.Results(tmp_path)
+    assert [point[:2] for point in results.curve("run-s0")] == [(0, 3.0), (10, 2.0), (10, 2.0), (20, 1.5), (30, 1.0)]
+    assert results.first_below("run-s0", 1.5) == (20, 1.0) and results.first_below("run-s0", 0.9) is None and results.final("run-s0") == 1.0
+
+
+def test_a_speed_up_is_of_mean_steps_and_not_given_where_a_seed_does_not_get_there(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, f"scratch-s{seed}", **{"from-scratch": [3.0] * 6 + [1.4 + 0.2 * seed]})
+    write_run(tmp_path, "fast-s0", **{"warm-up": [2.0, 1.5]})
+    write_run(tmp_path, "fast-s1", **{"warm-up": [2.0, 1.6, 1.5]})
+    assert report.speed_up(report.Results(tmp_path), "fast", "scratch") == ["15 ± 7", "4.0 ×"]
+    write_run(tmp_path, "fast-s1", **{"warm-up": [2.0, 1.6, 1.6]})
+    assert report.speed_up(report.Results(tmp_path), "fast", "scratch")[1] == "–"
+    assert report.spread([1.0]) == "1.000" and report.spread([]) == "–"
+
+
+def test_the_document_says_what_was_recorded():
+    text = (ROOT / "docs" / "miniature.md").read_text()
+    assert report.fill(text, report.Results(ROOT / "miniature" / "results")) == text
+
+
+def test_what_was_recorded_are_runs_of_the_plan_with_its_commands():
+    results = report.Results(ROOT / "miniature" / "results")
+    assert results.records.keys() == results.rows.keys() and results.records
+    for name, record in results.records.items():
+        assert shlex.split(record["command"]) == PLAN[name].command
+
+
+@pytest.mark.parametrize("start", study.STARTS)
+@pytest.mark.parametrize("steps", study.SWEPT)
+def test_the_baseline_has_the_best_rate_of_its_sweep(start, steps):
+    results = report.Results(ROOT / "miniature" / "results")
+    losses = {rate: results.final(f"sweep-scratch-{start}-{steps}-{rate}") for rate in study.RATES}
+    assert study.CHOSEN[start, steps] == min(losses, key=losses.get)
 
 
 # ------------------------------------------------------------------------------------------------------------- the world
