@@ -59,9 +59,9 @@ def parse_arguments(argv=None):
                         "CLIP alone: openai/clip-vit-large-patch14")
     method.add_argument("--vit-layers", type=int, metavar="N", help="with --from-scratch: read features after block N of the ViT (default: "
                         "the last; of CLIP ViT-L's 24, the paper's runs keep 21, LAVIS 23)")
-    method.add_argument("--word-like", type=float, default=0.0, metavar="WEIGHT", help="add WEIGHT x the distance of soft prompts from mixtures of word "
-                        "embeddings to the loss: the word converter carries what is trained so to other LLMs better (docs/miniature.md); not of "
-                        "the paper (default: %(default)s)")
+    method.add_argument("--word-like", type=float, metavar="WEIGHT", help="add WEIGHT x the distance of soft prompts from mixtures of word "
+                        "embeddings to the loss, for a source: the word converter is fitted on words and carries such soft prompts best; not of the "
+                        "paper (default: without)")
     method.add_argument("--stage", choices=("warm-up", "fine-tune"), help="run one stage alone")
     pairs = parser.add_argument_group("data: without --data, the paper's sets and mixture, from datasets/ or $VPGTRANS_DATA")
     spec = "[NAME=]SOURCE[@IMAGES][:WEIGHT]"
@@ -117,9 +117,7 @@ def parse_arguments(argv=None):
     for name in ("image_size", "vit_layers", "steps", "warm_up_steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.word_like < 0:
-        parser.error("--word-like must not be below 0")
-    for name, least in (("lr", 0), ("warm_up_lr", 0), ("clip", 0), ("max_tokens", 1)):
+    for name, least in (("lr", 0), ("warm_up_lr", 0), ("word_like", 0), ("clip", 0), ("max_tokens", 1)):
         if getattr(args, name) is not None and not getattr(args, name) > least:
             parser.error(f"--{name.replace('_', '-')} must be above {least}")
     if args.vit_layers and args.from_scratch != "":

@@ -342,9 +342,9 @@ def test_a_warm_up_after_which_the_llm_does_not_look_stops(world, tmp_path, caps
 
 def test_models_that_look_pass_the_gate(tmp_path):
     pairs = f"demo={ROOT / 'demo' / 'pairs' / 'val.jsonl'}"
-    train.main(arguments((ROOT / "demo" / "source", ROOT / "demo" / "target", pairs), tmp_path / "run", "--gate", "0.01", "--warm-up-steps", "1", "--steps", "1",
-                         "--val-samples", "32"))
-    assert len(rows(tmp_path / "run", "loss")) == 2
+    train.main(arguments((ROOT / "demo" / "source", ROOT / "demo" / "target", pairs), tmp_path / "run", "--gate", "0.01", "--warm-up-steps", "15", "--steps", "1",
+                         "--val-every", "15", "--val-samples", "32"))
+    assert len(rows(tmp_path / "run", "loss")) == 16
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(world, tmp_path, monkeypatch, capsys):
@@ -856,9 +856,9 @@ def test_a_run_whose_llm_changed_is_refused(finished, world, tmp_path, capsys):
 def test_soft_prompts_come_nearer_to_words_when_they_are_asked_to(world, tmp_path):
     """The same run with and without --word-like: the distance of the soft prompts of validation images from words."""
     distances = []
-    for weight in ("0", "100"):
-        out = tmp_path / weight
-        train.main(arguments(world, out, "--no-warm-up", "--init", "random", "--steps", "20", "--word-like", weight))
+    for options in ([], ["--word-like", "100"]):
+        out = tmp_path / f"run{len(options)}"
+        train.main(arguments(world, out, "--no-warm-up", "--init", "random", "--steps", "20", *options))
         model, tok = sample.load_model(str(out), torch.float32)
         pairs = data.read_pairs(str(world[2]))
         images = data.normalise(torch.stack([data.read_image(pairs.file(i), model.vpg.image_size) for i in range(8)]))
