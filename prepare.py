@@ -2,12 +2,13 @@
 
     processes   one a GPU under torchrun
     data        from --data or the paper's layout to data sets, mixtures and lengths
-    models      source and target, the projector through the word converter, the model as it starts
+    models      source and target, the projector in words of the target, the model as it starts
     the run     its config.json, what must be the same on --resume, the cache of stage 1, --dry-run
 
 Functions take train.py's arguments; what can be wrong raises OSError or ValueError before anything long begins.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -200,8 +201,8 @@ def find_models(args):
     return src, dataclasses.replace(tgt, tokenizer=tokenizer)
 
 
-def convert_projector(projector, src, tgt, captions, say):
-    """Stage 1, initialisation: the source's projector followed by the word converter. -> nn.Linear(Dq, D of the target)"""
+def read_shared_words(projector, src, tgt):
+    """What both LLMs call by one name. -> the source's tokenizer, word embeddings (V,Ds) and (V,Dt), ids (N,) and (N,) in both"""
     src_tok, tgt_tok = data.load_tokenizer(src.tokenizer), data.load_tokenizer(tgt.tokenizer)
     src_words, tgt_words = language_models.read_word_embeddings(src.llm), language_models.read_word_embeddings(tgt.llm)
     if projector.out_features != src_words.shape[1]:
@@ -210,6 +211,12 @@ def convert_projector(projector, src, tgt, captions, say):
     src_ids, tgt_ids = vpgtrans.shared_tokens(src_tok.vocab(), tgt_tok.vocab())
     if len(src_ids) == 0:
         raise ValueError(f"the tokenizers of {src.llm} and {tgt.llm} share no token; use --init random")
+    return src_tok, src_words, tgt_words, src_ids, tgt_ids
+
+
+def convert_projector(projector, src, tgt, captions, say):
+    """Stage 1, initialisation: the source's projector followed by the word converter. -> nn.Linear(Dq, D of the target)"""
+    src_tok, src_words, tgt_words, src_ids, tgt_ids = read_shared_words(projector, src, tgt)
     src_words, tgt_words = src_words[src_ids], tgt_words[tgt_ids]
     counts, began = data.count_tokens(src_tok, captions, max(src_tok.vocab().values()) + 1)[src_ids].float(), time.time()
     # tokens that these captions happen not to use count a little too: a hundredth of the average
@@ -221,8 +228,32 @@ def convert_projector(projector, src, tgt, captions, say):
     return vpgtrans.merge(projector, converter)
 
 
-def build_model(args, src, tgt, captions, processes):
-    """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the target's LLM; and its tokenizer."""
+def refit_projector(projector, vpg, src, tgt, sets, batch_size, processes, images=1000):
+    """--init captions: the source's projector fitted anew to words of the target. -> nn.Linear(Dq, D of the target)
+
+    Reads about `images` images, evenly from the data sets; those that cannot be read, or in whose caption is no word that both LLMs have, are
+    passed over."""
+    src_tok, src_words, tgt_words, src_ids, tgt_ids = read_shared_words(projector, src, tgt)
+    shared, began, read = dict(zip(src_ids.tolist(), tgt_ids.tolist())), time.time(), []
+    for pairs in sets:
+        for i in range(0, len(pairs), max(1, len(pairs) * len(sets) // images)):
+            if ids := [id for id in src_tok.encode(pairs.captions[i]) if id in shared]:
+                with contextlib.suppress(OSError):
+                    read.append((data.read_image(pairs.file(i), vpg.image_size), src_words[ids], tgt_words[[shared[id] for id in ids]]))
+    if not read:
+        raise ValueError(f"no image could be read whose caption has a word that {src.llm} and {tgt.llm} share; use --init converter or random")
+    pixels, src_captions, tgt_captions = zip(*read)
+    with torch.no_grad(), processes.autocast():
+        queries = torch.cat([vpg(data.normalise(some.to(processes.device))).float().cpu() for some in torch.stack(pixels).split(batch_size)])
+    projector = vpgtrans.fit_to_captions(queries, projector, src_captions, tgt_captions)
+    processes.say(f"projector: fitted to the captions of {len(read):,} images ({time.time() - began:.1f} s)")
+    return projector
+
+
+def build_model(args, src, tgt, sets, processes):
+    """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the target's LLM; and its tokenizer.
+
+    `sets` are the pairs whose captions help to start the projector."""
     device, say = processes.device, processes.say
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     q_former = hub.resolve(args.from_scratch, "VPG") if args.from_scratch else src
@@ -245,11 +276,12 @@ def build_model(args, src, tgt, captions, processes):
         projector = qformer.load_projector(src.folder)
         say("source and target are the same LLM: the projector stays as it is")
     elif processes.rank == 0:
-        projector = convert_projector(qformer.load_projector(src.folder), src, tgt, captions(), say)
+        projector = qformer.load_projector(src.folder)
+        if args.init == "captions":
+            projector = refit_projector(projector, vpg, src, tgt, sets, args.micro_batch, processes)
+        else:
+            projector = convert_projector(projector, src, tgt, itertools.chain.from_iterable(pairs.captions for pairs in sets), say)
     model = vpgtrans.VisualLLM(vpg, projector.to(device), llm)
-    if args.word_like:
-        used = data.count_tokens(tok, captions(), llm.vocab_size).nonzero()[:, 0]
-        model.word_like, model.words = args.word_like, llm.embed(used.to(device)).float()
     if processes.world > 1:
         for parameter in vpgtrans.blip2_names(model).values():
             dist.broadcast(parameter.data, src=0)

@@ -50,8 +50,9 @@ def parse_arguments(argv=None):
                         "position embeddings are interpolated for another size")
     models.add_argument("--out", type=Path, help="folder of this run (default: out/<src>-to-<tgt>)")
     method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
-    method.add_argument("--init", choices=("converter", "random"), default="converter", help="start of the projector: the "
-                        "source's, merged with the word converter, or random (default: %(default)s)")
+    method.add_argument("--init", choices=("converter", "captions", "random"), default="converter", help="start of the "
+                        "projector: the source's, merged with the word converter; or fitted to captions of a thousand images in words of the target (not "
+                        "of the paper; wants a low --warm-up-lr); or random (default: %(default)s)")
     method.add_argument("--no-warm-up", action="store_true", help="skip the training of stage 1; with --init random, this is the paper's "
                         "VPG inheritance")
     method.add_argument("--from-scratch", nargs="?", const="", metavar="VPG", help="baseline: a random Q-Former (or that of "
@@ -59,9 +60,6 @@ def parse_arguments(argv=None):
                         "CLIP alone: openai/clip-vit-large-patch14")
     method.add_argument("--vit-layers", type=int, metavar="N", help="with --from-scratch: read features after block N of the ViT (default: "
                         "the last; of CLIP ViT-L's 24, the paper's runs keep 21, LAVIS 23)")
-    method.add_argument("--word-like", type=float, metavar="WEIGHT", help="add WEIGHT x the distance of soft prompts from mixtures of word "
-                        "embeddings to the loss, for a source: the word converter is fitted on words and carries such soft prompts best; not of the "
-                        "paper (default: without)")
     method.add_argument("--stage", choices=("warm-up", "fine-tune"), help="run one stage alone")
     pairs = parser.add_argument_group("data: without --data, the paper's sets and mixture, from datasets/ or $VPGTRANS_DATA")
     spec = "[NAME=]SOURCE[@IMAGES][:WEIGHT]"
@@ -117,7 +115,7 @@ def parse_arguments(argv=None):
     for name in ("image_size", "vit_layers", "steps", "warm_up_steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name, least in (("lr", 0), ("warm_up_lr", 0), ("word_like", 0), ("clip", 0), ("max_tokens", 1)):
+    for name, least in (("lr", 0), ("warm_up_lr", 0), ("clip", 0), ("max_tokens", 1)):
         if getattr(args, name) is not None and not getattr(args, name) > least:
             parser.error(f"--{name.replace('_', '-')} must be above {least}")
     if args.vit_layers and args.from_scratch != "":
@@ -409,8 +407,7 @@ def set_up(args, stages):
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
         prepare.check_same_run(args, resumed[0])
-    captions = lambda: itertools.chain.from_iterable(pairs.captions for pairs in sets[list(stages)[0]][0])
-    model, tok = prepare.build_model(args, src, tgt, captions, processes)
+    model, tok = prepare.build_model(args, src, tgt, sets[list(stages)[0]][0], processes)
     new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
     validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), runs.Log(args.out, processes.rank)
     known = data.Lookalikes(val.files())

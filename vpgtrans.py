@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 IMAGE, HOLE = -1, -100  # in prompts: the place of a soft prompt, and a place to be passed over
@@ -85,16 +86,23 @@ def merge(projector, converter):
 # -------------------------------------------------------------------------------------------------------------- the model
 
 
-def distance_from_words(soft_prompts, words, sharpness=16.0):
-    """How far soft prompts (N,D) are from mixtures of word embeddings (V,D): the mean squared distance, in units of a word's mean
-    square norm. Not of the paper: a word converter fitted on words carries such soft prompts better.
+def fit_to_captions(queries, projector, src_captions, tgt_captions, rounds=2, sharpness=20.0):
+    """In the place of the word converter, not of the paper: a projector under which each soft prompt is what the source means by it, said in
+    words of the target. -> nn.Linear(Dq, Dt)
 
-    The mixture is a softmax over the words, the nearest first, so that what minimises the distance is a point near some words."""
-    with torch.autocast(soft_prompts.device.type, enabled=False):
-        soft_prompts, square = soft_prompts.float(), words.pow(2).sum(-1)
-        nearness = soft_prompts @ words.T - 0.5 * square  # up to a constant, minus half the squared distance
-        mixture = (nearness * (sharpness / square.mean())).softmax(-1) @ words
-        return (soft_prompts - mixture).pow(2).sum(-1).mean() / square.mean()
+    queries (N,Q,Dq) of N images, the source's projector nn.Linear(Dq, Ds), and for each image the embeddings (W,Ds) and (W,Dt) of
+    its caption's W words in both LLMs. Soft prompts lie far from all words, where no converter was fitted, but still in the direction of what
+    they mean. So each is read as a mixture of its caption's words, a softmax over `sharpness` times the cosine, once their common mean is
+    taken off; and the projector is the least-squares map from queries to the same mixtures of the target's words. A second round
+    reads anew, with that projector and the target's words."""
+    words = src_captions
+    for _ in range(rounds):
+        mean, goals = projector(queries.mean((0, 1))), []
+        for image, own, wanted in zip(queries, words, tgt_captions):
+            cosine = F.normalize(projector(image) - mean, dim=-1) @ F.normalize(own, dim=-1).T  # (Q, W)
+            goals.append((sharpness * cosine).softmax(-1) @ wanted)
+        projector, words = fit_word_converter(queries.flatten(0, 1), torch.cat(goals)), tgt_captions
+    return projector
 
 
 class VisualLLM(nn.Module):
@@ -105,7 +113,6 @@ class VisualLLM(nn.Module):
 
     def __init__(self, vpg, projector, llm):
         super().__init__()
-        self.word_like, self.words = 0.0, None  # weight of distance_from_words in the loss of training, and the words (V,D)
         if (projector.in_features, projector.out_features) != (vpg.dim, llm.dim):
             raise ValueError(f"the projector is {projector.in_features} -> {projector.out_features}; between this Q-Former and "
                              f"this LLM it must be {vpg.dim} -> {llm.dim}")
@@ -132,10 +139,7 @@ class VisualLLM(nn.Module):
         """(B,P), (B,T) and the images in one of their forms -> (sum of the tokens' cross-entropies, number of tokens); with
         several captions an image, (B,K,T), see the LLM's loss."""
         prefix, mask = self.prefix(prompt_ids, images, features, queries)
-        loss, tokens = self.llm.loss(prefix, target_ids, mask)
-        if self.word_like and self.projector.training:
-            loss = loss + self.word_like * tokens * distance_from_words(prefix[(prompt_ids == IMAGE).to(prefix.device)], self.words)
-        return loss, tokens
+        return self.llm.loss(prefix, target_ids, mask)
 
     def generate(self, prompt_ids, images=None, features=None, queries=None, **options):
         """The LLM's answers as B lists of ids; `options` are those of the LLM's generate (num_beams, stop, ...)."""
