@@ -6,8 +6,6 @@
 unweighted      least squares over all shared tokens, each counted once
 ridge           as in vpgtrans.py, with a ridge of a tenth of the variance instead of a thousandth
 cosine          the original's: gradient descent on the cosine distance over batches of captions, weights by use
-captions        no converter of words: every soft prompt of the source is read as a mixture of the words of its image's caption, by cosine,
-                and the projector is the least-squares map from queries to the same mixtures of the target's words
 """
 
 import argparse
@@ -52,57 +50,27 @@ FITS = {"unweighted": lambda src, tgt, counts: vpgtrans.fit_word_converter(src, 
         "cosine": fit_cosine}
 
 
-def fit_to_captions(vpg, projector, src_words, tgt_words, src_tok, pairs, shared, images=2000, sharpness=10.0):
-    """The projector that best sends the VPG's queries to words of the target that the caption holds. -> nn.Linear(Dq, Dt)
-
-    src_words (Vs,Ds), tgt_words (Vt,Dt), shared {source id: target id}. A soft prompt's weights over the words of its caption
-    are a softmax of `sharpness` times the cosines of their source embeddings."""
-    queries, goals = [], []
-    for start in range(0, min(images, len(pairs)), 50):
-        some = range(start, min(start + 50, images, len(pairs)))
-        batch = data.normalise(torch.stack([data.read_image(pairs.file(i), vpg.image_size) for i in some]))
-        with torch.no_grad():
-            q = vpg(batch.to(next(vpg.parameters()).dtype)).float()
-        for i, soft in zip(some, projector(q)):
-            ids = [id for id in src_tok.encode(data.clean_caption(pairs.captions[i])) if id in shared]
-            weights = (sharpness * F.cosine_similarity(soft[:, None], src_words[ids][None], dim=-1)).softmax(-1)  # (Q, words)
-            goals.append(weights @ tgt_words[[shared[id] for id in ids]])
-        queries.append(q.flatten(0, 1))
-    queries, goals = torch.cat(queries), torch.cat(goals)
-    return vpgtrans.fit_word_converter(queries, goals)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", required=True)
     parser.add_argument("--tgt", required=True)
     parser.add_argument("--data", required=True, help="pairs whose captions say how often a token is used")
-    parser.add_argument("--how", choices=[*FITS, "captions"], required=True)
+    parser.add_argument("--how", choices=FITS, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
-    src_tok, tgt_tok = data.load_tokenizer(src.tokenizer), data.load_tokenizer(tgt.tokenizer)
-    src_ids, tgt_ids = vpgtrans.shared_tokens(src_tok.vocab(), tgt_tok.vocab())
-    counts = data.count_tokens(src_tok, data.read_pairs(args.data).captions, max(src_tok.vocab().values()) + 1)[src_ids].float()
-    src_words, tgt_words = language_models.read_word_embeddings(src.llm)[src_ids], language_models.read_word_embeddings(tgt.llm)[tgt_ids]
-    began = time.time()
-    vpg, llm = qformer.load_vpg(src.folder, vit_folder=src.vit), language_models.load_llm(tgt.llm)
     projector = qformer.load_projector(src.folder)
-    if args.how == "captions":
-        every = [language_models.read_word_embeddings(place.llm) for place in (src, tgt)]
-        projector = fit_to_captions(vpg, projector, *every, src_tok, data.read_pairs(args.data), dict(zip(src_ids.tolist(), tgt_ids.tolist())))
-    else:
-        converter = FITS[args.how](src_words, tgt_words, counts)
-        cosine = (counts * F.cosine_similarity(converter(src_words), tgt_words, dim=1)).sum() / counts.sum()
-        print(f"{len(src_ids)} shared tokens, cosine {cosine:.4f} by use")
-        projector = vpgtrans.merge(projector, converter)
+    src_tok, src_words, tgt_words, src_ids, tgt_ids = prepare.read_shared_words(projector, src, tgt)
+    counts = data.count_tokens(src_tok, data.read_pairs(args.data).captions, len(src_words))[src_ids].float()
+    began = time.time()
+    projector = vpgtrans.merge(projector, FITS[args.how](src_words[src_ids], tgt_words[tgt_ids], counts))
     print(f"{args.how}: {time.time() - began:.1f} s")
-    model = vpgtrans.VisualLLM(vpg, projector, llm)
+    model = vpgtrans.VisualLLM(qformer.load_vpg(src.folder, vit_folder=src.vit), projector, language_models.load_llm(tgt.llm))
     args.out.mkdir(parents=True, exist_ok=True)
-    config = prepare.run_config(SimpleNamespace(src=args.src, tgt=args.tgt, tgt_tokenizer=None, cache=None, how=args.how, seed=args.seed), src, tgt, model)
-    (args.out / "config.json").write_text(json.dumps(config, indent=2))
+    options = SimpleNamespace(src=args.src, tgt=args.tgt, tgt_tokenizer=None, cache=None)  # those of train.py that a run's config.json names
+    (args.out / "config.json").write_text(json.dumps(prepare.run_config(options, src, tgt, model), indent=2))
     runs.save_model(args.out, vpgtrans.blip2_names(model))
 
 

@@ -477,7 +477,8 @@ def make_stage1(args):
     tok = data.load_tokenizer(args.out / "opt-128")
     vpg = VPG(VPG_CONFIG)
     vpg.reset()
-    vpg.load_state_dict({n: t.float() for n, t in load_file(args.out / "vit" / "model.safetensors").items()}, strict=False)
+    vit = {name: tensor.float() for name, tensor in load_file(args.out / "vit" / "model.safetensors").items()}
+    vpg.load_state_dict(vpg.state_dict() | {name: vit[name] for name in vpg.frozen_parameters()})
     for name in vpg.frozen_parameters():
         vpg.get_parameter(name).requires_grad_(False)
     nn.init.normal_(vpg.query_tokens, std=0.5)  # apart from each other

@@ -21,7 +21,7 @@ import study
 from demo import report as demo
 from demo import scenes
 from make import SEEDS as SCENES
-from study import BUDGETS, FAMILIES, FINE_TUNE_RATES, RATES, SEEDS, SOURCES, STARTS, SWEPT, WARM_UP_RATES
+from study import BUDGETS, CAPTIONS_RATES, FAMILIES, FINE_TUNE_RATE, FINE_TUNE_RATES, RATES, SEEDS, SOURCES, STARTS, SWEPT, WARM_UP_RATES
 
 # --------------------------------------------------------------------------------------------------------------- results
 
@@ -89,10 +89,13 @@ def sweep_table(results):
 
 def transfer_sweep_table(results):
     """VPGTrans's rates, on validation images: after 60 steps of warm-up and 240 of fine-tuning."""
-    loss = lambda warm, rate: results.final(name) if (name := f"sweep-transfer-{warm}-{rate}-s0") in results.rows else None
-    best = min((loss(warm, rate) or 9.0 for warm in WARM_UP_RATES for rate in FINE_TUNE_RATES))
-    cell = lambda value: "–" if value is None else f"**{value:.3f}**" if value == best else f"{value:.3f}"
-    return table(["fine-tuning \\ warm-up", *WARM_UP_RATES], [[rate, *(cell(loss(warm, rate)) for warm in WARM_UP_RATES)] for rate in FINE_TUNE_RATES])
+    rows = []
+    for init, rates, tried in (("converter", WARM_UP_RATES, {rate: "sweep-transfer-{}-" + rate for rate in FINE_TUNE_RATES}),
+                               ("captions", CAPTIONS_RATES, {FINE_TUNE_RATE: "sweep-captions-{}"})):
+        for rate, name in tried.items():
+            losses = {warm: results.final(run) for warm in rates if (run := name.format(warm) + "-s0") in results.rows}
+            rows.append([f"`--init {init}`", rate, *(f"{warm}: {losses[warm]:.3f}" if warm in losses else "–" for warm in rates)])
+    return table(["projector", "fine-tuning", "warm-up", *[""] * (len(WARM_UP_RATES) - 1)], rows)
 
 
 def scores(results, name):
@@ -103,16 +106,21 @@ def scores(results, name):
             share([r["words_right"] for r in records]), f"{statistics.mean(seconds):.0f}" if seconds else "–"]
 
 
+TRANSFERS = {"VPGTrans": "transfer", "VPGTrans, 10.7 % of the images": "images-10.7", "`--init captions`": "captions",
+             "`--init captions`, 10.7 % of the images": "captions-10.7"}
+STARTED = {"random": "random Q-Former", "stage1": "Q-Former after the first stage"}
+LENGTHS = (100, 300, 1000)  # of transfers
 HEAD = ["test loss", "coloured shapes right", "found", "words right", "seconds"]
 
 
 def main_table(results):
     """From scratch and VPGTrans, by optimizer steps."""
     rows = [[f"from scratch, {name}", f"{steps:,}", *scores(results, f"scratch-{start}-{steps}")]
-            for start, name in (("random", "random Q-Former"), ("stage1", "Q-Former after the first stage")) for steps in BUDGETS]
-    rows += [[f"VPGTrans, {part or 100} % of the images", f"{steps:,}", *scores(results, f"images-{part}-{steps}" if part else f"transfer-{steps}")]
-             for part in ("", "25", "10.7", "5") for steps in (100, 300, 1000)]
-    rows += [[f"source: {llm}, {study.SOURCE_STEPS:,} steps, validation images", "", *scores(results, f"source-{llm}")] for llm in SOURCES]
+            for start, name in STARTED.items() for steps in BUDGETS]
+    rows += [[label, f"{steps:,}", *scores(results, f"{name}-{steps}")]
+             for label, name in (TRANSFERS | {f"VPGTrans, {part} % of the images": f"images-{part}" for part in ("25", "5")}).items()
+             for steps in LENGTHS]
+    rows += [[f"source with {llm} (loss on validation images)", f"{study.SOURCE_STEPS:,}", *scores(results, f"source-{llm}")] for llm in SOURCES]
     return table(["run", "steps", *HEAD], rows)
 
 
@@ -130,7 +138,8 @@ def change_rows(results, names, other="transfer-300"):
 
 def variant_table(results):
     names = {"transfer-300": "VPGTrans", "variant-no-warm-up": "no warm-up", "variant-random-projector": "no converter: random projector",
-             "variant-inheritance": "neither: VPG inheritance", "variant-plain-rate": "warm-up at the rate of fine-tuning",
+             "variant-inheritance": "neither: VPG inheritance", "variant-rate-x1": f"warm-up at the rate of fine-tuning, {FINE_TUNE_RATE}",
+             "variant-rate-x5": "warm-up at 5 times that rate, as in the paper",
              "variant-projector-only": "the projector alone, all 300 steps", "scratch-stage1-300": "from scratch, Q-Former after the first stage",
              "scratch-random-300": "from scratch, random Q-Former"}
     return change_rows(results, names)
@@ -139,7 +148,7 @@ def variant_table(results):
 def converter_table(results):
     names = {"transfer-300": "least squares, weighted by use (VPGTrans here)", "converter-unweighted": "least squares, each token once",
              "converter-ridge": "weighted, a ridge of 0.1 instead of 0.001", "converter-cosine": "cosine distance by SGD (the original)",
-             "converter-captions": "soft prompts read as words of their caption", "words-300": "weighted least squares, from a source with word-like soft prompts",
+             "captions-300": "soft prompts read as words of their caption (`--init captions`)",
              "variant-random-projector": "none"}
     return change_rows(results, names)
 
@@ -154,33 +163,34 @@ def family_table(results):
         for source, tgt in pairs:
             name = f"family-{source}-{tgt}"
             rows.append([f"{source} → {tgt}", spread(results.finals(name)), *(spread(results.finals(f"scratch-{tgt}-{steps}")) for steps in SWEPT),
-                         spread(difference(results, name, f"scratch-{tgt}-300")), *speed_up(results, name, f"scratch-{tgt}-1000")])
-    return table(["transfer", "300 steps", "from scratch, 300", "1,000", "difference at 300", "steps to pass 1,000 from scratch", "speed-up"], rows)
+                         spread(difference(results, name, f"scratch-{tgt}-300")), speed_up(results, [name], f"scratch-{tgt}-1000", 1000)])
+    return table(["transfer", "300 steps", "from scratch, 300", "1,000", "difference at 300", "until 1,000 from scratch are passed"], rows)
 
 
-def speed_up(results, name, scratch):
-    """[steps of the runs called `name` until they pass the mean final loss of `scratch`, how many times fewer that is]"""
-    runs, goals = results.seeds(name), results.finals(scratch)
-    if not runs or not goals:
-        return ["–", "–"]
-    steps = results.curve(results.seeds(scratch)[0])[-1][0]
-    passed = [results.first_below(run, statistics.mean(goals)) for run in runs]
-    if None in passed:
-        return [f"not in {results.curve(runs[0])[-1][0]}" + f" ({sum(p is None for p in passed)} of {len(passed)} seeds)", "–"]
-    return [spread([p[0] for p in passed], 0), f"{steps / statistics.mean([p[0] for p in passed]):.1f} ×"]
+def steps_to_pass(results, name, scratch):
+    """Optimizer steps, one a seed, after which the runs called `name` pass the mean final loss of `scratch`; None where one does not."""
+    if not results.seeds(name) or not results.seeds(scratch):
+        return None
+    goal = statistics.mean(results.finals(scratch))
+    passed = [results.first_below(run, goal) for run in results.seeds(name)]
+    return None if None in passed else [steps for steps, _ in passed]
+
+
+def speed_up(results, names, scratch, budget):
+    """The fewest steps in which runs of one of `names`, schedules of different lengths, pass `scratch`, and how many times fewer that is."""
+    if not results.seeds(scratch) or not any(results.seeds(name) for name in names):
+        return "–"
+    passed = [steps for name in names if (steps := steps_to_pass(results, name, scratch))]
+    fewest = min(passed, key=statistics.mean, default=None)
+    return f"{spread(fewest, 0)} steps, {budget / statistics.mean(fewest):.1f} ×" if fewest else "not reached"
 
 
 def speed_table(results):
-    """In how many steps the runs of VPGTrans first pass what training from scratch ends at."""
-    rows = []
-    for start in STARTS:
-        for budget in BUDGETS:
-            scratch = f"scratch-{start}-{budget}"
-            for part in ("", "10.7"):
-                names = [f"images-{part}-{steps}" if part else f"transfer-{steps}" for steps in (100, 300, 1000)]
-                rows.append([start, f"{budget:,}", spread(results.finals(scratch)), f"{part or 100} %",
-                             *(" / ".join(speed_up(results, name, scratch)) for name in names)])
-    return table(["Q-Former at first", "steps from scratch", "test loss", "images of VPGTrans", "VPGTrans, 100 steps", "300 steps", "1,000 steps"], rows)
+    """In how many steps VPGTrans passes what training from scratch ends at: of its schedules, 100, 300 and 1,000 steps long, the first."""
+    rows = [[STARTED[start], f"{budget:,}", spread(results.finals(f"scratch-{start}-{budget}")),
+             *(speed_up(results, [f"{name}-{steps}" for steps in LENGTHS], f"scratch-{start}-{budget}", budget) for name in TRANSFERS.values())]
+            for start in STARTS for budget in BUDGETS]
+    return table(["from scratch", "steps", "test loss", *TRANSFERS], rows)
 
 
 TABLES = {"sweep": sweep_table, "transfer-sweep": transfer_sweep_table, "main": main_table, "speed": speed_table, "variants": variant_table,
@@ -190,7 +200,7 @@ TABLES = {"sweep": sweep_table, "transfer-sweep": transfer_sweep_table, "main": 
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
-def band(axes, results, name, label, colour, before=0, **style):
+def band(axes, results, name, label, colour, **style):
     """The mean test loss of a run's seeds over optimizer steps, and the range of the seeds."""
     curves = [results.curve(run) for run in results.seeds(name)]
     if curves:
@@ -200,10 +210,10 @@ def band(axes, results, name, label, colour, before=0, **style):
         axes.fill_between(steps, [min(at) for at in losses], [max(at) for at in losses], color=colour, alpha=0.15, linewidth=0)
 
 
-def new_axes(size=(9, 4.8)):
+def new_axes():
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="tight")
+    figure = Figure(figsize=(9, 4.8), layout="tight")
     axes = figure.subplots()
     axes.set(xlabel="optimizer step, warm-up counted", ylabel="test loss a token")
     return figure, axes
@@ -212,12 +222,12 @@ def new_axes(size=(9, 4.8)):
 def draw_speed(results, file):
     """From scratch, each budget with its own schedule, and VPGTrans."""
     figure, axes = new_axes()
-    for start, colour, name in (("random", "0.6", "random Q-Former"), ("stage1", "C0", "Q-Former after the first stage")):
+    for (start, name), colour in zip(STARTED.items(), ("0.6", "C0")):
         for budget in BUDGETS:
             band(axes, results, f"scratch-{start}-{budget}", f"from scratch, {name}" if budget == BUDGETS[0] else None, colour, linewidth=1)
-    for steps in (100, 300, 1000):
-        band(axes, results, f"transfer-{steps}", "VPGTrans" if steps == 100 else None, "C3")
-        band(axes, results, f"images-10.7-{steps}", "VPGTrans, 10.7 % of the images" if steps == 100 else None, "C1", linestyle="--")
+    for (label, name), style in zip(TRANSFERS.items(), (("C3", "-"), ("C3", "--"), ("C2", "-"), ("C2", "--"))):
+        for steps in LENGTHS:
+            band(axes, results, f"{name}-{steps}", label.replace("`", "") if steps == LENGTHS[0] else None, style[0], linestyle=style[1])
     axes.set(xscale="log", xlim=(10, 11000), ylim=(0.85, 1.6))
     axes.legend(frameon=False)
     figure.savefig(file, dpi=110)

@@ -31,13 +31,14 @@ SOURCES = ("opt-64", "opt-128", "opt-192")  # language models of sources; opt-12
 TARGET = "opt-256"
 BUDGETS = (300, 1000, 3000, 10000)  # optimizer steps of the runs from scratch, each with a schedule of its own
 STARTS = {"random": "", "stage1": f"{WORLD}/stage1"}  # of a Q-Former that is trained from scratch
-SOURCE_STEPS, SOURCE_RATE, WORD_LIKE = 6000, "2e-3", 0.3
+SOURCE_STEPS, SOURCE_RATE = 6000, "1e-3"
 
 RATES = ("5e-4", "1e-3", "2e-3", "4e-3")  # swept from scratch
 SWEPT = (300, 1000)  # at these budgets; longer ones take what is best at the last
 CHOSEN = {("random", 300): "2e-3", ("random", 1000): "2e-3", ("stage1", 300): "2e-3", ("stage1", 1000): "1e-3"}
-WARM_UP_RATES, FINE_TUNE_RATES = ("1e-3", "2e-3", "5e-3", "1e-2"), ("1e-3", "2e-3")  # swept for VPGTrans, at 300 steps
-WARM_UP_RATE, FINE_TUNE_RATE = "5e-3", "1e-3"
+WARM_UP_RATES, FINE_TUNE_RATES = ("1e-2", "2e-2", "4e-2", "8e-2"), ("5e-4", "1e-3")  # swept for VPGTrans, at 300 steps
+WARM_UP_RATE, FINE_TUNE_RATE = "4e-2", "5e-4"
+CAPTIONS_RATES, CAPTIONS_RATE = ("1e-4", "2e-4", "5e-4", "1e-3"), "2e-4"  # of the warm-up behind --init captions
 WARM_UP_SHARE = 0.2  # of a transfer's steps
 
 
@@ -58,7 +59,8 @@ class Run:
 def train(name, src, tgt, *flags, images="", split="test", seed=0, every=None, needs=()):
     """A run of train.py on a part of the training images, watched on a split."""
     common = ["--src", src, "--tgt", f"{WORLD}/{tgt}", "--data", f"{WORLD}/pairs/train{images}.jsonl", "--val", f"{WORLD}/pairs/{split}.jsonl",
-              "--batch-size", 32, "--micro-batch", 32, "--augment", "none", "--clip", 0.5, "--workers", 0, "--log-every", every or 50, "--gate", 0, "--seed", seed]
+              "--batch-size", 32, "--micro-batch", 32, "--augment", "none", "--clip", 0.5, "--workers", 0,
+              "--log-every", every or 50, "--gate", 0, "--seed", seed]
     return Run(name, common + (["--val-every", every] if every else []) + list(flags), list(needs))
 
 
@@ -67,11 +69,10 @@ def scratch(name, tgt, start, steps, rate, *flags, **options):
     return train(name, f"{WORLD}/vit", tgt, "--from-scratch", *vpg, "--steps", steps, "--lr", rate, *flags, **options)
 
 
-def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, warm_up_rate=WARM_UP_RATE, rate=FINE_TUNE_RATE, share=WARM_UP_SHARE,
-             init=None, **options):
+def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, warm_up_rate=WARM_UP_RATE, rate=FINE_TUNE_RATE, init=None, **options):
     """VPGTrans in so many steps, warm-up counted, or what `flags` make of it; seed s takes the source of seed s, or what
     initialise.py made of it."""
-    src, before = f"init-{init}-s{seed}" if init else f"source-{source}-s{seed}", round(share * steps)
+    src, before = f"init-{init}-s{seed}" if init else f"source-{source}-s{seed}", round(WARM_UP_SHARE * steps)
     length = ["--steps", steps] if "--no-warm-up" in flags else ["--warm-up-steps", before, "--steps", steps - before]
     if "--stage" in flags:  # the warm-up alone
         length = ["--warm-up-steps", steps]
@@ -80,9 +81,10 @@ def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, warm_up_ra
 
 
 VARIANTS = {  # of a transfer in 300 steps, each with one thing changed
-    "vpgtrans": [], "random-projector": ["--init", "random"], "no-warm-up": ["--no-warm-up"],
+    "random-projector": ["--init", "random"], "no-warm-up": ["--no-warm-up"],
     "inheritance": ["--no-warm-up", "--init", "random"], "projector-only": ["--stage", "warm-up"]}
-CONVERTERS = {"unweighted": WARM_UP_RATE, "ridge": WARM_UP_RATE, "cosine": WARM_UP_RATE, "captions": "5e-4"}  # and the rate of the warm-up
+CONVERTERS = ("unweighted", "ridge", "cosine")  # of initialise.py
+CAPTIONS = ("--init", "captions")
 FAMILIES = {"llama": (("opt-64", "llama-128"), ("opt-192", "llama-256")), "t5": (("opt-64", "t5-128"), ("opt-192", "t5-256"))}  # small, large
 
 
@@ -94,31 +96,31 @@ def plan():
     # The sources: a Q-Former after the first stage, trained on with a small language model, as BLIP-2 is.
     runs += [scratch(f"source-{llm}-s{seed}", llm, "stage1", SOURCE_STEPS, SOURCE_RATE, split="val", seed=seed)
              for llm in ("opt-128", "opt-64", "opt-192") for seed in SEEDS]
-    runs += [scratch(f"source-words-s{seed}", "opt-128", "stage1", SOURCE_STEPS, SOURCE_RATE, "--word-like", WORD_LIKE, split="val", seed=seed)
-             for seed in SEEDS]
     runs += [scratch(f"scratch-{start}-{steps}-s{seed}", TARGET, start, steps, CHOSEN[start, min(steps, SWEPT[-1])], seed=seed, every=steps // 10)
              for steps in BUDGETS for start in STARTS for seed in SEEDS]
     # VPGTrans: its rates, on validation images; then what is reported.
     runs += [transfer(f"sweep-transfer-{warm}-{rate}", 300, seed=0, warm_up_rate=warm, rate=rate, split="val")
              for warm in WARM_UP_RATES for rate in FINE_TUNE_RATES]
+    runs += [transfer(f"sweep-captions-{warm}", 300, *CAPTIONS, seed=0, warm_up_rate=warm, split="val") for warm in CAPTIONS_RATES]
     for seed in SEEDS:
         runs += [transfer(f"transfer-{steps}", steps, seed=seed) for steps in (100, 300, 1000)]
         runs += [transfer(f"images-{part}-{steps}", steps, seed=seed, images=f"-{part}") for part in ("5", "10.7", "25") for steps in (100, 300, 1000)]
-        runs += [transfer(f"variant-{name}", 300, *flags, seed=seed) for name, flags in VARIANTS.items() if name != "vpgtrans"]
-        runs += [transfer(f"words-{steps}", steps, seed=seed, source="words", warm_up_rate=FINE_TUNE_RATE) for steps in (100, 300, 1000)]
-        runs += [transfer("variant-plain-rate", 300, seed=seed, warm_up_rate=FINE_TUNE_RATE)]
+        runs += [transfer(f"variant-{name}", 300, *flags, seed=seed) for name, flags in VARIANTS.items()]
+        runs += [transfer(f"variant-rate-x{times}", 300, seed=seed, warm_up_rate=f"{times * float(FINE_TUNE_RATE):g}") for times in (1, 5)]
+        runs += [transfer(f"captions-{steps}", steps, *CAPTIONS, seed=seed, warm_up_rate=CAPTIONS_RATE) for steps in (100, 300, 1000)]
+        runs += [transfer(f"captions-10.7-{steps}", steps, *CAPTIONS, seed=seed, warm_up_rate=CAPTIONS_RATE, images="-10.7") for steps in (100, 300, 1000)]
         runs += [transfer(f"size-{source}", 300, seed=seed, source=source) for source in SOURCES if source != "opt-128"]
     for tgt in [tgt for family in FAMILIES.values() for _, tgt in family]:
         runs += [scratch(f"scratch-{tgt}-{steps}-s{seed}", tgt, "stage1", steps, CHOSEN["stage1", steps], seed=seed, every=steps // 10)
                  for steps in SWEPT for seed in SEEDS]
     runs += [transfer(f"family-{source}-{tgt}", 300, seed=seed, source=source, tgt=tgt)
              for family in FAMILIES.values() for source, tgt in family for seed in SEEDS]
-    for how, rate in CONVERTERS.items():
+    for how in CONVERTERS:
         for seed in SEEDS:
             source = f"source-opt-128-s{seed}"
             flags = ["--src", f"{RUNS}/{source}", "--tgt", f"{WORLD}/{TARGET}", "--data", f"{WORLD}/pairs/train.jsonl", "--how", how, "--seed", seed]
             runs += [Run(f"init-{how}-s{seed}", flags, [source], "miniature/initialise.py"),
-                     transfer(f"converter-{how}", 300, seed=seed, init=how, warm_up_rate=rate)]
+                     transfer(f"converter-{how}", 300, seed=seed, init=how)]
     return {run.name: run for run in runs}
 
 

@@ -1,5 +1,6 @@
 """Facts about the study: its commands are real, what is recorded is what they say, and its parts do what they are named for."""
 
+import itertools
 import json
 import random
 import shlex
@@ -126,11 +127,14 @@ def test_steps_are_counted_through_both_stages(tmp_path):
 def test_a_speed_up_is_of_mean_steps_and_not_given_where_a_seed_does_not_get_there(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path, f"scratch-s{seed}", **{"from-scratch": [3.0] * 6 + [1.4 + 0.2 * seed]})
+        write_run(tmp_path, f"slow-s{seed}", **{"warm-up": [2.0, 1.9, 1.8, 1.4]})
     write_run(tmp_path, "fast-s0", **{"warm-up": [2.0, 1.5]})
     write_run(tmp_path, "fast-s1", **{"warm-up": [2.0, 1.6, 1.5]})
-    assert report.speed_up(report.Results(tmp_path), "fast", "scratch") == ["15 ± 7", "4.0 ×"]
+    assert report.speed_up(report.Results(tmp_path), ["slow", "fast"], "scratch", 60) == "15 ± 7 steps, 4.0 ×"
     write_run(tmp_path, "fast-s1", **{"warm-up": [2.0, 1.6, 1.6]})
-    assert report.speed_up(report.Results(tmp_path), "fast", "scratch")[1] == "–"
+    results = report.Results(tmp_path)
+    assert report.speed_up(results, ["slow", "fast"], "scratch", 60) == "30 ± 0 steps, 2.0 ×"
+    assert report.speed_up(results, ["fast"], "scratch", 60) == "not reached" and report.speed_up(results, ["none"], "scratch", 60) == "–"
     assert report.spread([1.0]) == "1.000" and report.spread([]) == "–"
 
 
@@ -144,6 +148,14 @@ def test_what_was_recorded_are_runs_of_the_plan_with_its_commands():
     assert results.records.keys() == results.rows.keys() and results.records
     for name, record in results.records.items():
         assert shlex.split(record["command"]) == PLAN[name].command
+
+
+def test_transfers_have_the_best_rates_of_their_sweeps():
+    results = report.Results(ROOT / "miniature" / "results")
+    final = lambda name, *rates: results.final(f"sweep-{name}-{'-'.join(rates)}-s0")
+    rates = itertools.product(study.WARM_UP_RATES, study.FINE_TUNE_RATES)
+    assert min(rates, key=lambda pair: final("transfer", *pair)) == (study.WARM_UP_RATE, study.FINE_TUNE_RATE)
+    assert min(study.CAPTIONS_RATES, key=lambda rate: final("captions", rate)) == study.CAPTIONS_RATE
 
 
 @pytest.mark.parametrize("start", study.STARTS)
