@@ -231,13 +231,15 @@ def convert_projector(projector, src, tgt, captions, say):
 def refit_projector(projector, vpg, src, tgt, sets, batch_size, processes, images=1000):
     """--init captions: the source's projector fitted anew to words of the target. -> nn.Linear(Dq, D of the target)
 
-    Reads about `images` images, evenly from the data sets; those that cannot be read, or in whose caption is no word that both LLMs have, are
-    passed over."""
+    Reads at most `images` images, as many of each data set; those that cannot be read, or whose caption has not one token in both
+    tokenizers, are passed over."""
     src_tok, src_words, tgt_words, src_ids, tgt_ids = read_shared_words(projector, src, tgt)
-    shared, began, read = dict(zip(src_ids.tolist(), tgt_ids.tolist())), time.time(), []
+    tgt_tok, shared, began, read = data.load_tokenizer(tgt.tokenizer), dict(zip(src_ids.tolist(), tgt_ids.tolist())), time.time(), []
     for pairs in sets:
-        for i in range(0, len(pairs), max(1, len(pairs) * len(sets) // images)):
-            if ids := [id for id in src_tok.encode(pairs.captions[i]) if id in shared]:
+        for i in range(0, len(pairs), -(-len(pairs) * len(sets) // images)):
+            caption = pairs.captions[i]
+            there = set(tgt_tok.encode(caption))  # "red" may be a word in one tokenizer and a piece of words in the other
+            if ids := [id for id in src_tok.encode(caption) if shared.get(id) in there]:
                 with contextlib.suppress(OSError):
                     read.append((data.read_image(pairs.file(i), vpg.image_size), src_words[ids], tgt_words[[shared[id] for id in ids]]))
     if not read:
@@ -250,10 +252,10 @@ def refit_projector(projector, vpg, src, tgt, sets, batch_size, processes, image
     return projector
 
 
-def build_model(args, src, tgt, sets, processes):
+def build_model(args, src, tgt, sets, processes, resumed):
     """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the target's LLM; and its tokenizer.
 
-    `sets` are the pairs whose captions help to start the projector."""
+    `sets` are the pairs that help to start the projector, unless the run is `resumed` with a projector that was saved."""
     device, say = processes.device, processes.say
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     q_former = hub.resolve(args.from_scratch, "VPG") if args.from_scratch else src
@@ -275,6 +277,8 @@ def build_model(args, src, tgt, sets, processes):
     elif src.llm.resolve() == tgt.llm.resolve():
         projector = qformer.load_projector(src.folder)
         say("source and target are the same LLM: the projector stays as it is")
+    elif resumed:
+        say("projector: as it was saved")
     elif processes.rank == 0:
         projector = qformer.load_projector(src.folder)
         if args.init == "captions":

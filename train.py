@@ -51,8 +51,8 @@ def parse_arguments(argv=None):
     models.add_argument("--out", type=Path, help="folder of this run (default: out/<src>-to-<tgt>)")
     method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
     method.add_argument("--init", choices=("converter", "captions", "random"), default="converter", help="start of the "
-                        "projector: the source's, merged with the word converter; or fitted to captions of a thousand images in words of the target (not "
-                        "of the paper; wants a low --warm-up-lr); or random (default: %(default)s)")
+                        "projector: the source's, merged with the word converter; or fitted to what its soft prompts mean in the captions of a thousand "
+                        "images (not of the paper; in miniature, a --warm-up-lr above 5e-4 spoils it); or random (default: %(default)s)")
     method.add_argument("--no-warm-up", action="store_true", help="skip the training of stage 1; with --init random, this is the paper's "
                         "VPG inheritance")
     method.add_argument("--from-scratch", nargs="?", const="", metavar="VPG", help="baseline: a random Q-Former (or that of "
@@ -118,6 +118,8 @@ def parse_arguments(argv=None):
     for name, least in (("lr", 0), ("warm_up_lr", 0), ("clip", 0), ("max_tokens", 1)):
         if getattr(args, name) is not None and not getattr(args, name) > least:
             parser.error(f"--{name.replace('_', '-')} must be above {least}")
+    if args.from_scratch is not None and args.init != "converter":
+        parser.error("--from-scratch has a random projector; --init is for the transfer of a VPG")
     if args.vit_layers and args.from_scratch != "":
         parser.error("--vit-layers is for --from-scratch with a random Q-Former: a Q-Former that was trained on one block's features does not read another's")
     if args.cache and "warm-up" not in prepare.plan_stages(args):
@@ -407,7 +409,7 @@ def set_up(args, stages):
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
         prepare.check_same_run(args, resumed[0])
-    model, tok = prepare.build_model(args, src, tgt, sets[list(stages)[0]][0], processes)
+    model, tok = prepare.build_model(args, src, tgt, sets[list(stages)[0]][0], processes, resumed is not None)
     new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
     validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), runs.Log(args.out, processes.rank)
     known = data.Lookalikes(val.files())

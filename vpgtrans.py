@@ -9,6 +9,7 @@ the projector, a single linear layer. VPGTrans therefore goes in two stages:
 
     1. projector warm-up    inherit the source's VPG                                     load_vpg, in qformer.py
                             start from its projector, translated by a *word converter*   shared_tokens, fit_word_converter, merge
+                            (or from its soft prompts, read as words: not of the paper)  fit_to_captions
                             train the projector alone, one epoch at 5 x the usual rate   STAGES["warm-up"]
     2. fine-tuning          train Q-Former and projector together                        STAGES["fine-tune"]
 
@@ -83,26 +84,28 @@ def merge(projector, converter):
     return merged
 
 
-# -------------------------------------------------------------------------------------------------------------- the model
-
-
 def fit_to_captions(queries, projector, src_captions, tgt_captions, rounds=2, sharpness=20.0):
-    """In the place of the word converter, not of the paper: a projector under which each soft prompt is what the source means by it, said in
-    words of the target. -> nn.Linear(Dq, Dt)
+    """In the place of the word converter, and not of the paper: the projector that says in the target's words what the source's soft
+    prompts mean. -> nn.Linear(Dq, Dt)
+
+    Soft prompts are far from all words, where no word converter was fitted; but their direction, less the mean of all, is still that of what
+    they mean. So each is read as a mixture of its caption's words, a softmax over `sharpness` times the cosine, and the projector is the
+    least-squares map from queries to the same mixtures of the target's words. Now soft prompts are words, nearly, and a second round
+    reads them anew, which corrects what the first one misread.
 
     queries (N,Q,Dq) of N images, the source's projector nn.Linear(Dq, Ds), and for each image the embeddings (W,Ds) and (W,Dt) of
-    its caption's W words in both LLMs. Soft prompts lie far from all words, where no converter was fitted, but still in the direction of what
-    they mean. So each is read as a mixture of its caption's words, a softmax over `sharpness` times the cosine, once their common mean is
-    taken off; and the projector is the least-squares map from queries to the same mixtures of the target's words. A second round
-    reads anew, with that projector and the target's words."""
-    words = src_captions
+    its caption's W words in both LLMs."""
+    read_as = src_captions
     for _ in range(rounds):
         mean, goals = projector(queries.mean((0, 1))), []
-        for image, own, wanted in zip(queries, words, tgt_captions):
-            cosine = F.normalize(projector(image) - mean, dim=-1) @ F.normalize(own, dim=-1).T  # (Q, W)
-            goals.append((sharpness * cosine).softmax(-1) @ wanted)
-        projector, words = fit_word_converter(queries.flatten(0, 1), torch.cat(goals)), tgt_captions
+        for image, words, tgt_words in zip(queries, read_as, tgt_captions):
+            cosine = F.normalize(projector(image) - mean, dim=-1) @ F.normalize(words, dim=-1).T  # (Q, W)
+            goals.append((sharpness * cosine).softmax(-1) @ tgt_words)
+        projector, read_as = fit_word_converter(queries.flatten(0, 1), torch.cat(goals)), tgt_captions
     return projector
+
+
+# -------------------------------------------------------------------------------------------------------------- the model
 
 
 class VisualLLM(nn.Module):

@@ -89,7 +89,8 @@ def test_the_loss_falls(world, tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("options", [["--lr", "0"], ["--steps", "0"], ["--max-tokens", "1"], ["--from-scratch", "--no-warm-up"], ["--data"]])
+@pytest.mark.parametrize("options", [["--lr", "0"], ["--steps", "0"], ["--max-tokens", "1"], ["--from-scratch", "--no-warm-up"],
+                                     ["--from-scratch", "--init", "random"], ["--data"]])
 def test_arguments_out_of_range_are_refused(world, tmp_path, options):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(world, tmp_path / "run", *options))
@@ -295,21 +296,22 @@ def test_without_data_the_papers_layout_is_used(world, tmp_path, monkeypatch, ca
 # ------------------------------------------------------------------------------------------------------ resume, processes
 
 
-@pytest.mark.parametrize("stage, step, kill, code", [("warm-up", 2, "SIGKILL", -9), ("fine-tune", 3, "SIGKILL", -9), ("fine-tune", 2, "SIGTERM", 130)])
-def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, stage, step, kill, code):
+@pytest.mark.parametrize("stage, step, kill, code, init", [("warm-up", 2, "SIGKILL", -9, "converter"), ("fine-tune", 3, "SIGKILL", -9, "random"),
+                                                           ("fine-tune", 2, "SIGTERM", 130, "captions")])
+def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, stage, step, kill, code, init):
     """Killed after a line of the log, with dropout on: a resumed run draws what it would have drawn. The log's last line
     is cut in the middle, as a kill may leave it."""
     conftest.write_source(tmp_path / "source", dropout=0.1)
     world = (tmp_path / "source", *world[1:])
-    train.main(arguments(world, tmp_path / "whole", "--save-every", "1"))
+    train.main(arguments(world, tmp_path / "whole", "--save-every", "1", "--init", init))
     killer = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train; add = train.runs.Log.add\n"
               f"def kill(log, **row):\n    add(log, **row)\n    if (row['stage'], row['step']) == ({stage!r}, {step}): os.kill(os.getpid(), signal.{kill})\n"
               "train.runs.Log.add = kill; train.main(sys.argv[1:])")
-    killed = subprocess.run([sys.executable, "-c", killer, *arguments(world, tmp_path / "killed", "--save-every", "1")], capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", killer, *arguments(world, tmp_path / "killed", "--save-every", "1", "--init", init)], capture_output=True)
     assert killed.returncode == code
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as log:
         log.write('{"stage": "warm-up", "st')
-    train.main(arguments(world, tmp_path / "killed", "--save-every", "1", "--resume"))
+    train.main(arguments(world, tmp_path / "killed", "--save-every", "1", "--init", init, "--resume"))
     assert rows(tmp_path / "killed", "stage", "step", "loss") == rows(tmp_path / "whole", "stage", "step", "loss")
     assert rows(tmp_path / "killed", "step", "val_loss") == rows(tmp_path / "whole", "step", "val_loss")
 
