@@ -30,13 +30,13 @@ import runs
 import vpgtrans
 
 
-def fit_cosine(src, tgt, counts, epochs=5, tokens=32768, lr=5.0):
-    """The original's converter: SGD at rate 5 on 1 - cosine, five epochs of batches of 4,096 captions.
+def fit_cosine(src, tgt, counts, steps=720, tokens=32768, lr=5.0):
+    """The original's converter: SGD at rate 5 on 1 - cosine, on batches of 4,096 captions; as many steps as its five epochs of 590,000.
 
     src (N,Ds), tgt (N,Dt), counts (N,) uses in the captions -> nn.Linear(Ds, Dt). A batch holds `tokens` tokens, drawn by use."""
     converter = nn.Linear(src.shape[1], tgt.shape[1])
     optimizer = torch.optim.SGD(converter.parameters(), lr=lr)
-    for _ in range(max(1, round(epochs * float(counts.sum()) / tokens))):
+    for _ in range(steps):
         drawn = torch.bincount(torch.multinomial(counts, tokens, replacement=True), minlength=len(counts)).float()
         loss = (drawn * (1 - F.cosine_similarity(converter(src), tgt, dim=1))).sum() / tokens
         optimizer.zero_grad()

@@ -21,7 +21,7 @@ import study
 from demo import report as demo
 from demo import scenes
 from make import SEEDS as SCENES
-from study import BUDGETS, CAPTIONS_RATES, FAMILIES, FINE_TUNE_RATE, FINE_TUNE_RATES, RATES, SEEDS, SOURCES, STARTS, SWEPT, WARM_UP_RATES
+from study import BUDGETS, FAMILIES, FINE_TUNE_RATES, RATES, SEEDS, SOURCES, STARTS, SWEPT, TRANSFER_RATES, WARM_UP_RATES
 
 # --------------------------------------------------------------------------------------------------------------- results
 
@@ -69,6 +69,8 @@ def share(values):
 
 
 def table(head, rows):
+    """In Markdown, without the rows of which nothing was run yet: all "–" behind what says which run it is."""
+    rows = [row for row in rows if any(cell not in ("–", "") for cell in row[2:])]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
 
@@ -90,27 +92,26 @@ def sweep_table(results):
 def transfer_sweep_table(results):
     """VPGTrans's rates, on validation images: after 60 steps of warm-up and 240 of fine-tuning."""
     rows = []
-    for init, rates, tried in (("converter", WARM_UP_RATES, {rate: "sweep-transfer-{}-" + rate for rate in FINE_TUNE_RATES}),
-                               ("captions", CAPTIONS_RATES, {FINE_TUNE_RATE: "sweep-captions-{}"})):
-        for rate, name in tried.items():
-            losses = {warm: results.final(run) for warm in rates if (run := name.format(warm) + "-s0") in results.rows}
-            rows.append([f"`--init {init}`", rate, *(f"{warm}: {losses[warm]:.3f}" if warm in losses else "–" for warm in rates)])
-    return table(["projector", "fine-tuning", "warm-up", *[""] * (len(WARM_UP_RATES) - 1)], rows)
+    for init, rates in WARM_UP_RATES.items():
+        losses = {(warm, rate): results.final(name) for warm in rates for rate in FINE_TUNE_RATES
+                  if (name := f"sweep-{init}-{warm}-{rate}-s0") in results.rows}
+        cell = lambda pair: "–" if pair not in losses else f"**{losses[pair]:.3f}**" if losses[pair] == min(losses.values()) else f"{losses[pair]:.3f}"
+        rows += [[INITS[init], warm, *(cell((warm, rate)) for rate in FINE_TUNE_RATES)] for warm in rates]
+    return table(["projector", "warm-up", *(f"fine-tuning {rate}" for rate in FINE_TUNE_RATES)], rows)
 
 
 def scores(results, name):
-    """test loss, pairs right, pairs found, words right, seconds of training"""
+    """test loss, pairs right, pairs found, words right"""
     records = [results.records[run] for run in results.seeds(name)]
-    seconds = [results.rows[run][-1]["seconds"] for run in results.seeds(name)]
-    return [spread(results.finals(name)), share([r["right"] for r in records]), share([r["found"] for r in records]),
-            share([r["words_right"] for r in records]), f"{statistics.mean(seconds):.0f}" if seconds else "–"]
+    return [spread(results.finals(name)), *(share([record[key] for record in records]) for key in ("right", "found", "words_right"))]
 
 
+INITS = {"transfer": "word converter", "captions": "`--init captions`"}
 TRANSFERS = {"VPGTrans": "transfer", "VPGTrans, 10.7 % of the images": "images-10.7", "`--init captions`": "captions",
              "`--init captions`, 10.7 % of the images": "captions-10.7"}
 STARTED = {"random": "random Q-Former", "stage1": "Q-Former after the first stage"}
 LENGTHS = (100, 300, 1000)  # of transfers
-HEAD = ["test loss", "coloured shapes right", "found", "words right", "seconds"]
+HEAD = ["test loss", "coloured shapes right", "found", "words right"]
 
 
 def main_table(results):
@@ -125,12 +126,14 @@ def main_table(results):
 
 
 def difference(results, name, other):
-    """Of the final losses, seed by seed."""
-    return [a - b for a, b in zip(results.finals(name), results.finals(other))]
+    """Of the final losses, seed by seed, where both have run."""
+    pairs = [(f"{name}-s{seed}", f"{other}-s{seed}") for seed in SEEDS]
+    return [results.final(one) - results.final(two) for one, two in pairs if one in results.rows and two in results.rows]
 
 
 def change_rows(results, names, other="transfer-300"):
-    at = lambda name, steps: spread([loss for run in results.seeds(name) for step, loss, *_ in results.curve(run) if step == steps])
+    losses = lambda run: {step: loss for step, loss, *_ in results.curve(run)}
+    at = lambda name, steps: spread([losses(run)[steps] for run in results.seeds(name) if steps in losses(run)])
     rows = [[label, at(name, 0), at(name, 60), at(name, 120), *scores(results, name)[:2], spread(difference(results, name, other)) if name != other else ""]
             for name, label in names.items()]
     return table(["run", "loss at step 0", "60", "120", "300", "coloured shapes right", "300, difference to VPGTrans"], rows)
@@ -138,7 +141,7 @@ def change_rows(results, names, other="transfer-300"):
 
 def variant_table(results):
     names = {"transfer-300": "VPGTrans", "variant-no-warm-up": "no warm-up", "variant-random-projector": "no converter: random projector",
-             "variant-inheritance": "neither: VPG inheritance", "variant-rate-x1": f"warm-up at the rate of fine-tuning, {FINE_TUNE_RATE}",
+             "variant-inheritance": "neither: VPG inheritance", "variant-rate-x1": f"warm-up at the rate of fine-tuning, {TRANSFER_RATES['transfer'][1]}",
              "variant-rate-x5": "warm-up at 5 times that rate, as in the paper",
              "variant-projector-only": "the projector alone, all 300 steps", "scratch-stage1-300": "from scratch, Q-Former after the first stage",
              "scratch-random-300": "from scratch, random Q-Former"}
@@ -200,9 +203,9 @@ TABLES = {"sweep": sweep_table, "transfer-sweep": transfer_sweep_table, "main": 
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
-def band(axes, results, name, label, colour, **style):
-    """The mean test loss of a run's seeds over optimizer steps, and the range of the seeds."""
-    curves = [results.curve(run) for run in results.seeds(name)]
+def band(axes, results, name, label, colour, first=0, **style):
+    """The mean test loss of a run's seeds over optimizer steps, from `first` on, and the range of the seeds."""
+    curves = [[point for point in results.curve(run) if point[0] >= first] for run in results.seeds(name)]
     if curves:
         steps = [point[0] for point in curves[0]]
         losses = list(zip(*([point[1] for point in curve] for curve in curves)))
@@ -224,10 +227,10 @@ def draw_speed(results, file):
     figure, axes = new_axes()
     for (start, name), colour in zip(STARTED.items(), ("0.6", "C0")):
         for budget in BUDGETS:
-            band(axes, results, f"scratch-{start}-{budget}", f"from scratch, {name}" if budget == BUDGETS[0] else None, colour, linewidth=1)
+            band(axes, results, f"scratch-{start}-{budget}", f"from scratch, {name}" if budget == BUDGETS[0] else None, colour, first=1, linewidth=1)
     for (label, name), style in zip(TRANSFERS.items(), (("C3", "-"), ("C3", "--"), ("C2", "-"), ("C2", "--"))):
         for steps in LENGTHS:
-            band(axes, results, f"{name}-{steps}", label.replace("`", "") if steps == LENGTHS[0] else None, style[0], linestyle=style[1])
+            band(axes, results, f"{name}-{steps}", label.replace("`", "") if steps == LENGTHS[0] else None, style[0], first=1, linestyle=style[1])
     axes.set(xscale="log", xlim=(10, 11000), ylim=(0.85, 1.6))
     axes.legend(frameon=False)
     figure.savefig(file, dpi=110)
@@ -261,7 +264,7 @@ def draw_captions(results, file, count=12):
         Image.fromarray(scenes.render(scene)[0]).save(images[-1])
         people.append(scenes.caption(scene, rng))
     said = {"people": people}
-    for who, name in (("VPGTrans, 300 steps", "transfer-300-s0"), ("from scratch, first stage, 300", "scratch-stage1-300-s0"),
+    for who, name in (("the source", "source-opt-128-s0"), ("VPGTrans, 300 steps", "transfer-300-s0"), ("from scratch, first stage, 300", "scratch-stage1-300-s0"),
                       ("from scratch, random, 300", "scratch-random-300-s0")):
         if name in results.records:
             said[who] = results.records[name]["captions"][:count]

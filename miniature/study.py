@@ -6,7 +6,7 @@
 
 A run leaves NAME.jsonl (its metrics.jsonl) and NAME.json (its command, and how the finished model captions the images of its split)
 in --results; what is there is not run again, and a run that was killed goes on where it stood. python miniature/make.py all
-comes first. Rates were chosen on the validation images (runs named sweep-*); all others report the test images.
+comes first. Rates were chosen on the validation images (runs named sweep-*), sources are watched on them, too; all others report the test images.
 """
 
 import argparse
@@ -36,9 +36,10 @@ SOURCE_STEPS, SOURCE_RATE = 6000, "1e-3"
 RATES = ("5e-4", "1e-3", "2e-3", "4e-3")  # swept from scratch
 SWEPT = (300, 1000)  # at these budgets; longer ones take what is best at the last
 CHOSEN = {("random", 300): "2e-3", ("random", 1000): "2e-3", ("stage1", 300): "2e-3", ("stage1", 1000): "1e-3"}
-WARM_UP_RATES, FINE_TUNE_RATES = ("1e-2", "2e-2", "4e-2", "8e-2"), ("5e-4", "1e-3")  # swept for VPGTrans, at 300 steps
-WARM_UP_RATE, FINE_TUNE_RATE = "4e-2", "5e-4"
-CAPTIONS_RATES, CAPTIONS_RATE = ("1e-4", "2e-4", "5e-4", "1e-3"), "2e-4"  # of the warm-up behind --init captions
+# of transfers in 300 steps, with the word converter and with --init captions: all pairs are swept, and the best taken
+WARM_UP_RATES = {"transfer": ("1e-2", "2e-2", "4e-2", "8e-2"), "captions": ("5e-5", "1e-4", "2e-4", "5e-4")}
+FINE_TUNE_RATES = ("5e-4", "1e-3", "2e-3")
+TRANSFER_RATES = {"transfer": ("2e-2", "1e-3"), "captions": ("5e-4", "5e-4")}
 WARM_UP_SHARE = 0.2  # of a transfer's steps
 
 
@@ -69,14 +70,14 @@ def scratch(name, tgt, start, steps, rate, *flags, **options):
     return train(name, f"{WORLD}/vit", tgt, "--from-scratch", *vpg, "--steps", steps, "--lr", rate, *flags, **options)
 
 
-def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, warm_up_rate=WARM_UP_RATE, rate=FINE_TUNE_RATE, init=None, **options):
-    """VPGTrans in so many steps, warm-up counted, or what `flags` make of it; seed s takes the source of seed s, or what
-    initialise.py made of it."""
+def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, rates=TRANSFER_RATES["transfer"], init=None, **options):
+    """VPGTrans in so many steps, warm-up counted, or what `flags` make of it; `rates` are of warm-up and fine-tuning. Seed s takes
+    the source of seed s, or what initialise.py made of it."""
     src, before = f"init-{init}-s{seed}" if init else f"source-{source}-s{seed}", round(WARM_UP_SHARE * steps)
     length = ["--steps", steps] if "--no-warm-up" in flags else ["--warm-up-steps", before, "--steps", steps - before]
     if "--stage" in flags:  # the warm-up alone
         length = ["--warm-up-steps", steps]
-    return train(f"{name}-s{seed}", f"{RUNS}/{src}", tgt, *flags, *length, "--lr", rate, "--warm-up-lr", warm_up_rate,
+    return train(f"{name}-s{seed}", f"{RUNS}/{src}", tgt, *flags, *length, "--lr", rates[1], "--warm-up-lr", rates[0],
                  seed=seed, every={100: 10, 300: 20, 1000: 50}[steps], needs=[src], **options)
 
 
@@ -99,16 +100,16 @@ def plan():
     runs += [scratch(f"scratch-{start}-{steps}-s{seed}", TARGET, start, steps, CHOSEN[start, min(steps, SWEPT[-1])], seed=seed, every=steps // 10)
              for steps in BUDGETS for start in STARTS for seed in SEEDS]
     # VPGTrans: its rates, on validation images; then what is reported.
-    runs += [transfer(f"sweep-transfer-{warm}-{rate}", 300, seed=0, warm_up_rate=warm, rate=rate, split="val")
-             for warm in WARM_UP_RATES for rate in FINE_TUNE_RATES]
-    runs += [transfer(f"sweep-captions-{warm}", 300, *CAPTIONS, seed=0, warm_up_rate=warm, split="val") for warm in CAPTIONS_RATES]
+    runs += [transfer(f"sweep-{init}-{warm}-{rate}", 300, *flags, seed=0, rates=(warm, rate), split="val")
+             for init, flags in (("transfer", ()), ("captions", CAPTIONS)) for warm in WARM_UP_RATES[init] for rate in FINE_TUNE_RATES]
+    rate = TRANSFER_RATES["transfer"][1]
     for seed in SEEDS:
         runs += [transfer(f"transfer-{steps}", steps, seed=seed) for steps in (100, 300, 1000)]
         runs += [transfer(f"images-{part}-{steps}", steps, seed=seed, images=f"-{part}") for part in ("5", "10.7", "25") for steps in (100, 300, 1000)]
         runs += [transfer(f"variant-{name}", 300, *flags, seed=seed) for name, flags in VARIANTS.items()]
-        runs += [transfer(f"variant-rate-x{times}", 300, seed=seed, warm_up_rate=f"{times * float(FINE_TUNE_RATE):g}") for times in (1, 5)]
-        runs += [transfer(f"captions-{steps}", steps, *CAPTIONS, seed=seed, warm_up_rate=CAPTIONS_RATE) for steps in (100, 300, 1000)]
-        runs += [transfer(f"captions-10.7-{steps}", steps, *CAPTIONS, seed=seed, warm_up_rate=CAPTIONS_RATE, images="-10.7") for steps in (100, 300, 1000)]
+        runs += [transfer(f"variant-rate-x{times}", 300, seed=seed, rates=(f"{times * float(rate):g}", rate)) for times in (1, 5)]
+        runs += [transfer(f"captions{part}-{steps}", steps, *CAPTIONS, seed=seed, rates=TRANSFER_RATES["captions"], images=part)
+                 for part in ("", "-10.7") for steps in (100, 300, 1000)]
         runs += [transfer(f"size-{source}", 300, seed=seed, source=source) for source in SOURCES if source != "opt-128"]
     for tgt in [tgt for family in FAMILIES.values() for _, tgt in family]:
         runs += [scratch(f"scratch-{tgt}-{steps}-s{seed}", tgt, "stage1", steps, CHOSEN["stage1", steps], seed=seed, every=steps // 10)
