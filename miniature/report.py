@@ -78,14 +78,20 @@ def table(head, rows):
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 
+def best_bold(losses, rate):
+    """One of {rate: loss}."""
+    if rate not in losses:
+        return "–"
+    return f"**{losses[rate]:.3f}**" if losses[rate] == min(losses.values()) else f"{losses[rate]:.3f}"
+
+
 def sweep_table(results):
     """The baseline's rates, on validation images."""
     rates, rows = RATES, []
     for start in STARTS:
         for steps in SWEPT:
             losses = {rate: results.final(name) for rate in rates if (name := f"sweep-scratch-{start}-{steps}-{rate}") in results.rows}
-            cell = lambda rate: f"**{losses[rate]:.3f}**" if losses[rate] == min(losses.values()) else f"{losses[rate]:.3f}"
-            rows.append([start, steps, *(cell(rate) if rate in losses else "–" for rate in rates)])
+            rows.append([start, steps, *(best_bold(losses, rate) for rate in rates)])
     return table(["Q-Former at first", "steps", *rates], rows)
 
 
@@ -95,8 +101,7 @@ def transfer_sweep_table(results):
     for init, rates in WARM_UP_RATES.items():
         losses = {(warm, rate): results.final(name) for warm in rates for rate in FINE_TUNE_RATES
                   if (name := f"sweep-{init}-{warm}-{rate}-s0") in results.rows}
-        cell = lambda pair: "–" if pair not in losses else f"**{losses[pair]:.3f}**" if losses[pair] == min(losses.values()) else f"{losses[pair]:.3f}"
-        rows += [[INITS[init], warm, *(cell((warm, rate)) for rate in FINE_TUNE_RATES)] for warm in rates]
+        rows += [[INITS[init], warm, *(best_bold(losses, (warm, rate)) for rate in FINE_TUNE_RATES)] for warm in rates]
     return table(["projector", "warm-up", *(f"fine-tuning {rate}" for rate in FINE_TUNE_RATES)], rows)
 
 
@@ -134,14 +139,15 @@ def difference(results, name, other):
 def change_rows(results, names, other="transfer-300"):
     losses = lambda run: {step: loss for step, loss, *_ in results.curve(run)}
     at = lambda name, steps: spread([losses(run)[steps] for run in results.seeds(name) if steps in losses(run)])
-    rows = [[label, at(name, 0), at(name, 60), at(name, 120), *scores(results, name)[:2], spread(difference(results, name, other)) if name != other else ""]
-            for name, label in names.items()]
+    rows = [[label, at(name, 0), at(name, 60), at(name, 120), *scores(results, name)[:2],
+             spread(difference(results, name, other)) if name != other else ""] for name, label in names.items()]
     return table(["run", "loss at step 0", "60", "120", "300", "coloured shapes right", "300, difference to VPGTrans"], rows)
 
 
 def variant_table(results):
     names = {"transfer-300": "VPGTrans", "variant-no-warm-up": "no warm-up", "variant-random-projector": "no converter: random projector",
-             "variant-inheritance": "neither: VPG inheritance", "variant-rate-x1": f"warm-up at the rate of fine-tuning, {TRANSFER_RATES['transfer'][1]}",
+             "variant-inheritance": "neither: VPG inheritance",
+             "variant-rate-x1": f"warm-up at the rate of fine-tuning, {TRANSFER_RATES['transfer'][1]}",
              "variant-rate-x5": "warm-up at 5 times that rate, as in the paper",
              "variant-projector-only": "the projector alone, all 300 steps", "scratch-stage1-300": "from scratch, Q-Former after the first stage",
              "scratch-random-300": "from scratch, random Q-Former"}
@@ -264,8 +270,8 @@ def draw_captions(results, file, count=12):
         Image.fromarray(scenes.render(scene)[0]).save(images[-1])
         people.append(scenes.caption(scene, rng))
     said = {"people": people}
-    for who, name in (("the source", "source-opt-128-s0"), ("VPGTrans, 300 steps", "transfer-300-s0"), ("from scratch, first stage, 300", "scratch-stage1-300-s0"),
-                      ("from scratch, random, 300", "scratch-random-300-s0")):
+    for who, name in (("the source", "source-opt-128-s0"), ("VPGTrans, 300 steps", "transfer-300-s0"),
+                      ("from scratch, first stage, 300", "scratch-stage1-300-s0"), ("from scratch, random, 300", "scratch-random-300-s0")):
         if name in results.records:
             said[who] = results.records[name]["captions"][:count]
     demo.draw(file, images, said)
@@ -279,7 +285,8 @@ PICTURES = {"speed": draw_speed, "variants": draw_variants, "captions": draw_cap
 
 def fill(text, results):
     """The document with its tables made anew: what stands between <!-- table NAME --> and <!-- end -->."""
-    return re.sub(r"<!-- table ([\w-]+) -->.*?<!-- end -->", lambda m: f"<!-- table {m[1]} -->\n{TABLES[m[1]](results)}\n<!-- end -->", text, flags=re.S)
+    made = lambda match: f"<!-- table {match[1]} -->\n{TABLES[match[1]](results)}\n<!-- end -->"
+    return re.sub(r"<!-- table ([\w-]+) -->.*?<!-- end -->", made, text, flags=re.S)
 
 
 def main():

@@ -105,7 +105,8 @@ def plan():
     rate = TRANSFER_RATES["transfer"][1]
     for seed in SEEDS:
         runs += [transfer(f"transfer-{steps}", steps, seed=seed) for steps in (100, 300, 1000)]
-        runs += [transfer(f"images-{part}-{steps}", steps, seed=seed, images=f"-{part}") for part in ("5", "10.7", "25") for steps in (100, 300, 1000)]
+        runs += [transfer(f"images-{part}-{steps}", steps, seed=seed, images=f"-{part}")
+                 for part in ("5", "10.7", "25") for steps in (100, 300, 1000)]
         runs += [transfer(f"variant-{name}", 300, *flags, seed=seed) for name, flags in VARIANTS.items()]
         runs += [transfer(f"variant-rate-x{times}", 300, seed=seed, rates=(f"{times * float(rate):g}", rate)) for times in (1, 5)]
         runs += [transfer(f"captions{part}-{steps}", steps, *CAPTIONS, seed=seed, rates=TRANSFER_RATES["captions"], images=part)
@@ -155,7 +156,8 @@ def do(run, results, say):
     log = ROOT / WORLD / "logs" / f"{run.name}.log"
     log.parent.mkdir(exist_ok=True, parents=True)
     with open(log, "a") as file:
-        code = subprocess.run([sys.executable, *run.command[1:], *resume], cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.run([sys.executable, *run.command[1:], *resume], cwd=ROOT, stdout=file, stderr=file, env=one_thread).returncode
     if code:
         raise RuntimeError(f"{run.name}: ended with {code}; its last words are in {log}")
     row = {"command": shlex.join(run.command), "machine": f"{platform.processor() or platform.machine()}, 1 thread"}

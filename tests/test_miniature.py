@@ -99,6 +99,24 @@ def test_what_a_chosen_run_needs_is_chosen_too():
     assert [run.name for run in study.with_needs([runs["c"]], runs)] == ["a", "b", "c"]
 
 
+def test_what_a_model_says_about_a_split_is_counted(tmp_path, monkeypatch):
+    """The demo's source about forty scenes that it has not seen, and about the same images with the facts of others."""
+    lines = [json.loads(line) for line in (ROOT / "demo" / "pairs" / "val.jsonl").read_text().splitlines()][:40]
+    pairs = tmp_path / study.WORLD / "pairs"
+    pairs.mkdir(parents=True)
+    (pairs / "images").symlink_to(ROOT / "demo" / "pairs" / "images")
+    others = [line | {"objects": other["objects"]} for line, other in zip(lines, lines[1:] + lines[:1])]
+    for split, rows in (("val", lines), ("test", others)):
+        (pairs / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    threads = torch.get_num_threads()
+    said = {split: study.measure(ROOT / "demo" / "source", split) for split in ("val", "test")}
+    torch.set_num_threads(threads)
+    assert said["val"]["captions"] == said["test"]["captions"] and len(said["val"]["captions"]) == 24
+    assert said["val"]["right"] > 0.9 and said["val"]["found"] > 0.85 and said["val"]["words_right"] > said["val"]["right"]
+    assert said["test"]["right"] < 0.2 and said["test"]["claims"] == said["val"]["claims"] > 40
+
+
 def test_the_cosine_converter_finds_a_linear_map():
     torch.manual_seed(0)
     src = torch.randn(200, 8)
