@@ -1,8 +1,8 @@
 """The paper in miniature: every run of docs/miniature.md, each a command of train.py that can be repeated alone.
 
-    python miniature/study.py                    # what is not recorded yet, two runs at a time (one thread each)
-    python miniature/study.py --list transfer    # the commands whose names contain "transfer"
-    python miniature/study.py --only sweep       # these runs alone, and what they need
+    python miniature/study.py                              # what is not recorded yet, two runs at a time (one thread each)
+    python miniature/study.py --list 'transfer-300-*'      # the commands of these
+    python miniature/study.py --only 'sweep-*'             # these runs alone, and what they need
 
 A run leaves NAME.jsonl (its metrics.jsonl) and NAME.json (its command, and how the finished model captions the images of its split)
 in --results; what is there is not run again, and a run that was killed goes on where it stood. python miniature/make.py all
@@ -11,6 +11,7 @@ comes first. Rates were chosen on the validation images (runs named sweep-*), so
 
 import argparse
 import concurrent.futures
+import fnmatch
 import json
 import os
 import platform
@@ -208,8 +209,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(WORLD) / "results", help="(default: %(default)s; what docs/miniature.md is made "
                         "of is in miniature/results)")
-    parser.add_argument("--only", metavar="TEXT", action="append", help="runs whose names contain this")
-    parser.add_argument("--list", metavar="TEXT", nargs="?", const="", help="print the commands, and run nothing")
+    parser.add_argument("--only", metavar="PATTERN", nargs="+", default=["*"], help="runs of these names alone; * stands for anything")
+    parser.add_argument("--list", metavar="PATTERN", nargs="?", const="*", help="print the commands, and run nothing")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: %(default)s)")
     parser.add_argument("--measure", type=Path, metavar="RUN", help="print what a finished run says about the images of --split, as JSON")
     parser.add_argument("--split", choices=("val", "test"), default="test")
@@ -218,8 +219,10 @@ def main():
         return print(json.dumps(measure(args.measure, args.split)))
     every = plan()
     if args.list is not None:
-        return print("\n".join(shlex.join(run.command) for run in every.values() if args.list in run.name))
-    chosen = [run for run in every.values() if not args.only or any(text in run.name for text in args.only)]
+        return print("\n".join(shlex.join(run.command) for run in every.values() if fnmatch.fnmatch(run.name, args.list)))
+    chosen = [run for run in every.values() if any(fnmatch.fnmatch(run.name, pattern) for pattern in args.only)]
+    if not chosen:
+        parser.error(f"no run is called {' or '.join(args.only)}; --list names all")
     todo = with_needs([run for run in chosen if not (args.results / f"{run.name}.json").is_file()], every)
     args.results.mkdir(parents=True, exist_ok=True)
     do_all(todo, args.results, args.jobs)

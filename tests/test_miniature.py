@@ -99,6 +99,17 @@ def test_what_a_chosen_run_needs_is_chosen_too():
     assert [run.name for run in study.with_needs([runs["c"]], runs)] == ["a", "b", "c"]
 
 
+def test_runs_are_chosen_by_their_whole_names(monkeypatch, capsys):
+    """1000 is not 10000; and a pattern of nothing is an error."""
+    monkeypatch.setattr(sys, "argv", ["study.py", "--list", "scratch-stage1-1000-*"])
+    study.main()
+    assert [line.split("/")[-1] for line in capsys.readouterr().out.splitlines()] == [f"scratch-stage1-1000-s{seed}" for seed in study.SEEDS]
+    monkeypatch.setattr(sys, "argv", ["study.py", "--only", "sweeps-*"])
+    with pytest.raises(SystemExit) as stop:
+        study.main()
+    assert stop.value.code == 2 and "sweeps-*" in capsys.readouterr().err
+
+
 def test_what_a_model_says_about_a_split_is_counted(tmp_path, monkeypatch):
     """The demo's source about forty scenes that it has not seen, and about the same images with the facts of others."""
     lines = [json.loads(line) for line in (ROOT / "demo" / "pairs" / "val.jsonl").read_text().splitlines()][:40]
