@@ -9,7 +9,7 @@ TRAIN = $(BIN)/python train.py --src demo/source --tgt demo/target --data demo/p
 
 demo: .venv/run
 	rm -rf out/demo out/demo-from-scratch
-	$(TRAIN) --warm-up-steps 60 --steps 240 --lr 1e-3 --out out/demo
+	$(TRAIN) --warm-up-steps 60 --steps 240 --lr 1e-3 --warm-up-lr 2e-2 --out out/demo
 	$(TRAIN) --from-scratch --steps 300 --lr 2e-3 --out out/demo-from-scratch
 	$(BIN)/python demo/report.py out/demo out/demo-from-scratch
 
