@@ -24,7 +24,6 @@ import qformer
 import runs
 import sample
 import train
-import vpgtrans
 from test_data import write_kind, write_shard
 from test_llm import LLAMA, T5, make_model
 
