@@ -52,7 +52,7 @@ def parse_arguments(argv=None):
     method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
     method.add_argument("--init", choices=("converter", "captions", "random"), default="converter", help="start of the "
                         "projector: the source's, merged with the word converter; or fitted to what its soft prompts mean in the captions of a thousand "
-                        "images (not of the paper; in miniature, a --warm-up-lr above 5e-4 spoils it); or random (default: %(default)s)")
+                        "images (not of the paper; it wants no high --warm-up-lr); or random (default: %(default)s)")
     method.add_argument("--no-warm-up", action="store_true", help="skip the training of stage 1; with --init random, this is the paper's "
                         "VPG inheritance")
     method.add_argument("--from-scratch", nargs="?", const="", metavar="VPG", help="baseline: a random Q-Former (or that of "

@@ -87,12 +87,12 @@ def best_bold(losses, rate):
 
 def sweep_table(results):
     """The baseline's rates, on validation images."""
-    rates, rows = RATES, []
+    rows = []
     for start in STARTS:
         for steps in SWEPT:
-            losses = {rate: results.final(name) for rate in rates if (name := f"sweep-scratch-{start}-{steps}-{rate}") in results.rows}
-            rows.append([start, steps, *(best_bold(losses, rate) for rate in rates)])
-    return table(["Q-Former at first", "steps", *rates], rows)
+            losses = {rate: results.final(name) for rate in RATES if (name := f"sweep-scratch-{start}-{steps}-{rate}") in results.rows}
+            rows.append([start, steps, *(best_bold(losses, rate) for rate in RATES)])
+    return table(["Q-Former at first", "steps", *RATES], rows)
 
 
 def transfer_sweep_table(results):
@@ -105,10 +105,15 @@ def transfer_sweep_table(results):
     return table(["projector", "warm-up", *(f"fine-tuning {rate}" for rate in FINE_TUNE_RATES)], rows)
 
 
+def few(seeds):
+    """A remark on figures that do not rest on all seeds yet."""
+    return f" ({len(seeds)} of {len(SEEDS)} seeds)" if 0 < len(seeds) < len(SEEDS) else ""
+
+
 def scores(results, name):
-    """test loss, pairs right, pairs found, words right"""
+    """test loss, pairs right, pairs found, words right; and the number of seeds, where some are missing"""
     records = [results.records[run] for run in results.seeds(name)]
-    return [spread(results.finals(name)), *(share([record[key] for record in records]) for key in ("right", "found", "words_right"))]
+    return [spread(results.finals(name)) + few(records), *(share([record[key] for record in records]) for key in ("right", "found", "words_right"))]
 
 
 INITS = {"transfer": "word converter", "captions": "`--init captions`"}
@@ -191,7 +196,9 @@ def speed_up(results, names, scratch, budget):
         return "–"
     passed = [steps for name in names if (steps := steps_to_pass(results, name, scratch))]
     fewest = min(passed, key=statistics.mean, default=None)
-    return f"{spread(fewest, 0)} steps, {budget / statistics.mean(fewest):.1f} ×" if fewest else "not reached"
+    if fewest is None:
+        return "not reached" + few(min(map(results.seeds, names), key=len))
+    return f"{spread(fewest, 0)} steps, {budget / statistics.mean(fewest):.1f} ×" + few(fewest)
 
 
 def speed_table(results):

@@ -229,6 +229,13 @@ def test_other_families_are_targets(other_family, world, capsys):
     assert len(said) == 2 and "0.png: " in said[0]
 
 
+def test_other_families_are_targets_of_what_soft_prompts_mean(other_family, world, tmp_path, capsys):
+    train.main(arguments((world[0], other_family[0], world[2]), tmp_path / "run", "--init", "captions", "--lr", "5e-5", "--warm-up-lr", "5e-5"))
+    assert "fitted to the captions of" in capsys.readouterr().out
+    losses = [loss for loss, in rows(tmp_path / "run", "val_loss")]
+    assert losses[-1] < losses[0]
+
+
 def test_other_families_are_sources(other_family, world, tmp_path, capsys):
     """Back to an OPT: the run's LLM lends its word embeddings."""
     train.main(arguments((other_family[1], world[1], world[2]), tmp_path / "back"))
@@ -325,7 +332,9 @@ def test_a_damaged_state_gives_way_to_the_one_before(world, tmp_path, capsys):
         damage(out / runs.STATE)
         capsys.readouterr()
         train.main(arguments(world, out, "--save-every", "2", "--resume"))
-        assert (": damaged (" in (said := capsys.readouterr().out)) == (f"from {runs.PREVIOUS}, step 4 of stage fine-tune" in said)
+        said = capsys.readouterr().out
+        assert "projector: as it was saved" in said and "word converter" not in said
+        assert (": damaged (" in said) == (f"from {runs.PREVIOUS}, step 4 of stage fine-tune" in said)
         assert rows(out, "stage", "step", "loss") == rows(tmp_path / "whole", "stage", "step", "loss")
         shutil.rmtree(out)
     with pytest.raises(SystemExit):
