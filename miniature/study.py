@@ -30,7 +30,8 @@ WORLD, RUNS = "out/study", "out/study/runs"
 SEEDS = (0, 1, 2)
 SOURCES = ("opt-64", "opt-128", "opt-192")  # language models of sources; opt-128 where nothing else is said
 TARGET = "opt-256"
-BUDGETS = (300, 1000, 3000, 10000)  # optimizer steps of the runs from scratch, each with a schedule of its own
+BUDGETS = (300, 1000, 3000)  # optimizer steps of the runs from scratch, each with a schedule of its own
+LENGTHS = (100, 300, 1000, 3000)  # of transfers; on parts of the images without the last
 STARTS = {"random": "", "stage1": f"{WORLD}/stage1"}  # of a Q-Former that is trained from scratch
 SOURCE_STEPS, SOURCE_RATE = 6000, "1e-3"
 
@@ -79,7 +80,7 @@ def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, rates=TRAN
     if "--stage" in flags:  # the warm-up alone
         length = ["--warm-up-steps", steps]
     return train(f"{name}-s{seed}", f"{RUNS}/{src}", tgt, *flags, *length, "--lr", rates[1], "--warm-up-lr", rates[0],
-                 seed=seed, every={100: 10, 300: 20, 1000: 50}[steps], needs=[src], **options)
+                 seed=seed, every={100: 10, 300: 20, 1000: 50, 3000: 100}[steps], needs=[src], **options)
 
 
 VARIANTS = {  # of a transfer in 300 steps, each with one thing changed
@@ -105,17 +106,16 @@ def plan():
              for init, flags in (("transfer", ()), ("captions", CAPTIONS)) for warm in WARM_UP_RATES[init] for rate in FINE_TUNE_RATES]
     rate = TRANSFER_RATES["transfer"][1]
     for seed in SEEDS:
-        runs += [transfer(f"transfer-{steps}", steps, seed=seed) for steps in (100, 300, 1000)]
+        runs += [transfer(f"transfer-{steps}", steps, seed=seed) for steps in LENGTHS]
         runs += [transfer(f"images-{part}-{steps}", steps, seed=seed, images=f"-{part}")
-                 for part in ("5", "10.7", "25") for steps in (100, 300, 1000)]
+                 for part in ("5", "10.7", "25") for steps in LENGTHS[:-1]]
         runs += [transfer(f"variant-{name}", 300, *flags, seed=seed) for name, flags in VARIANTS.items()]
         runs += [transfer(f"variant-rate-x{times}", 300, seed=seed, rates=(f"{times * float(rate):g}", rate)) for times in (1, 5)]
         runs += [transfer(f"captions{part}-{steps}", steps, *CAPTIONS, seed=seed, rates=TRANSFER_RATES["captions"], images=part)
-                 for part in ("", "-10.7") for steps in (100, 300, 1000)]
+                 for part, lengths in (("", LENGTHS), ("-10.7", LENGTHS[:-1])) for steps in lengths]
         runs += [transfer(f"size-{source}", 300, seed=seed, source=source) for source in SOURCES if source != "opt-128"]
     for tgt in [tgt for family in FAMILIES.values() for _, tgt in family]:
-        runs += [scratch(f"scratch-{tgt}-{steps}-s{seed}", tgt, "stage1", steps, CHOSEN["stage1", steps], seed=seed, every=steps // 10)
-                 for steps in SWEPT for seed in SEEDS]
+        runs += [scratch(f"scratch-{tgt}-300-s{seed}", tgt, "stage1", 300, CHOSEN["stage1", 300], seed=seed, every=20) for seed in SEEDS]
     runs += [transfer(f"family-{source}-{tgt}", 300, seed=seed, source=source, tgt=tgt)
              for family in FAMILIES.values() for source, tgt in family for seed in SEEDS]
     for how in CONVERTERS:
