@@ -8,7 +8,6 @@
 Functions take train.py's arguments; what can be wrong raises OSError or ValueError before anything long begins.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -202,7 +201,7 @@ def find_models(args):
 
 
 def read_shared_words(projector, src, tgt):
-    """What both LLMs call by one name. -> the source's tokenizer, word embeddings (V,Ds) and (V,Dt), ids (N,) and (N,) in both"""
+    """-> both tokenizers, both LLMs' word embeddings (V,Ds) and (V,Dt), and the ids (N,) and (N,) of the tokens that they share"""
     src_tok, tgt_tok = data.load_tokenizer(src.tokenizer), data.load_tokenizer(tgt.tokenizer)
     src_words, tgt_words = language_models.read_word_embeddings(src.llm), language_models.read_word_embeddings(tgt.llm)
     if projector.out_features != src_words.shape[1]:
@@ -211,12 +210,12 @@ def read_shared_words(projector, src, tgt):
     src_ids, tgt_ids = vpgtrans.shared_tokens(src_tok.vocab(), tgt_tok.vocab())
     if len(src_ids) == 0:
         raise ValueError(f"the tokenizers of {src.llm} and {tgt.llm} share no token; use --init random")
-    return src_tok, src_words, tgt_words, src_ids, tgt_ids
+    return src_tok, tgt_tok, src_words, tgt_words, src_ids, tgt_ids
 
 
 def convert_projector(projector, src, tgt, captions, say):
     """Stage 1, initialisation: the source's projector followed by the word converter. -> nn.Linear(Dq, D of the target)"""
-    src_tok, src_words, tgt_words, src_ids, tgt_ids = read_shared_words(projector, src, tgt)
+    src_tok, _, src_words, tgt_words, src_ids, tgt_ids = read_shared_words(projector, src, tgt)
     src_words, tgt_words = src_words[src_ids], tgt_words[tgt_ids]
     counts, began = data.count_tokens(src_tok, captions, max(src_tok.vocab().values()) + 1)[src_ids].float(), time.time()
     # tokens that these captions happen not to use count a little too: a hundredth of the average
@@ -228,27 +227,46 @@ def convert_projector(projector, src, tgt, captions, say):
     return vpgtrans.merge(projector, converter)
 
 
+def match_tokens(src_ids, tgt_ids, src_names, tgt_names):
+    """Where two tokenizers spell parts of one caption alike: ids of both -> [(source id, target id)]; names are {id: bytes}.
+
+    The same bytes match first; else a space before them does not count, which some tokenizers write before the first word."""
+    there = {tgt_names[id].strip(): id for id in tgt_ids if id in tgt_names} | {tgt_names[id]: id for id in tgt_ids if id in tgt_names}
+    found = [(id, there.get(src_names[id], there.get(src_names[id].strip()))) for id in src_ids if id in src_names]
+    return [pair for pair in found if pair[1] is not None]
+
+
 def refit_projector(projector, vpg, src, tgt, sets, batch_size, processes, images=1000):
     """--init captions: the source's projector fitted anew to words of the target. -> nn.Linear(Dq, D of the target)
 
     Reads at most `images` images, as many of each data set; those that cannot be read, or whose caption has not one token in both
-    tokenizers, are passed over."""
-    src_tok, src_words, tgt_words, src_ids, tgt_ids = read_shared_words(projector, src, tgt)
-    tgt_tok, shared, began, read = data.load_tokenizer(tgt.tokenizer), dict(zip(src_ids.tolist(), tgt_ids.tolist())), time.time(), []
+    tokenizers, are passed over and counted."""
+    src_tok, tgt_tok, src_words, tgt_words, *_ = read_shared_words(projector, src, tgt)
+    src_names, tgt_names = ({id: token for token, id in tok.vocab().items()} for tok in (src_tok, tgt_tok))
+    began, read, unreadable, wordless = time.time(), [], [], 0
     for pairs in sets:
         for i in range(0, len(pairs), -(-len(pairs) * len(sets) // images)):
-            caption = pairs.captions[i]
-            there = set(tgt_tok.encode(caption))  # "red" may be a word in one tokenizer and a piece of words in the other
-            if ids := [id for id in src_tok.encode(caption) if shared.get(id) in there]:
-                with contextlib.suppress(OSError):
-                    read.append((data.read_image(pairs.file(i), vpg.image_size), src_words[ids], tgt_words[[shared[id] for id in ids]]))
+            matched = match_tokens(src_tok.encode(pairs.captions[i]), tgt_tok.encode(pairs.captions[i]), src_names, tgt_names)
+            if not matched:
+                wordless += 1
+                continue
+            src_ids, tgt_ids = map(list, zip(*matched))
+            try:
+                read.append((data.read_image(pairs.file(i), vpg.image_size), src_words[src_ids], tgt_words[tgt_ids]))
+            except OSError as error:
+                unreadable.append(str(error))
     if not read:
         raise ValueError(f"no image could be read whose caption has a word that {src.llm} and {tgt.llm} share; use --init converter or random")
     pixels, src_captions, tgt_captions = zip(*read)
     with torch.no_grad(), processes.autocast():
         queries = torch.cat([vpg(data.normalise(some.to(processes.device))).float().cpu() for some in torch.stack(pixels).split(batch_size)])
     projector = vpgtrans.fit_to_captions(queries, projector, src_captions, tgt_captions)
-    processes.say(f"projector: fitted to the captions of {len(read):,} images ({time.time() - began:.1f} s)")
+    said = f"projector: fitted to the captions of {len(read):,} images ({time.time() - began:.1f} s)"
+    if wordless:
+        said += f"; without {wordless:,} whose captions have no word in both LLMs"
+    if unreadable:
+        said += f"; without {len(unreadable):,} that cannot be read, the first: {unreadable[0]}"
+    processes.say(said)
     return projector
 
 

@@ -84,17 +84,22 @@ def merge(projector, converter):
     return merged
 
 
+@torch.no_grad()
 def fit_to_captions(queries, projector, src_captions, tgt_captions, rounds=2, sharpness=20.0):
-    """In the place of the word converter, and not of the paper: the projector that says in the target's words what the source's soft
+    """Instead of the word converter, and not of the paper: the projector that says in the target's words what the source's soft
     prompts mean. -> nn.Linear(Dq, Dt)
 
-    Soft prompts are far from all words, where no word converter was fitted; but their direction, less the mean of all, is still that of what
-    they mean. So each is read as a mixture of its caption's words, a softmax over `sharpness` times the cosine, and the projector is the
-    least-squares map from queries to the same mixtures of the target's words. Now soft prompts are words, nearly, and a second round
-    reads them anew, which corrects what the first one misread.
+    Soft prompts are many times longer than word embeddings, so a converter that was fitted on words says little about them; but their
+    direction, once their mean is subtracted, points to the words that they stand for. Each is read as a mixture of its caption's words,
+    a softmax over `sharpness` times the cosine (20: a word whose cosine is 0.1 larger counts seven times as much), and the new projector
+    is the least-squares map from queries to the same mixtures of the target's words. What it makes are words, nearly; so a second round
+    reads these, and corrects what the first one misread.
 
     queries (N,Q,Dq) of N images, the source's projector nn.Linear(Dq, Ds), and for each image the embeddings (W,Ds) and (W,Dt) of
-    its caption's W words in both LLMs."""
+    W >= 1 words of its caption in both LLMs."""
+    if not len(queries) == len(src_captions) == len(tgt_captions) or not all(map(len, src_captions)):
+        raise ValueError(f"queries of {len(queries)} images, {len(src_captions)} and {len(tgt_captions)} captions: each image needs one in both "
+                         "LLMs, of one word at least")
     read_as = src_captions
     for _ in range(rounds):
         mean, goals = projector(queries.mean((0, 1))), []
@@ -102,7 +107,7 @@ def fit_to_captions(queries, projector, src_captions, tgt_captions, rounds=2, sh
             cosine = F.normalize(projector(image) - mean, dim=-1) @ F.normalize(words, dim=-1).T  # (Q, W)
             goals.append((sharpness * cosine).softmax(-1) @ tgt_words)
         projector, read_as = fit_word_converter(queries.flatten(0, 1), torch.cat(goals)), tgt_captions
-    return projector
+    return projector.requires_grad_()
 
 
 # -------------------------------------------------------------------------------------------------------------- the model

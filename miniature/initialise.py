@@ -50,7 +50,7 @@ FITS = {"unweighted": lambda src, tgt, counts: vpgtrans.fit_word_converter(src, 
         "cosine": fit_cosine}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", required=True)
     parser.add_argument("--tgt", required=True)
@@ -58,11 +58,11 @@ def main():
     parser.add_argument("--how", choices=FITS, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
     projector = qformer.load_projector(src.folder)
-    src_tok, src_words, tgt_words, src_ids, tgt_ids = prepare.read_shared_words(projector, src, tgt)
+    src_tok, _, src_words, tgt_words, src_ids, tgt_ids = prepare.read_shared_words(projector, src, tgt)
     counts = data.count_tokens(src_tok, data.read_pairs(args.data).captions, len(src_words))[src_ids].float()
     began = time.time()
     projector = vpgtrans.merge(projector, FITS[args.how](src_words[src_ids], tgt_words[tgt_ids], counts))

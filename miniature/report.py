@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
 import study
 from demo import report as demo
 from demo import scenes
-from make import SEEDS as SCENES
+from make import SEEDS as WORLD_SEEDS
 from study import BUDGETS, FAMILIES, FINE_TUNE_RATES, LENGTHS, RATES, SEEDS, SOURCES, STARTS, SWEPT, TRANSFER_RATES, WARM_UP_RATES
 
 # --------------------------------------------------------------------------------------------------------------- results
@@ -37,11 +37,11 @@ class Results:
         return [f"{name}-s{seed}" for seed in SEEDS if f"{name}-s{seed}" in self.rows]
 
     def curve(self, name):
-        """[(optimizer steps, warm-up counted; loss with matched images; with shuffled ones; seconds of training)] of one run"""
+        """[(optimizer steps, warm-up counted; loss)] of one run"""
         points, before = [], 0
         for stage in dict.fromkeys(row["stage"] for row in self.rows[name]):
             rows = [row for row in self.rows[name] if row["stage"] == stage and "val_loss" in row]
-            points += [(before + row["step"], row["val_loss"], row["val_loss_shuffled"], row["seconds"]) for row in rows]
+            points += [(before + row["step"], row["val_loss"]) for row in rows]
             before += rows[-1]["step"]
         return points
 
@@ -52,8 +52,8 @@ class Results:
         return [self.final(run) for run in self.seeds(name)]
 
     def first_below(self, name, loss):
-        """(optimizer steps, seconds) after which a run first has at most this loss, or None"""
-        return next(((steps, seconds) for steps, matched, _, seconds in self.curve(name) if matched <= loss), None)
+        """Optimizer steps after which a run first has at most this loss, or None"""
+        return next((steps for steps, matched in self.curve(name) if matched <= loss), None)
 
 
 def spread(values, digits=3):
@@ -91,8 +91,8 @@ def sweep_table(results):
     for start in STARTS:
         for steps in SWEPT:
             losses = {rate: results.final(name) for rate in RATES if (name := f"sweep-scratch-{start}-{steps}-{rate}") in results.rows}
-            rows.append([start, steps, *(best_bold(losses, rate) for rate in RATES)])
-    return table(["Q-Former at first", "steps", *RATES], rows)
+            rows.append([STARTED[start], f"{steps:,}", *(best_bold(losses, rate) for rate in RATES)])
+    return table(["from scratch", "steps", *RATES], rows)
 
 
 def transfer_sweep_table(results):
@@ -119,7 +119,9 @@ def scores(results, name):
 INITS = {"transfer": "word converter", "captions": "`--init captions`"}
 TRANSFERS = {"VPGTrans": "transfer", "VPGTrans, 10.7 % of the images": "images-10.7", "`--init captions`": "captions",
              "`--init captions`, 10.7 % of the images": "captions-10.7"}
-STARTED = {"random": "random Q-Former", "stage1": "Q-Former after the first stage"}
+HALF = {"VPGTrans": "half", "VPGTrans, 10.7 % of the images": "half-10.7", "`--init captions`": "half-captions"}
+STARTED = {"random": "random Q-Former", "stage1": "pre-trained Q-Former", "half": "half the ViT, random Q-Former"}
+BATCH = 32
 HEAD = ["test loss", "coloured shapes right", "found", "words right"]
 
 
@@ -128,9 +130,11 @@ def main_table(results):
     rows = [[f"from scratch, {name}", f"{steps:,}", *scores(results, f"scratch-{start}-{steps}")]
             for start, name in STARTED.items() for steps in BUDGETS]
     rows += [[label, f"{steps:,}", *scores(results, f"{name}-{steps}")]
-             for label, name in (TRANSFERS | {f"VPGTrans, {part} % of the images": f"images-{part}" for part in ("25", "5")}).items()
+             for label, name in (TRANSFERS | {f"VPGTrans, {part} % of the images": f"images-{part}" for part in ("25", "5")}
+                                 | {f"{label}, half the ViT": name for label, name in HALF.items()}).items()
              for steps in LENGTHS]
-    rows += [[f"source with {llm} (loss on validation images)", f"{study.SOURCE_STEPS:,}", *scores(results, f"source-{llm}")] for llm in SOURCES]
+    rows += [[f"source with {llm} (loss on validation images)", f"{study.SOURCE_STEPS:,}", *scores(results, f"source-{name}")]
+             for name, llm in ({llm: llm for llm in SOURCES} | {"half": "opt-128, half the ViT"}).items()]
     return table(["run", "steps", *HEAD], rows)
 
 
@@ -141,7 +145,7 @@ def difference(results, name, other):
 
 
 def change_rows(results, names, other="transfer-300"):
-    losses = lambda run: {step: loss for step, loss, *_ in results.curve(run)}
+    losses = lambda run: dict(results.curve(run))
     at = lambda name, steps: spread([losses(run)[steps] for run in results.seeds(name) if steps in losses(run)])
     rows = [[label, at(name, 0), at(name, 60), at(name, 120), *scores(results, name)[:2],
              spread(difference(results, name, other)) if name != other else ""] for name, label in names.items()]
@@ -153,7 +157,7 @@ def variant_table(results):
              "variant-inheritance": "neither: VPG inheritance",
              "variant-rate-x1": f"warm-up at the rate of fine-tuning, {TRANSFER_RATES['transfer'][1]}",
              "variant-rate-x5": "warm-up at 5 times that rate, as in the paper",
-             "variant-projector-only": "the projector alone, all 300 steps", "scratch-stage1-300": "from scratch, Q-Former after the first stage",
+             "variant-projector-only": "the projector alone, all 300 steps", "scratch-stage1-300": "from scratch, pre-trained Q-Former",
              "scratch-random-300": "from scratch, random Q-Former"}
     return change_rows(results, names)
 
@@ -172,44 +176,78 @@ def size_table(results):
 
 def family_table(results):
     rows = []
-    for family, pairs in FAMILIES.items():
-        for source, tgt in pairs:
-            name = f"family-{source}-{tgt}"
-            scratch = f"scratch-{tgt}-300"
-            rows.append([f"{source} → {tgt}", scores(results, scratch)[0], *scores(results, name)[:2], spread(difference(results, name, scratch)),
-                         speed_up(results, [name], scratch, 300)])
+    for source, tgt in FAMILIES:
+        name, scratch = f"family-{source}-{tgt}", f"scratch-{tgt}-300"
+        passed = fewest_steps(results, [name], scratch) if results.seeds(scratch) else None
+        rows.append([f"{source} → {tgt}", scores(results, scratch)[0], *scores(results, name)[:2], spread(difference(results, name, scratch)),
+                     spread(list(passed.values()), 0) + " steps" if passed else "–"])
     return table(["transfer", "from scratch, 300 steps", "VPGTrans, 300", "coloured shapes right", "difference", "passes from scratch after"], rows)
 
 
 def steps_to_pass(results, name, scratch):
-    """Optimizer steps, one a seed, after which the runs called `name` pass the mean final loss of `scratch`; None where one does not."""
-    if not results.seeds(name) or not results.seeds(scratch):
-        return None
+    """{run: optimizer steps after which it passes the mean final loss of `scratch`} of the runs called `name`; None where one does not."""
     goal = statistics.mean(results.finals(scratch))
-    passed = [results.first_below(run, goal) for run in results.seeds(name)]
-    return None if None in passed else [steps for steps, _ in passed]
+    passed = {run: results.first_below(run, goal) for run in results.seeds(name)}
+    return passed if passed and None not in passed.values() else None
+
+
+def fewest_steps(results, names, scratch):
+    """Of runs called one of `names`, schedules of different lengths, those that pass `scratch` first: {run: steps}, or None."""
+    passed = [steps for name in names if (steps := steps_to_pass(results, name, scratch))]
+    return min(passed, key=lambda steps: statistics.mean(steps.values()), default=None)
+
+
+def step_seconds(results):
+    """{stage: seconds of a step}, medians of the runs that had the machine for themselves"""
+    rows = [row for name in ("time-scratch-s0", "time-transfer-s0") for row in results.rows.get(name, []) if "samples_per_second" in row]
+    return {stage: statistics.median(BATCH / row["samples_per_second"] for row in rows if row["stage"] == stage) for stage in {row["stage"] for row in rows}}
+
+
+def fit_of(results, run):
+    """(images, seconds) that --init captions took to fit the projector; zeros where it did not"""
+    found = re.search(r"captions of ([\d,]+) images \((.*?) s\)", "\n".join(results.records[run]["said"]))
+    return (int(found[1].replace(",", "")), float(found[2])) if found else (0, 0.0)
+
+
+def seconds_of(results, run, steps, seconds):
+    """Of the first steps of a transfer, with the fit of its projector."""
+    warm_up = min(steps, max(row["step"] for row in results.rows[run] if row["stage"] == "warm-up"))
+    return seconds["warm-up"] * warm_up + seconds["fine-tune"] * (steps - warm_up) + fit_of(results, run)[1]
 
 
 def speed_up(results, names, scratch, budget):
-    """The fewest steps in which runs of one of `names`, schedules of different lengths, pass `scratch`, and how many times fewer that is."""
-    if not results.seeds(scratch) or not any(results.seeds(name) for name in names):
-        return "–"
-    passed = [steps for name in names if (steps := steps_to_pass(results, name, scratch))]
-    fewest = min(passed, key=statistics.mean, default=None)
-    if fewest is None:
-        return "not reached" + few(min(filter(None, map(results.seeds, names)), key=len))
-    return f"{spread(fewest, 0)} steps, {budget / statistics.mean(fewest):.1f} ×" + few(fewest)
+    """Steps in which runs called one of `names` pass `scratch`, and how many times fewer steps, samples and seconds that is."""
+    passed = fewest_steps(results, names, scratch)
+    if passed is None:
+        return ["not reached" + few(min(filter(None, map(results.seeds, names)), key=len)), "", "", ""]
+    times = lambda whole, parts: f"{whole / statistics.mean(parts):.1f} ×"
+    row = [spread(list(passed.values()), 0) + few(passed), times(budget, passed.values()),
+           times(BATCH * budget, [BATCH * steps + fit_of(results, run)[0] for run, steps in passed.items()])]
+    if not (seconds := step_seconds(results)):
+        return [*row, "–"]
+    return [*row, times(seconds["from-scratch"] * budget, [seconds_of(results, run, steps, seconds) for run, steps in passed.items()])]
 
 
 def speed_table(results):
     """In how many steps VPGTrans passes what training from scratch ends at: of its schedules, of different lengths, the first."""
-    rows = [[STARTED[start], f"{budget:,}", spread(results.finals(f"scratch-{start}-{budget}")),
-             *(speed_up(results, [f"{name}-{steps}" for steps in LENGTHS], f"scratch-{start}-{budget}", budget) for name in TRANSFERS.values())]
-            for start in STARTS for budget in BUDGETS]
-    return table(["from scratch", "steps", "test loss", *TRANSFERS], rows)
+    rows = [[f"{STARTED[start]}, {budget:,} steps: {spread(results.finals(f'scratch-{start}-{budget}'))}", label,
+             *speed_up(results, names, f"scratch-{start}-{budget}", budget)]
+            for start in STARTS for budget in BUDGETS if results.seeds(f"scratch-{start}-{budget}")
+            for label, name in (HALF if start == "half" else TRANSFERS).items()
+            if any(map(results.seeds, names := [f"{name}-{steps}" for steps in LENGTHS]))]
+    return table(["from scratch", "passed by", "after steps", "fewer steps", "fewer samples", "less time"], rows)
 
 
-TABLES = {"sweep": sweep_table, "transfer-sweep": transfer_sweep_table, "main": main_table, "speed": speed_table, "variants": variant_table,
+def progress(results):
+    """How many of the plan's runs are recorded, and which are not."""
+    plan = study.plan()
+    missing = dict.fromkeys(re.sub(r"-s\d$", "", name) for name in plan if name not in results.records)
+    hours = sum(rows[-1]["seconds"] for rows in results.rows.values()) / 3600
+    text = f"{len(results.records)} of {len(plan)} runs are recorded, {hours:.1f} hours of training on one core, validation and captions not counted."
+    return text + (f" Not yet, or not with all seeds: {', '.join(f'`{name}`' for name in missing)}." if missing else "")
+
+
+TABLES = {"progress": progress, "sweep": sweep_table, "transfer-sweep": transfer_sweep_table, "main": main_table, "speed": speed_table, "variants": variant_table,
           "converters": converter_table, "sizes": size_table, "families": family_table}
 
 
@@ -226,38 +264,39 @@ def band(axes, results, name, label, colour, first=0, **style):
         axes.fill_between(steps, [min(at) for at in losses], [max(at) for at in losses], color=colour, alpha=0.15, linewidth=0)
 
 
-def new_axes():
+def draw_speed(results, file):
+    """From scratch, each budget with its own schedule, and transfers; with the whole ViT, and with half of it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.8), layout="tight")
-    axes = figure.subplots()
-    axes.set(xlabel="optimizer step, warm-up counted", ylabel="test loss a token")
-    return figure, axes
-
-
-def draw_speed(results, file):
-    """From scratch, each budget with its own schedule, and VPGTrans."""
-    figure, axes = new_axes()
-    for (start, name), colour in zip(STARTED.items(), ("0.6", "C0")):
-        for budget in BUDGETS:
-            band(axes, results, f"scratch-{start}-{budget}", f"from scratch, {name}" if budget == BUDGETS[0] else None, colour, first=1, linewidth=1)
-    for (label, name), style in zip(TRANSFERS.items(), (("C3", "-"), ("C3", "--"), ("C2", "-"), ("C2", "--"))):
-        for steps in LENGTHS:
-            band(axes, results, f"{name}-{steps}", label.replace("`", "") if steps == LENGTHS[0] else None, style[0], first=1, linestyle=style[1])
-    axes.set(xscale="log", xlim=(10, 3500), ylim=(0.85, 1.6))
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(13, 5), layout="tight")
+    looks = (("C3", "-"), ("C3", "--"), ("C2", "-"), ("C2", "--"))
+    for axes, title, starts, transfers in zip(figure.subplots(1, 2, sharey=True), ("the whole ViT", "half the ViT: seeing is dear"),
+                                              (("random", "stage1"), ("half",)), (TRANSFERS, HALF)):
+        for start, colour in zip(starts, ("0.6", "C0")):
+            for budget in BUDGETS:
+                name = "random Q-Former" if start == "half" else STARTED[start]
+                band(axes, results, f"scratch-{start}-{budget}", f"from scratch, {name}" if budget == BUDGETS[0] else None, colour, first=1, linewidth=1)
+        for (label, name), (colour, line) in zip(transfers.items(), looks):
+            for steps in LENGTHS:
+                band(axes, results, f"{name}-{steps}", label.replace("`", "") if steps == LENGTHS[0] else None, colour, first=1, linestyle=line)
+        axes.set(title=title, xlabel="optimizer step, warm-up counted", xscale="log", xlim=(10, 3500), ylim=(0.85, 1.8))
+        axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("test loss a token")
     figure.savefig(file, dpi=110)
 
 
 def draw_variants(results, file):
     """What each part of VPGTrans contributes, in the first 300 steps."""
-    figure, axes = new_axes()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.8), layout="tight")
+    axes = figure.subplots()
     for i, (name, label) in enumerate({"transfer-300": "VPGTrans", "variant-random-projector": "random projector, warmed up",
                                        "variant-no-warm-up": "word converter, no warm-up", "variant-inheritance": "VPG inheritance (neither)",
-                                       "variant-projector-only": "projector alone", "scratch-stage1-300": "from scratch, first stage",
+                                       "variant-projector-only": "projector alone", "scratch-stage1-300": "from scratch, pre-trained",
                                        "scratch-random-300": "from scratch, random"}.items()):
         band(axes, results, name, label, f"C{i}", linewidth=2.5 if i == 0 else 1.3)
-    axes.set(xlim=(0, 300), ylim=(0.85, 2.2))
+    axes.set(xlabel="optimizer step, warm-up counted", ylabel="test loss a token", xlim=(0, 300), ylim=(0.85, 2.2))
     axes.legend(frameon=False)
     figure.savefig(file, dpi=110)
 
@@ -268,7 +307,7 @@ def draw_captions(results, file, count=12):
 
     from PIL import Image
 
-    rng, images, people = random.Random(SCENES["test"]), [], []
+    rng, images, people = random.Random(WORLD_SEEDS["test"]), [], []
     folder = file.parent / "miniature-images"
     folder.mkdir(exist_ok=True)
     for number in range(count):
@@ -278,7 +317,7 @@ def draw_captions(results, file, count=12):
         people.append(scenes.caption(scene, rng))
     said = {"people": people}
     for who, name in (("the source", "source-opt-128-s0"), ("VPGTrans, 300 steps", "transfer-300-s0"),
-                      ("from scratch, first stage, 300", "scratch-stage1-300-s0"), ("from scratch, random, 300", "scratch-random-300-s0")):
+                      ("from scratch, pre-trained, 300", "scratch-stage1-300-s0"), ("from scratch, random, 300", "scratch-random-300-s0")):
         if name in results.records:
             said[who] = results.records[name]["captions"][:count]
     demo.draw(file, images, said)

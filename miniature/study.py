@@ -12,6 +12,7 @@ comes first. Rates were chosen on the validation images (runs named sweep-*), so
 import argparse
 import concurrent.futures
 import fnmatch
+import importlib.metadata
 import json
 import os
 import platform
@@ -31,13 +32,15 @@ SEEDS = (0, 1, 2)
 SOURCES = ("opt-64", "opt-128", "opt-192")  # language models of sources; opt-128 where nothing else is said
 TARGET = "opt-256"
 BUDGETS = (300, 1000, 3000)  # optimizer steps of the runs from scratch, each with a schedule of its own
-LENGTHS = (100, 300, 1000, 3000)  # of transfers; on parts of the images without the last
-STARTS = {"random": "", "stage1": f"{WORLD}/stage1"}  # of a Q-Former that is trained from scratch
+LENGTHS = (100, 300, 1000, 3000)  # of transfers; the last with the word converter and all images only
+# From scratch: a random Q-Former; one after BLIP-2's first stage; a random one behind the first half of the ViT, where seeing is dear
+STARTS = {"random": [], "stage1": [f"{WORLD}/stage1"], "half": ["--vit-layers", 2]}
 SOURCE_STEPS, SOURCE_RATE = 6000, "1e-3"
 
 RATES = ("5e-4", "1e-3", "2e-3", "4e-3")  # swept from scratch
 SWEPT = (300, 1000)  # at these budgets; longer ones take what is best at the last
-CHOSEN = {("random", 300): "2e-3", ("random", 1000): "2e-3", ("stage1", 300): "2e-3", ("stage1", 1000): "1e-3"}
+CHOSEN = {("random", 300): "2e-3", ("random", 1000): "2e-3", ("stage1", 300): "2e-3", ("stage1", 1000): "1e-3",
+          ("half", 300): "2e-3", ("half", 1000): "1e-3"}
 # of transfers in 300 steps, with the word converter and with --init captions: all pairs are swept, and the best taken
 WARM_UP_RATES = {"transfer": ("1e-2", "2e-2", "4e-2", "8e-2"), "captions": ("5e-5", "1e-4", "2e-4", "5e-4")}
 FINE_TUNE_RATES = ("5e-4", "1e-3", "2e-3")
@@ -68,8 +71,7 @@ def train(name, src, tgt, *flags, images="", split="test", seed=0, every=None, n
 
 
 def scratch(name, tgt, start, steps, rate, *flags, **options):
-    vpg = [STARTS[start]] if STARTS[start] else []
-    return train(name, f"{WORLD}/vit", tgt, "--from-scratch", *vpg, "--steps", steps, "--lr", rate, *flags, **options)
+    return train(name, f"{WORLD}/vit", tgt, "--from-scratch", *STARTS[start], "--steps", steps, "--lr", rate, *flags, **options)
 
 
 def transfer(name, steps, *flags, seed, source="opt-128", tgt=TARGET, rates=TRANSFER_RATES["transfer"], init=None, **options):
@@ -88,7 +90,7 @@ VARIANTS = {  # of a transfer in 300 steps, each with one thing changed
     "inheritance": ["--no-warm-up", "--init", "random"], "projector-only": ["--stage", "warm-up"]}
 CONVERTERS = ("unweighted", "ridge", "cosine")  # of initialise.py
 CAPTIONS = ("--init", "captions")
-FAMILIES = {"llama": (("opt-64", "llama-128"), ("opt-192", "llama-256")), "t5": (("opt-64", "t5-128"), ("opt-192", "t5-256"))}  # small, large
+FAMILIES = [(source, f"{family}-{width}") for family in ("llama", "t5") for source, width in (("opt-128", 128), ("opt-128", 256), ("opt-192", 256))]
 
 
 def plan():
@@ -99,6 +101,7 @@ def plan():
     # The sources: a Q-Former after the first stage, trained on with a small language model, as BLIP-2 is.
     runs += [scratch(f"source-{llm}-s{seed}", llm, "stage1", SOURCE_STEPS, SOURCE_RATE, split="val", seed=seed)
              for llm in ("opt-128", "opt-64", "opt-192") for seed in SEEDS]
+    runs += [scratch(f"source-half-s{seed}", "opt-128", "half", SOURCE_STEPS, SOURCE_RATE, split="val", seed=seed) for seed in SEEDS]
     runs += [scratch(f"scratch-{start}-{steps}-s{seed}", TARGET, start, steps, CHOSEN[start, min(steps, SWEPT[-1])], seed=seed, every=steps // 10)
              for steps in BUDGETS for start in STARTS for seed in SEEDS]
     # VPGTrans: its rates, on validation images; then what is reported.
@@ -112,18 +115,22 @@ def plan():
         runs += [transfer(f"variant-{name}", 300, *flags, seed=seed) for name, flags in VARIANTS.items()]
         runs += [transfer(f"variant-rate-x{times}", 300, seed=seed, rates=(f"{times * float(rate):g}", rate)) for times in (1, 5)]
         runs += [transfer(f"captions{part}-{steps}", steps, *CAPTIONS, seed=seed, rates=TRANSFER_RATES["captions"], images=part)
-                 for part, lengths in (("", LENGTHS), ("-10.7", LENGTHS[:-1])) for steps in lengths]
+                 for part in ("", "-10.7") for steps in LENGTHS[:-1]]
+        runs += [transfer(f"half{part}-{steps}", steps, seed=seed, source="half", images=part) for part in ("", "-10.7") for steps in LENGTHS[:-1]]
+        runs += [transfer(f"half-captions-{steps}", steps, *CAPTIONS, seed=seed, source="half", rates=TRANSFER_RATES["captions"]) for steps in LENGTHS[:-1]]
         runs += [transfer(f"size-{source}", 300, seed=seed, source=source) for source in SOURCES if source != "opt-128"]
-    for tgt in [tgt for family in FAMILIES.values() for _, tgt in family]:
+    for tgt in dict.fromkeys(tgt for _, tgt in FAMILIES):
         runs += [scratch(f"scratch-{tgt}-300-s{seed}", tgt, "stage1", 300, CHOSEN["stage1", 300], seed=seed, every=20) for seed in SEEDS]
     runs += [transfer(f"family-{source}-{tgt}", 300, seed=seed, source=source, tgt=tgt)
-             for family in FAMILIES.values() for source, tgt in family for seed in SEEDS]
+             for source, tgt in FAMILIES for seed in SEEDS]
     for how in CONVERTERS:
         for seed in SEEDS:
             source = f"source-opt-128-s{seed}"
             flags = ["--src", f"{RUNS}/{source}", "--tgt", f"{WORLD}/{TARGET}", "--data", f"{WORLD}/pairs/train.jsonl", "--how", how, "--seed", seed]
             runs += [Run(f"init-{how}-s{seed}", flags, [source], "miniature/initialise.py"),
                      transfer(f"converter-{how}", 300, seed=seed, init=how)]
+    # Alone on the machine (--jobs 1), for the seconds of a step
+    runs += [scratch("time-scratch-s0", TARGET, "stage1", 300, CHOSEN["stage1", 300], every=30), transfer("time-transfer", 300, seed=0)]
     return {run.name: run for run in runs}
 
 
@@ -147,6 +154,13 @@ def measure(folder, split):
             "words_right": sum(word in there for word, there in words) / max(1, len(words)), "captions": captions[:24]}
 
 
+def machine():
+    """Processor, torch's version, threads of a run."""
+    file = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in file.read_text().splitlines() if line.startswith("model name")] if file.is_file() else []
+    return f"{(models or [platform.processor() or platform.machine()])[0]}, torch {importlib.metadata.version('torch')}, 1 thread"
+
+
 def do(run, results, say):
     """Runs a command to its end, or goes on with it, and records what came out."""
     record, out = results / f"{run.name}.json", ROOT / RUNS / run.name
@@ -161,7 +175,8 @@ def do(run, results, say):
         code = subprocess.run([sys.executable, *run.command[1:], *resume], cwd=ROOT, stdout=file, stderr=file, env=one_thread).returncode
     if code:
         raise RuntimeError(f"{run.name}: ended with {code}; its last words are in {log}")
-    row = {"command": shlex.join(run.command), "machine": f"{platform.processor() or platform.machine()}, 1 thread"}
+    said = dict.fromkeys(line for line in log.read_text().splitlines() if line.startswith(("word converter", "projector", "from scratch")))
+    row = {"command": shlex.join(run.command), "said": list(said), "machine": machine()}
     if run.script == "train.py":
         split = "val" if run.name.startswith("sweep-") else "test"
         done = subprocess.run([sys.executable, __file__, "--measure", str(out), "--split", split], capture_output=True, text=True, cwd=ROOT)
@@ -186,10 +201,13 @@ def do_all(todo, results, jobs):
             done[name].result()
         do(run, results, say)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # takes them in their order, and what is needed stands first
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)  # takes them in their order, and what is needed stands first
+    try:
         for run in todo:
             done[run.name] = pool.submit(work, run)
         failed = [error for error in (future.exception() for future in done.values()) if error]
+    finally:  # Ctrl-C: no others begin
+        pool.shutdown(cancel_futures=True)
     if failed:
         raise SystemExit("\n".join(str(error) for error in dict.fromkeys(failed)))
 

@@ -2,10 +2,14 @@
 
 import itertools
 import json
+import os
 import random
 import shlex
+import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +20,12 @@ sys.path.insert(0, str(ROOT / "miniature"))
 
 import data
 import make
+import qformer
 import report
 import study
 import train
 from demo import scenes
-from initialise import fit_cosine
+import initialise
 from llm import ARCHITECTURES
 from qformer import VPG
 
@@ -50,7 +55,7 @@ def test_choices_are_made_on_validation_images_and_figures_reported_on_test_imag
 
 
 def fake_run(folder, name, code=0, needs=()):
-    """A run whose script writes the metrics of two steps, or fails."""
+    """A run whose script notes how it was called and leaves a model, or fails."""
     script = folder / f"{name}.py"
     script.write_text(f"""
 import json, pathlib, sys
@@ -94,6 +99,49 @@ def test_a_failed_run_is_named_with_its_log_and_stops_what_needs_it(workplace):
     assert "it broke" in (folder / study.WORLD / "logs" / "a.log").read_text()
 
 
+def test_a_run_of_train_py_goes_on_where_it_stood_and_is_measured_on_its_split(workplace, monkeypatch):
+    folder, results = workplace
+    called = []
+
+    def run(command, stdout=None, **others):
+        called.append(command)
+        if "--measure" in command:
+            return SimpleNamespace(returncode=0, stdout='{"right": 0.5, "claims": 8}', stderr="")
+        stdout.write("reading\nprojector: fitted to the captions of 9 images (0.1 s)\n")
+        (folder / study.RUNS / Path(command[-2 if "--resume" in command else -1]).name / "metrics.jsonl").write_text("rows\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    for name, split, state in (("sweep-some", "val", True), ("source-some", "test", False), ("transfer-some", "test", True)):
+        (folder / study.RUNS / name).mkdir(parents=True)
+        if state:
+            (folder / study.RUNS / name / "resume.safetensors").write_text("")
+        study.do(study.Run(name, ["--flag"]), results, print)
+        trained, measured = called[-2:]
+        assert trained[1:3] == ["train.py", "--flag"] and ("--resume" in trained) == state
+        assert measured[-4:] == ["--measure", str(folder / study.RUNS / name), "--split", split]
+        record = json.loads((results / f"{name}.json").read_text())
+        assert record["right"] == 0.5 and record["said"] == ["projector: fitted to the captions of 9 images (0.1 s)"] and "torch" in record["machine"]
+        assert (results / f"{name}.jsonl").read_text() == "rows\n" and "--resume" not in record["command"]
+
+
+def test_after_ctrl_c_no_other_run_begins(workplace, monkeypatch):
+    folder, results = workplace
+    begun = []
+
+    def do(run, *others):
+        begun.append(run.name)
+        time.sleep(0.2)
+        if run.name == "a":
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(study, "do", do)
+    with pytest.raises(KeyboardInterrupt):
+        study.do_all([study.Run(name, []) for name in "abcdef"], results, jobs=2)
+    assert begun[0] == "a" and len(begun) < 4
+
+
 def test_what_a_chosen_run_needs_is_chosen_too():
     runs = {"a": study.Run("a", []), "b": study.Run("b", [], ["a"]), "c": study.Run("c", [], ["b"]), "d": study.Run("d", [])}
     assert [run.name for run in study.with_needs([runs["c"]], runs)] == ["a", "b", "c"]
@@ -132,39 +180,67 @@ def test_the_cosine_converter_finds_a_linear_map():
     torch.manual_seed(0)
     src = torch.randn(200, 8)
     tgt = src @ torch.randn(8, 12) + torch.randn(12)
-    converter = fit_cosine(src, tgt, torch.rand(200) + 0.1, steps=50, tokens=100, lr=1.0)
+    converter = initialise.fit_cosine(src, tgt, torch.rand(200) + 0.1, steps=50, tokens=100, lr=1.0)
     assert torch.cosine_similarity(converter(src), tgt, dim=1).mean() > 0.99
+
+
+@pytest.mark.parametrize("how", initialise.FITS)
+def test_what_initialise_leaves_is_a_source_whose_projector_fits_the_target(how, tmp_path, capsys):
+    """With the demo's models: other projectors than the word converter of train.py makes, and train.py leaves them alone."""
+    flags = next(run.flags for run in PLAN.values() if run.name == f"init-{how}-s0")
+    given = dict(zip(flags[::2], map(str, flags[1::2]))) | {"--src": "demo/source", "--tgt": "demo/target", "--data": "demo/pairs/train.jsonl"}
+    given = [str(ROOT / word) if word.startswith("demo/") else word for word in itertools.chain.from_iterable(given.items())]
+    threads = torch.get_num_threads()
+    initialise.main([*given, "--out", str(tmp_path / "source")])
+    train.main(["--src", str(tmp_path / "source"), "--tgt", str(ROOT / "demo/target"), "--data", str(ROOT / "demo/pairs/val.jsonl"), "--batch-size", "4",
+                "--stage", "warm-up", "--warm-up-steps", "1", "--warm-up-lr", "1e-9", "--workers", "0", "--val-samples", "4", "--gate", "0", "--out", str(tmp_path / "run")])
+    assert "the projector stays as it is" in capsys.readouterr().out and torch.get_num_threads() == threads
+    made, trained, source = (qformer.load_projector(folder).weight for folder in (tmp_path / "source", tmp_path / "run", ROOT / "demo" / "source"))
+    assert torch.allclose(made, trained, atol=1e-6) and made.shape != source.shape
 
 
 # ------------------------------------------------------------------------------------------------------------ the report
 
 
-def write_run(folder, name, **stages):
-    """A recorded run: losses of its stages, 10 steps apart."""
-    lines = [dict(stage=stage, step=10 * i, val_loss=loss, val_loss_shuffled=3.0, seconds=float(i)) for stage, losses in stages.items() for i, loss in enumerate(losses)]
+def write_run(folder, name, said=(), **stages):
+    """A recorded run: losses of its stages, 10 steps apart, at 0.1 s a step of the warm-up and 0.2 s of the others."""
+    lines = [dict(stage=stage, step=10 * i, val_loss=loss, samples_per_second=320.0 if stage == "warm-up" else 160.0)
+             for stage, losses in stages.items() for i, loss in enumerate(losses)]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / f"{name}.json").write_text(json.dumps(dict(command=name, right=0.5, claims=10, found=0.5, words_right=0.9, captions=[])))
+    (folder / f"{name}.json").write_text(json.dumps(dict(command=name, said=said, right=0.5, claims=10, found=0.5, words_right=0.9, captions=[])))
 
 
 def test_steps_are_counted_through_both_stages(tmp_path):
     write_run(tmp_path, "run-s0", **{"warm-up": [3.0, 2.0], "fine-tune": [2.0, 1.5, 1.0]})
     results = report.Results(tmp_path)
-    assert [point[:2] for point in results.curve("run-s0")] == [(0, 3.0), (10, 2.0), (10, 2.0), (20, 1.5), (30, 1.0)]
-    assert results.first_below("run-s0", 1.5) == (20, 1.0) and results.first_below("run-s0", 0.9) is None and results.final("run-s0") == 1.0
+    assert results.curve("run-s0") == [(0, 3.0), (10, 2.0), (10, 2.0), (20, 1.5), (30, 1.0)]
+    assert results.first_below("run-s0", 1.5) == 20 and results.first_below("run-s0", 0.9) is None and results.final("run-s0") == 1.0
 
 
 def test_a_speed_up_is_of_mean_steps_and_not_given_where_a_seed_does_not_get_there(tmp_path):
     for seed in study.SEEDS:
         write_run(tmp_path, f"scratch-s{seed}", **{"from-scratch": [3.0] * 6 + [1.3 + 0.2 * seed]})
-        write_run(tmp_path, f"slow-s{seed}", **{"warm-up": [2.0, 1.9, 1.8, 1.4]})
+        write_run(tmp_path, f"slow-s{seed}", **{"warm-up": [2.0, 1.9], "fine-tune": [1.9, 1.8, 1.4]})
     write_run(tmp_path, "fast-s0", **{"warm-up": [2.0, 1.5]})
     write_run(tmp_path, "fast-s1", **{"warm-up": [2.0, 1.6, 1.5]})
-    assert report.speed_up(report.Results(tmp_path), ["slow", "fast"], "scratch", 60) == "15 ± 7 steps, 4.0 × (2 of 3 seeds)"
+    assert report.speed_up(report.Results(tmp_path), ["slow", "fast"], "scratch", 60) == ["15 ± 7 (2 of 3 seeds)", "4.0 ×", "4.0 ×", "–"]
     write_run(tmp_path, "fast-s1", **{"warm-up": [2.0, 1.6, 1.6]})
+    write_run(tmp_path, "time-scratch-s0", **{"from-scratch": [1.0]})  # 0.2 s a step, and of the warm-up 0.1 s
+    write_run(tmp_path, "time-transfer-s0", **{"warm-up": [1.0], "fine-tune": [1.0]})
     results = report.Results(tmp_path)
-    assert report.speed_up(results, ["slow", "fast"], "scratch", 60) == "30 ± 0 steps, 2.0 ×"
-    assert report.speed_up(results, ["fast"], "scratch", 60) == "not reached (2 of 3 seeds)" and report.speed_up(results, ["none"], "scratch", 60) == "–"
+    assert report.speed_up(results, ["slow", "fast", "none"], "scratch", 60) == ["30 ± 0", "2.0 ×", "2.0 ×", "2.4 ×"]
+    assert report.speed_up(results, ["fast", "none"], "scratch", 60) == ["not reached (2 of 3 seeds)", "", "", ""]
     assert report.spread([1.0]) == "1.000" and report.spread([]) == "–"
+
+
+def test_what_the_fit_of_a_projector_reads_and_takes_is_counted(tmp_path):
+    said = ["source", "projector: fitted to the captions of 1,280 images (3.0 s); without 2 that"]
+    for name in ("time-scratch-s0", "scratch-s0"):
+        write_run(tmp_path, name, **{"from-scratch": [3.0] * 6 + [1.5]})
+    for name in ("time-transfer-s0", "fitted-s0"):
+        write_run(tmp_path, name, said, **{"warm-up": [2.0, 1.9], "fine-tune": [1.9, 1.5]})
+    row = report.speed_up(report.Results(tmp_path), ["fitted"], "scratch", 60)  # 20 of 60 steps; 640 + 1,280 of 1,920 samples; 1 + 2 + 3 of 12 s
+    assert row == ["20 (1 of 3 seeds)", "3.0 ×", "1.0 ×", "2.0 ×"]
 
 
 def test_the_document_says_what_was_recorded():

@@ -115,7 +115,7 @@ def test_from_scratch_forgets_the_q_former_but_not_the_vit(world, tmp_path):
     assert torch.allclose(ours["qformer.encoder.layer.1.output_query.dense.bias"], torch.zeros(32), atol=1e-5)
 
 
-def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_path, capsys):
+def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_path, capsys, monkeypatch):
     """Unless there are no others."""
     import data
     import hub
@@ -129,10 +129,33 @@ def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_p
     lines += [lines[0] | {"image": str(tmp_path / "broken.png")}]
     read = lambda some: (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some)) and [data.read_pairs(str(tmp_path / "pairs.jsonl"))]
     fit = lambda some: prepare.refit_projector(projector, vpg, source, target, read(some), 4, processes)
+    match = prepare.match_tokens
+    monkeypatch.setattr(prepare, "match_tokens", lambda ids, *others: match(ids, *others) if len(ids) > 1 else [])
+    lines += [lines[0] | {"caption": "?"}]  # one token, as if the target had no such
     fitted, alone = fit(lines), fit(lines[:10])
-    assert torch.equal(fitted.weight, alone.weight) and "captions of 10 images" in capsys.readouterr().out
+    assert torch.equal(fitted.weight, alone.weight)
+    some, all_there = capsys.readouterr().out.splitlines()
+    assert "captions of 10 images" in some and "without 1 whose captions have no word in both" in some
+    assert "without 1 that cannot be read" in some and "broken.png" in some and "without" not in all_there
     with pytest.raises(ValueError, match="no image could be read"):
         fit(lines[10:])
+
+
+@pytest.mark.parametrize("kind", ["LLaMA, pre-tokenizer", "Unigram"])
+def test_a_first_word_is_one_word_to_all_tokenizers(world, tmp_path, kind):
+    """OPT's has no space before it, those of LLaMA and T5 do. All other tokens match by the same bytes."""
+    import data
+
+    tokenizers = [data.load_tokenizer(folder) for folder in (world[0], write_kind(tmp_path / "other", kind))]
+    names = [{id: token for token, id in tok.vocab().items()} for tok in tokenizers]
+    for caption in ("red circle on a table", "a red circle beside a red square"):
+        (one, two), (ours, theirs) = [tok.encode(caption) for tok in tokenizers], names
+        for here, there, here_names, there_names in ((one, two, ours, theirs), (two, one, theirs, ours), (one, one, ours, ours)):
+            matched = prepare.match_tokens(here, there, here_names, there_names)
+            assert all(here_names[i].strip() == there_names[j].strip() for i, j in matched)
+            words = {here_names[i].strip() for i in here} & {there_names[j].strip() for j in there}
+            assert {here_names[i].strip() for i, _ in matched} == words and len(words) >= 2
+        assert prepare.match_tokens(one, one, ours, ours) == [(i, i) for i in one]
 
 
 def test_the_converter_heeds_how_often_captions_use_a_token(world):

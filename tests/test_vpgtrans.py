@@ -96,6 +96,11 @@ def test_soft_prompts_are_carried_to_the_words_that_they_mean():
     assert right(fit()) > 0.95 and right(merge(projector, fit_word_converter(src_words, tgt_words))) < 0.5
     error = lambda p: (p(queries) - tgt_words[said]).pow(2).mean()
     assert error(fit()) < 0.01 * error(fit(rounds=1)) < 0.01  # what the first round misreads, the second one reads
+    assert all(parameter.requires_grad for parameter in fit().parameters())
+    nothing = [src_words[:0]] * 100
+    for wrong in ((nothing, nothing), ([src_words] * 99, [tgt_words] * 99)):
+        with pytest.raises(ValueError, match="of one word at least"):
+            fit_to_captions(queries, projector, *wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
