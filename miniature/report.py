@@ -220,7 +220,7 @@ def speed_up(results, names, scratch, budget):
     passed = fewest_steps(results, names, scratch)
     if passed is None:
         return ["not reached" + few(min(filter(None, map(results.seeds, names)), key=len)), "", "", ""]
-    times = lambda whole, parts: f"{whole / statistics.mean(parts):.1f} ×"
+    times = lambda whole, parts: f"{whole / statistics.mean(parts):.1f} ×" if any(parts) else "∞"  # passed before the first step
     row = [spread(list(passed.values()), 0) + few(passed), times(budget, passed.values()),
            times(BATCH * budget, [BATCH * steps + fit_of(results, run)[0] for run, steps in passed.items()])]
     if not (seconds := step_seconds(results)):

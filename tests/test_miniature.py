@@ -229,6 +229,8 @@ def test_a_speed_up_is_of_mean_steps_and_not_given_where_a_seed_does_not_get_the
     write_run(tmp_path, "time-transfer-s0", **{"warm-up": [1.0], "fine-tune": [1.0]})
     results = report.Results(tmp_path)
     assert report.speed_up(results, ["slow", "fast", "none"], "scratch", 60) == ["30 ± 0", "2.0 ×", "2.0 ×", "2.4 ×"]
+    write_run(tmp_path, "good-s0", **{"warm-up": [1.4, 1.3]})
+    assert report.speed_up(report.Results(tmp_path), ["good"], "scratch", 60) == ["0 (1 of 3 seeds)", "∞", "∞", "∞"]
     assert report.speed_up(results, ["fast", "none"], "scratch", 60) == ["not reached (2 of 3 seeds)", "", "", ""]
     assert report.spread([1.0]) == "1.000" and report.spread([]) == "–"
 
