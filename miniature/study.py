@@ -32,7 +32,7 @@ SEEDS = (0, 1, 2)
 SOURCES = ("opt-64", "opt-128", "opt-192")  # language models of sources; opt-128 where nothing else is said
 TARGET = "opt-256"
 BUDGETS = (300, 1000, 3000)  # optimizer steps of the runs from scratch, each with a schedule of its own
-LENGTHS = (100, 300, 1000, 3000)  # of transfers; the last with the word converter and all images only
+LENGTHS = (100, 300, 1000, 3000)  # of transfers; the last only with the word converter and all images
 # From scratch: a random Q-Former; one after BLIP-2's first stage; a random one behind the first half of the ViT, where seeing is dear
 STARTS = {"random": [], "stage1": [f"{WORLD}/stage1"], "half": ["--vit-layers", 2]}
 SOURCE_STEPS, SOURCE_RATE = 6000, "1e-3"
@@ -116,7 +116,8 @@ def plan():
         runs += [transfer(f"variant-rate-x{times}", 300, seed=seed, rates=(f"{times * float(rate):g}", rate)) for times in (1, 5)]
         runs += [transfer(f"captions{part}-{steps}", steps, *CAPTIONS, seed=seed, rates=TRANSFER_RATES["captions"], images=part)
                  for part in ("", "-10.7") for steps in LENGTHS[:-1]]
-        runs += [transfer(f"half{part}-{steps}", steps, seed=seed, source="half", images=part) for part in ("", "-10.7") for steps in LENGTHS[:-1]]
+        runs += [transfer(f"half-{steps}", steps, seed=seed, source="half") for steps in LENGTHS]
+        runs += [transfer(f"half-10.7-{steps}", steps, seed=seed, source="half", images="-10.7") for steps in LENGTHS[:-1]]
         runs += [transfer(f"half-captions-{steps}", steps, *CAPTIONS, seed=seed, source="half", rates=TRANSFER_RATES["captions"]) for steps in LENGTHS[:-1]]
         runs += [transfer(f"size-{source}", 300, seed=seed, source=source) for source in SOURCES if source != "opt-128"]
     for tgt in dict.fromkeys(tgt for _, tgt in FAMILIES):
