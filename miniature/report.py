@@ -117,8 +117,7 @@ def scores(results, name):
 
 
 INITS = {"transfer": "word converter", "captions": "`--init captions`"}
-TRANSFERS = {"VPGTrans": "transfer", "VPGTrans, 10.7 % of the images": "images-10.7", "`--init captions`": "captions",
-             "`--init captions`, 10.7 % of the images": "captions-10.7"}
+TRANSFERS = {"VPGTrans": "transfer", "VPGTrans, 10.7 % of the images": "images-10.7", "`--init captions`": "captions"}
 HALF = {"VPGTrans": "half", "VPGTrans, 10.7 % of the images": "half-10.7", "`--init captions`": "half-captions"}
 STARTED = {"random": "random Q-Former", "stage1": "pre-trained Q-Former", "half": "half the ViT, random Q-Former"}
 BATCH = 32
@@ -177,11 +176,12 @@ def size_table(results):
 def family_table(results):
     rows = []
     for source, tgt in FAMILIES:
-        name, scratch = f"family-{source}-{tgt}", f"scratch-{tgt}-300"
+        scratch, name = f"scratch-{tgt}-300", f"family-{source}-{tgt}"
+        losses, right, *_ = zip(*(scores(results, run) for run in (scratch, name, f"family-captions-{source}-{tgt}")))
         passed = fewest_steps(results, [name], scratch) if results.seeds(scratch) else None
-        rows.append([f"{source} → {tgt}", scores(results, scratch)[0], *scores(results, name)[:2], spread(difference(results, name, scratch)),
-                     spread(list(passed.values()), 0) + " steps" if passed else "–"])
-    return table(["transfer", "from scratch, 300 steps", "VPGTrans, 300", "coloured shapes right", "difference", "passes from scratch after"], rows)
+        rows.append([f"{source} → {tgt}", *losses, *right, spread(list(passed.values()), 0) if passed else "–"])
+    return table(["300 steps", "test loss from scratch", "VPGTrans", "`--init captions`", "coloured shapes right from scratch", "VPGTrans", "`--init captions`",
+                  "VPGTrans passes from scratch after"], rows)
 
 
 def steps_to_pass(results, name, scratch):

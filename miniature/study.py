@@ -38,13 +38,15 @@ STARTS = {"random": [], "stage1": [f"{WORLD}/stage1"], "half": ["--vit-layers", 
 SOURCE_STEPS, SOURCE_RATE = 6000, "1e-3"
 
 RATES = ("5e-4", "1e-3", "2e-3", "4e-3")  # swept from scratch
-SWEPT = (300, 1000)  # at these budgets; longer ones take what is best at the last
-CHOSEN = {("random", 300): "2e-3", ("random", 1000): "2e-3", ("stage1", 300): "2e-3", ("stage1", 1000): "1e-3",
-          ("half", 300): "2e-3", ("half", 1000): "1e-3"}
+SWEPT = (300, 1000)  # at these budgets
+CHOSEN = {("random", 300): "2e-3", ("random", 1000): "2e-3", ("random", 3000): "1e-3",  # for 3,000 steps 2e-3 is too much: it leaps
+          ("stage1", 300): "2e-3", ("stage1", 1000): "1e-3", ("stage1", 3000): "1e-3",
+          ("half", 300): "2e-3", ("half", 1000): "1e-3", ("half", 3000): "1e-3"}
 # of transfers in 300 steps, with the word converter and with --init captions: all pairs are swept, and the best taken
 WARM_UP_RATES = {"transfer": ("1e-2", "2e-2", "4e-2", "8e-2"), "captions": ("5e-5", "1e-4", "2e-4", "5e-4")}
 FINE_TUNE_RATES = ("5e-4", "1e-3", "2e-3")
 TRANSFER_RATES = {"transfer": ("2e-2", "1e-3"), "captions": ("5e-4", "5e-4")}
+T5_RATES = ("1e-4", "1e-4")  # with --init captions: above, T5 forgets how to look
 WARM_UP_SHARE = 0.2  # of a transfer's steps
 
 
@@ -102,7 +104,7 @@ def plan():
     runs += [scratch(f"source-{llm}-s{seed}", llm, "stage1", SOURCE_STEPS, SOURCE_RATE, split="val", seed=seed)
              for llm in ("opt-128", "opt-64", "opt-192") for seed in SEEDS]
     runs += [scratch(f"source-half-s{seed}", "opt-128", "half", SOURCE_STEPS, SOURCE_RATE, split="val", seed=seed) for seed in SEEDS]
-    runs += [scratch(f"scratch-{start}-{steps}-s{seed}", TARGET, start, steps, CHOSEN[start, min(steps, SWEPT[-1])], seed=seed, every=steps // 10)
+    runs += [scratch(f"scratch-{start}-{steps}-s{seed}", TARGET, start, steps, CHOSEN[start, steps], seed=seed, every=steps // 10)
              for steps in BUDGETS for start in STARTS for seed in SEEDS]
     # VPGTrans: its rates, on validation images; then what is reported.
     runs += [transfer(f"sweep-{init}-{warm}-{rate}", 300, *flags, seed=0, rates=(warm, rate), split="val")
@@ -114,8 +116,7 @@ def plan():
                  for part in ("5", "10.7", "25") for steps in LENGTHS[:-1]]
         runs += [transfer(f"variant-{name}", 300, *flags, seed=seed) for name, flags in VARIANTS.items()]
         runs += [transfer(f"variant-rate-x{times}", 300, seed=seed, rates=(f"{times * float(rate):g}", rate)) for times in (1, 5)]
-        runs += [transfer(f"captions{part}-{steps}", steps, *CAPTIONS, seed=seed, rates=TRANSFER_RATES["captions"], images=part)
-                 for part in ("", "-10.7") for steps in LENGTHS[:-1]]
+        runs += [transfer(f"captions-{steps}", steps, *CAPTIONS, seed=seed, rates=TRANSFER_RATES["captions"]) for steps in LENGTHS[:-1]]
         runs += [transfer(f"half-{steps}", steps, seed=seed, source="half") for steps in LENGTHS]
         runs += [transfer(f"half-10.7-{steps}", steps, seed=seed, source="half", images="-10.7") for steps in LENGTHS[:-1]]
         runs += [transfer(f"half-captions-{steps}", steps, *CAPTIONS, seed=seed, source="half", rates=TRANSFER_RATES["captions"]) for steps in LENGTHS[:-1]]
@@ -124,6 +125,8 @@ def plan():
         runs += [scratch(f"scratch-{tgt}-300-s{seed}", tgt, "stage1", 300, CHOSEN["stage1", 300], seed=seed, every=20) for seed in SEEDS]
     runs += [transfer(f"family-{source}-{tgt}", 300, seed=seed, source=source, tgt=tgt)
              for source, tgt in FAMILIES for seed in SEEDS]
+    runs += [transfer(f"family-captions-{source}-{tgt}", 300, *CAPTIONS, seed=seed, source=source, tgt=tgt,
+                      rates=T5_RATES if tgt.startswith("t5") else TRANSFER_RATES["captions"]) for source, tgt in FAMILIES for seed in SEEDS]
     for how in CONVERTERS:
         for seed in SEEDS:
             source = f"source-opt-128-s{seed}"
