@@ -3,7 +3,7 @@
     python miniature/report.py                                                    # docs/miniature.md and -*.png from miniature/results
     python miniature/report.py --results out/study/results --out out/study       # the same of runs of one's own
 
-A loss is the cross-entropy a token of the test images' captions. Means are over seeds, ± is their standard deviation (n - 1).
+A loss is the cross-entropy a token of the test images' captions (of the validation images', in sweeps and for sources). Means are over seeds, ± is their standard deviation (n - 1).
 """
 
 import argparse
@@ -15,7 +15,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "miniature")]
-
 
 import study
 from demo import report as demo
@@ -230,7 +229,7 @@ def speed_up(results, names, scratch, budget):
 
 def speed_table(results):
     """In how many steps VPGTrans passes what training from scratch ends at: of its schedules, of different lengths, the first."""
-    rows = [[f"{STARTED[start]}, {budget:,} steps: {spread(results.finals(f'scratch-{start}-{budget}'))}", label,
+    rows = [[f"{STARTED[start]}, {budget:,} steps: {scores(results, f'scratch-{start}-{budget}')[0]}", label,
              *speed_up(results, names, f"scratch-{start}-{budget}", budget)]
             for start in STARTS for budget in BUDGETS if results.seeds(f"scratch-{start}-{budget}")
             for label, name in (HALF if start == "half" else TRANSFERS).items()
@@ -269,8 +268,8 @@ def draw_speed(results, file):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="tight")
-    looks = (("C3", "-"), ("C3", "--"), ("C2", "-"), ("C2", "--"))
-    for axes, title, starts, transfers in zip(figure.subplots(1, 2, sharey=True), ("the whole ViT", "half the ViT: seeing is dear"),
+    looks = (("C3", "-"), ("C3", "--"), ("C2", "-"))
+    for axes, title, starts, transfers in zip(figure.subplots(1, 2, sharey=True), ("the whole ViT", "half the ViT: seeing is hard to learn"),
                                               (("random", "stage1"), ("half",)), (TRANSFERS, HALF)):
         for start, colour in zip(starts, ("0.6", "C0")):
             for budget in BUDGETS:

@@ -33,7 +33,7 @@ SOURCES = ("opt-64", "opt-128", "opt-192")  # language models of sources; opt-12
 TARGET = "opt-256"
 BUDGETS = (300, 1000, 3000)  # optimizer steps of the runs from scratch, each with a schedule of its own
 LENGTHS = (100, 300, 1000, 3000)  # of transfers; the last only with the word converter and all images
-# From scratch: a random Q-Former; one after BLIP-2's first stage; a random one behind the first half of the ViT, where seeing is dear
+# From scratch: a random Q-Former; one after BLIP-2's first stage; a random one on top of the first half of the ViT, where seeing is hard to learn
 STARTS = {"random": [], "stage1": [f"{WORLD}/stage1"], "half": ["--vit-layers", 2]}
 SOURCE_STEPS, SOURCE_RATE = 6000, "1e-3"
 
@@ -133,7 +133,7 @@ def plan():
             flags = ["--src", f"{RUNS}/{source}", "--tgt", f"{WORLD}/{TARGET}", "--data", f"{WORLD}/pairs/train.jsonl", "--how", how, "--seed", seed]
             runs += [Run(f"init-{how}-s{seed}", flags, [source], "miniature/initialise.py"),
                      transfer(f"converter-{how}", 300, seed=seed, init=how)]
-    # Alone on the machine (--jobs 1), for the seconds of a step
+    # One at a time, after all others, for the seconds of a step
     runs += [scratch("time-scratch-s0", TARGET, "stage1", 300, CHOSEN["stage1", 300], every=30), transfer("time-transfer", 300, seed=0)]
     return {run.name: run for run in runs}
 
@@ -174,7 +174,7 @@ def do(run, results, say):
     say(f"$ {shlex.join(run.command + resume)}")
     log = ROOT / WORLD / "logs" / f"{run.name}.log"
     log.parent.mkdir(exist_ok=True, parents=True)
-    with open(log, "a") as file:
+    with open(log, "a" if resume else "w") as file:
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         code = subprocess.run([sys.executable, *run.command[1:], *resume], cwd=ROOT, stdout=file, stderr=file, env=one_thread).returncode
     if code:
@@ -201,7 +201,7 @@ def do_all(todo, results, jobs):
             print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
     def work(run):
-        for name in run.needs:
+        for name in set(run.needs) & done.keys():
             done[name].result()
         do(run, results, say)
 
@@ -247,7 +247,9 @@ def main():
         parser.error(f"no run is called {' or '.join(args.only)}; --list names all")
     todo = with_needs([run for run in chosen if not (args.results / f"{run.name}.json").is_file()], every)
     args.results.mkdir(parents=True, exist_ok=True)
-    do_all(todo, args.results, args.jobs)
+    alone = [run for run in todo if run.name.startswith("time-")]
+    do_all([run for run in todo if run not in alone], args.results, args.jobs)
+    do_all(alone, args.results, jobs=1)
 
 
 if __name__ == "__main__":

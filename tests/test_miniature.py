@@ -147,6 +147,17 @@ def test_what_a_chosen_run_needs_is_chosen_too():
     assert [run.name for run in study.with_needs([runs["c"]], runs)] == ["a", "b", "c"]
 
 
+def test_runs_that_tell_the_time_come_last_and_one_at_a_time(workplace, monkeypatch):
+    _, results = workplace
+    done = []
+    monkeypatch.setattr(study, "plan", lambda: {name: study.Run(name, [], needs) for name, needs in (("a", []), ("time-a", ["a"]), ("b", []))})
+    monkeypatch.setattr(study, "do", lambda run, *others: done.append(run.name))
+    monkeypatch.setattr(study, "do_all", lambda todo, folder, jobs, do_all=study.do_all: done.append(jobs) or do_all(todo, folder, jobs))
+    monkeypatch.setattr(sys, "argv", ["study.py", "--results", str(results)])
+    study.main()
+    assert done[0] == 2 and set(done[1:3]) == {"a", "b"} and done[3:] == [1, "time-a"]
+
+
 def test_runs_are_chosen_by_their_whole_names(monkeypatch, capsys):
     """1000 is not 10000; and a pattern of nothing is an error."""
     monkeypatch.setattr(sys, "argv", ["study.py", "--list", "scratch-stage1-1000-*"])
