@@ -3,7 +3,8 @@
     python miniature/report.py                                                    # docs/miniature.md and -*.png from miniature/results
     python miniature/report.py --results out/study/results --out out/study       # the same of runs of one's own
 
-A loss is the cross-entropy a token of the test images' captions (of the validation images', in sweeps and for sources). Means are over seeds, ± is their standard deviation (n - 1).
+A loss is the cross-entropy a token of the test images' captions (of the validation images', in sweeps and for sources). Means are over seeds, ± is
+their standard deviation (n - 1).
 """
 
 import argparse

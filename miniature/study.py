@@ -6,7 +6,8 @@
 
 A run leaves NAME.jsonl (its metrics.jsonl) and NAME.json (its command, and how the finished model captions the images of its split)
 in --results; what is there is not run again, and a run that was killed goes on where it stood. python miniature/make.py all
-comes first. Rates were chosen on the validation images (runs named sweep-*), sources are watched on them, too; all others report the test images.
+comes first. Rates were chosen on the validation images (runs named sweep-*; docs/miniature.md names two exceptions), sources are watched on them,
+too; all others report the test images.
 """
 
 import argparse

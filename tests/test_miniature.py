@@ -116,12 +116,14 @@ def test_a_run_of_train_py_goes_on_where_it_stood_and_is_measured_on_its_split(w
         (folder / study.RUNS / name).mkdir(parents=True)
         if state:
             (folder / study.RUNS / name / "resume.safetensors").write_text("")
+        (log := folder / study.WORLD / "logs" / f"{name}.log").parent.mkdir(exist_ok=True)
+        log.write_text("projector: of the part before\n")
         study.do(study.Run(name, ["--flag"]), results, print)
         trained, measured = called[-2:]
         assert trained[1:3] == ["train.py", "--flag"] and ("--resume" in trained) == state
         assert measured[-4:] == ["--measure", str(folder / study.RUNS / name), "--split", split]
         record = json.loads((results / f"{name}.json").read_text())
-        assert record["right"] == 0.5 and record["said"] == ["projector: fitted to the captions of 9 images (0.1 s)"] and "torch" in record["machine"]
+        assert record["right"] == 0.5 and record["said"] == ["projector: of the part before"] * state + ["projector: fitted to the captions of 9 images (0.1 s)"] and "torch" in record["machine"]
         assert (results / f"{name}.jsonl").read_text() == "rows\n" and "--resume" not in record["command"]
 
 
