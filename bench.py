@@ -288,7 +288,8 @@ def time_training(models, stage, losses, autocast, repeats, device):
     def new_step(name):
         optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(models[name], stage), lr=0.0, betas=stage.betas, fused=True)
         step = partial(train_step, losses[name], optimizer, autocast)
-        step()  # compiles, allocates the moments
+        for _ in range(5):  # compiles, allocates the moments; and memory that no step has touched yet is slow for a few
+            step()
         return step
 
     peak = {}
@@ -644,7 +645,7 @@ def bench_techniques(args, device, dtype):
         new_optimizer = lambda model: torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=0.0, fused=True)
         optimizer, sees = new_optimizer(model), {"images": images}
         ways = {"as it is": (contextlib.nullcontext, model, like, sees), "without micro-batches of like lengths": (contextlib.nullcontext, model, unlike, sees),
-                "all logits at once": (lambda: patched((language_models.FrozenHeadLoss, "BLOCK", {device.type: 2**62})), model, like, sees),
+                "all logits at once": (lambda: patched(*((language_models.FrozenHeadLoss, limit, {device.type: 2**62}) for limit in ("BLOCK", "SLICE"))), model, like, sees),
                 "logits of the prefix, too": (lambda: patched((language_models.OPT, "loss", score_all_positions)), model, like, sees),
                 "gradients for frozen weights, too": (unfrozen, model, like, sees),
                 "torch's attention" if device.type == "cpu" else "-": (lambda: patched(*attentions), model, like, sees),

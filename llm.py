@@ -95,21 +95,27 @@ def causal_mask(keep):
 
 class FrozenHeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies of hidden states x (N,D) under a frozen head (V,D): a block of rows at a time, of which the
-    gradient is taken at once. No more logits than a block's exist at any time, and on CPUs they stay in the cache."""
+    gradient is taken at once. No more logits than a block's exist at any time; their derivative takes their place. In float32
+    there are no more than a slice's, which on CPUs stays in the cache."""
 
-    BLOCK = {"cpu": 2**25, "cuda": 2**29}  # bytes of float32 logits
+    BLOCK = {"cpu": 2**25, "cuda": 2**28}  # bytes of logits
+    SLICE = {"cpu": 2**21, "cuda": 2**29}  # bytes of these in float32
 
     @staticmethod
     def forward(ctx, x, weight, target_ids):
-        blocks = math.ceil(4 * len(x) * len(weight) / FrozenHeadLoss.BLOCK.get(x.device.type, 2**29))
+        rows = lambda limits, size: max(1, limits["cpu" if x.device.type == "cpu" else "cuda"] // (size * len(weight)))
+        blocks = math.ceil(len(x) / rows(FrozenHeadLoss.BLOCK, weight.element_size()))
         loss, gradient = torch.zeros((), device=x.device), torch.empty_like(x)
-        for part, ids, part_gradient in zip(x.chunk(blocks), target_ids[:, None].chunk(blocks), gradient.chunk(blocks)):
-            log_p, real, ids = F.linear(part, weight).float().log_softmax(-1), ids != -100, filled(ids)
-            loss -= (log_p.gather(1, ids) * real).sum()
+        for part, part_ids, part_gradient in zip(x.chunk(blocks), target_ids[:, None].chunk(blocks), gradient.chunk(blocks)):
+            logits = F.linear(part, weight)
+            for few, ids in zip(*(y.split(rows(FrozenHeadLoss.SLICE, 4)) for y in (logits, part_ids))):
+                log_p, real, ids = few.float().log_softmax(-1), ids != -100, filled(ids)
+                loss -= (log_p.gather(1, ids) * real).sum()
+                if ctx.needs_input_grad[0]:
+                    p = log_p.exp_()  # d loss / d logits: the probabilities, less 1 at the target
+                    few.copy_(p.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=p.dtype)))
             if ctx.needs_input_grad[0]:
-                p = log_p.exp_()  # d loss / d logits: the probabilities, less 1 at the target
-                p.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=p.dtype))
-                part_gradient.copy_((p.to(weight.dtype) @ weight) * real)
+                part_gradient.copy_((logits @ weight) * (part_ids != -100))
         ctx.save_for_backward(gradient)
         return loss
 
@@ -442,7 +448,7 @@ class OPTLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(dim)
 
     def feed_forward(self, x):
-        return self.fc2(self.fc1(x).relu())
+        return self.fc2(self.fc1(x).relu_())
 
     def forward(self, x, mask=None, cache=None):
         if self.pre_norm:

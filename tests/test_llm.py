@@ -216,7 +216,8 @@ def test_the_loss_of_a_frozen_head_is_taken_a_block_of_rows_at_a_time(monkeypatc
     head, ids = nn.Linear(16, 50, bias=False).double(), torch.randint(50, (2, 10))
     ids[0, 4:], ids[1, 9] = -100, -100
     results, seen, linear = [], [], nn.functional.linear
-    monkeypatch.setattr(language_models.FrozenHeadLoss, "BLOCK", {"cpu": 4 * 50 * rows})
+    monkeypatch.setattr(language_models.FrozenHeadLoss, "BLOCK", {"cpu": 8 * 50 * rows})
+    monkeypatch.setattr(language_models.FrozenHeadLoss, "SLICE", {"cpu": 4 * 50 * 2})
     monkeypatch.setattr(language_models.F, "linear", lambda x, weight, *bias: seen.append(len(x)) or linear(x, weight, *bias))
     for frozen in (True, False):
         x = random_prefix(2, 10, 16).double().requires_grad_()
