@@ -139,8 +139,10 @@ def test_after_ctrl_c_no_other_run_begins(workplace, monkeypatch):
         time.sleep(0.2)
 
     monkeypatch.setattr(study, "do", do)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(KeyboardInterrupt):
         study.do_all([study.Run(name, []) for name in "abcdef"], results, jobs=2)
+    signal.signal(signal.SIGINT, handler)
     assert begun[0] == "a" and len(begun) < 4
 
 
