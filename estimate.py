@@ -49,19 +49,19 @@ def trace(model, batch):
 
 def memory(model, step, micro_batch, world=1):
     """{what: bytes} on one of `world` GPUs. What trains is float32: weight, gradient and two moments, a bf16 copy under autocast,
-    and under DDP a second gradient. Of the logits there is one block, of 512 MB at most, and what is made of it."""
+    and under DDP a second gradient. Of the logits there is one block, in bf16, and twice a slice of it, in float32, of 256 MB each at most."""
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * (16 + 2 * (p.element_size() == 2) + 4 * (world > 1)) for p in model.parameters() if p.requires_grad)
     return {"frozen weights": frozen, "what trains, its gradients and moments": trained,
-            "activations": step.kept * micro_batch, "logits": 2 * min(step.logits * micro_batch, 2**29)}
+            "activations": step.kept * micro_batch, "logits": min(step.logits * micro_batch / 2, 2**28) + 2 * min(step.logits * micro_batch, 2**28)}
 
 
 def largest_micro_batch(model, step, capacity, most=36, world=1):
     """The samples that fit at a time into nine tenths of `capacity` bytes, `most` at most. ValueError if not even one does."""
     fixed = sum(memory(model, step, 0, world).values())
-    fits = int((0.9 * capacity - fixed) // (step.kept + 2 * step.logits))
+    fits = int((0.9 * capacity - fixed) // (step.kept + 2.5 * step.logits))
     if fits < 1:
-        raise ValueError(f"this should need {(fixed + step.kept + 2 * step.logits) / 0.9 / 1e9:.1f} GB of GPU memory, and there are {capacity / 1e9:.1f}; use a "
+        raise ValueError(f"this should need {(fixed + step.kept + 2.5 * step.logits) / 0.9 / 1e9:.1f} GB of GPU memory, and there are {capacity / 1e9:.1f}; use a "
                          "smaller --tgt, or --micro-batch 1 to try all the same")
     return min(most, fits)
 

@@ -99,7 +99,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     there are no more than a slice's, which on CPUs stays in the cache."""
 
     BLOCK = {"cpu": 2**25, "cuda": 2**28}  # bytes of logits
-    SLICE = {"cpu": 2**21, "cuda": 2**29}  # bytes of these in float32
+    SLICE = {"cpu": 2**21, "cuda": 2**28}  # bytes of these in float32
 
     @staticmethod
     def forward(ctx, x, weight, target_ids):
