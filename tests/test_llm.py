@@ -215,17 +215,18 @@ def test_there_is_no_second_derivative_of_a_frozen_heads_loss(tmp_path):
 def test_the_loss_of_a_frozen_head_is_taken_a_block_of_rows_at_a_time(monkeypatch, rows):
     head, ids = nn.Linear(16, 50, bias=False).double(), torch.randint(50, (2, 10))
     ids[0, 4:], ids[1, 9] = -100, -100
-    results, seen, linear = [], [], nn.functional.linear
+    results, seen, slices, linear, log_softmax = [], [], [], nn.functional.linear, torch.Tensor.log_softmax
     monkeypatch.setattr(language_models.FrozenHeadLoss, "BLOCK", {"cpu": 8 * 50 * rows})
     monkeypatch.setattr(language_models.FrozenHeadLoss, "SLICE", {"cpu": 4 * 50 * 2})
     monkeypatch.setattr(language_models.F, "linear", lambda x, weight, *bias: seen.append(len(x)) or linear(x, weight, *bias))
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda x, dim: slices.append(len(x)) or log_softmax(x, dim))
     for frozen in (True, False):
         x = random_prefix(2, 10, 16).double().requires_grad_()
         loss, tokens = language_models.caption_loss(head.requires_grad_(not frozen), x, ids)
         (loss * 3).backward()
         results.append((loss, x.grad))
         if frozen:
-            assert tokens == 13 and max(seen) <= rows and sum(seen) == 20
+            assert tokens == 13 and max(seen) <= rows and max(slices) <= 2 and sum(seen) == sum(slices) == 20
     assert relative_error(results[0][0], results[1][0]) < 1e-6 and relative_error(results[0][1], results[1][1]) < 1e-6
     assert results[0][1][0, 4:].abs().max() == 0
     with torch.no_grad():
