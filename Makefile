@@ -7,6 +7,9 @@ BIN = .venv/bin
 TRAIN = $(BIN)/python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --val demo/pairs/val.jsonl \
 	--batch-size 32 --micro-batch 32 --clip 0.5 --augment none --workers 0
 
+# On the CPU, also where there is a GPU: its figures are the README's, and what is so small would wait for kernels to compile.
+demo study: export CUDA_VISIBLE_DEVICES =
+
 demo: .venv/run
 	rm -rf out/demo out/demo-from-scratch
 	$(TRAIN) --warm-up-steps 60 --steps 240 --lr 1e-3 --warm-up-lr 2e-2 --out out/demo

@@ -320,7 +320,7 @@ class Lookalikes:
 
 def normalise(images):
     """(B,3,H,W) uint8 -> float32, CLIP's mean and deviation. Images travel as bytes: a quarter of the traffic."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device, non_blocking=True) for x in (MEAN, STD))  # else a GPU is waited for
     return torch.addcmul(-mean / std, images, 1 / (255 * std))
 
 

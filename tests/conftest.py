@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, OPTForCausalLM
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+HAS_GPU, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")  # as they were, for test_gpu.py
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 TEXT = [f"a {colour} {shape} on a {ground} table" for colour in COLOURS for shape in ("square", "circle") for ground in ("brown", "grey")]
 
@@ -97,6 +98,13 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     write_source(folder / "source"), write_target(folder / "target")
     return folder / "source", folder / "target", write_pairs(folder / "pairs")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu():
+    """Without GPUs: on the CPU results are the same to the bit, and two processes have room. test_gpu.py takes them back."""
+    torch.cuda.is_available = lambda: False
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True, scope="session")

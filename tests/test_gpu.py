@@ -1,0 +1,128 @@
+"""Facts that only a GPU can show; skipped without one. All other tests run on the CPU."""
+
+import copy
+
+import pytest
+import torch
+
+import conftest
+import prepare
+import train
+import vpgtrans
+from conftest import randomise, relative_error
+from test_estimate import LLMS, build
+from test_train import arguments, rows
+
+pytestmark = pytest.mark.skipif(not conftest.HAS_GPU, reason="there is no GPU")
+GPU = torch.device("cuda", 0)
+PROMPTS = torch.tensor([vpgtrans.IMAGE] * 32 + [2]).expand(4, -1)
+TARGETS = torch.tensor([[5, 6, 7, 8, 2], [5, 9, 2, -100, -100], [11, 2, -100, -100, -100], [7, 7, 7, 7, 2]])
+IMAGES = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def with_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the ViT's patch embedding, a convolution
+    if conftest.VISIBLE is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", conftest.VISIBLE)
+
+
+def random_model(llm):
+    """A random model in which all of stage 2 trains, without dropout."""
+    model = randomise(build("cpu", llm), scale=0.1)
+    vpgtrans.enter_stage(model, vpgtrans.STAGES["fine-tune"])
+    return model.eval()
+
+
+def loss_and_gradients(model, device, precision="fp32", prompts=PROMPTS, targets=TARGETS):
+    """-> the mean loss a token, and all gradients in one vector; with bf16, frozen weights are in bf16."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters() if precision == "bf16" else ():
+        parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+    model = model.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        loss, tokens = model(prompts, targets if targets.ndim == 3 else targets.to(device), images=IMAGES.to(device))
+    (loss / tokens).backward()
+    return (loss / tokens).item(), torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("llm", LLMS)
+@pytest.mark.parametrize("form", ["plain", "holes", "packed"])
+def test_loss_and_gradients_are_those_of_the_cpu(llm, form):
+    if form == "packed" and llm == "t5":
+        pytest.skip("T5 packs no captions")
+    prompts, targets = PROMPTS, TARGETS
+    if form == "holes":
+        prompts = torch.cat([torch.tensor([[-100, 5], [-100, -100], [5, 6], [5, -100]]), PROMPTS], dim=1)
+    if form == "packed":
+        targets = torch.stack([TARGETS, TARGETS.flip(0)], dim=1)
+    model = random_model(llm)
+    (loss, gradients), (theirs, their_gradients) = (loss_and_gradients(model, device, prompts=prompts, targets=targets) for device in (GPU, torch.device("cpu")))
+    assert abs(loss - theirs) < 1e-5 * theirs and relative_error(gradients, their_gradients) < 1e-4
+
+
+@pytest.mark.parametrize("llm", LLMS)
+def test_bf16_is_as_near_to_float32_as_on_the_cpu(llm):
+    model = random_model(llm)
+    _, exact = loss_and_gradients(model, torch.device("cpu"))
+    error, their_error = (relative_error(loss_and_gradients(model, device, "bf16")[1], exact) for device in (GPU, torch.device("cpu")))
+    assert 0 < error < 1.5 * their_error
+
+
+@pytest.mark.parametrize("llm", LLMS)
+def test_compiled_blocks_compute_the_same(llm):
+    model = random_model(llm)
+    compiled = copy.deepcopy(model).to(GPU)
+    for block in [*compiled.vpg.layers, *compiled.llm.layers]:
+        block.compile()
+    for T in (5, 3):
+        targets = TARGETS[:, :T].to(GPU)
+        losses = [m(PROMPTS, targets, images=IMAGES.to(GPU))[0].item() for m in (compiled, model.to(GPU))]
+        assert abs(losses[0] - losses[1]) < 1e-4 * losses[1]
+
+
+@pytest.mark.parametrize("llm", LLMS)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 5}])
+def test_captions_are_those_of_the_cpu(llm, options):
+    model = random_model(llm)
+    cpu = model.generate(PROMPTS, images=IMAGES, max_new_tokens=12, stop=((2,),), **options)
+    assert model.to(GPU).generate(PROMPTS, images=IMAGES.to(GPU), max_new_tokens=12, stop=((2,),), **options) == cpu
+
+
+@pytest.mark.parametrize("stage", ["warm-up", "fine-tune"])
+def test_nothing_waits_for_the_gpu_in_a_step(stage):
+    model, processes = random_model("opt").to(GPU), prepare.Processes(0, 1, GPU, "bf16")
+    vpgtrans.enter_stage(model, vpgtrans.STAGES[stage])
+    optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, vpgtrans.STAGES[stage]), lr=1e-3, fused=True)
+    optimizer.found_inf = torch.zeros((), device=GPU)
+    micro_batches = [{"prompt_ids": PROMPTS, "target_ids": TARGETS, "images": torch.randint(256, IMAGES.shape, dtype=torch.uint8).pin_memory()}] * 2
+    train.optimizer_step(model, micro_batches, optimizer, processes, clip=0.5)  # allocates the moments
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(2):
+            train.optimizer_step(model, micro_batches, optimizer, processes, clip=0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_a_run_trains_stops_and_resumes(world, tmp_path, compiled):
+    command = arguments(world, tmp_path / "run", "--precision", "bf16", compiled, "--lr", "1e-2", "--steps", "40")
+    step, seen = train.optimizer_step, []
+
+    def stop_later(*args):
+        seen.append(next(args[0].parameters()).device)
+        if len(seen) == 20:
+            train.stop_asked.set()
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "optimizer_step", stop_later)
+        train.main(command)
+    train.main([*command, "--resume"])
+    losses = [loss for loss, in rows(tmp_path / "run", "loss")]
+    assert set(seen) == {GPU} and len(losses) == 43 and losses[-1] < losses[0] - 0.1
+    assert 0 < max(peak for peak, in rows(tmp_path / "run", "peak_memory")) <= torch.cuda.max_memory_allocated()
