@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+import bench
 import conftest
+import estimate
 import prepare
 import train
 import vpgtrans
@@ -126,3 +128,27 @@ def test_a_run_trains_stops_and_resumes(world, tmp_path, compiled):
     losses = [loss for loss, in rows(tmp_path / "run", "loss")]
     assert set(seen) == {GPU} and len(losses) == 43 and losses[-1] < losses[0] - 0.1
     assert 0 < max(peak for peak, in rows(tmp_path / "run", "peak_memory")) <= torch.cuda.max_memory_allocated()
+
+
+def test_opt_6_7b_fine_tunes_on_a_card_of_24_gb():
+    """Random weights at full size, captions of 32 tokens, as many samples at a time as estimate.py says."""
+    card, (free, total) = 24e9, torch.cuda.mem_get_info()
+    if free < card:
+        pytest.skip(f"{free / 1e9:.1f} GB of GPU memory are free, 24 are needed")
+    stage, T = vpgtrans.STAGES["fine-tune"], 32
+    shapes = bench.build_models("opt-6.7b", torch.bfloat16, torch.device("meta"))["ours"].bfloat16()
+    vpgtrans.enter_stage(shapes, stage)
+    sample = lambda B, device, dtype: {"prompt_ids": PROMPTS[:1].expand(B, -1), "target_ids": torch.full((B, T), 7, device=device),
+                                       "images": torch.zeros(B, 3, 224, 224, dtype=dtype, device=device)}
+    B = estimate.largest_micro_batch(shapes, estimate.trace(shapes, sample(2, "meta", torch.bfloat16)), card)
+    torch.cuda.set_per_process_memory_fraction(card / total)
+    try:
+        model = bench.build_models("opt-6.7b", torch.bfloat16, GPU)["ours"]
+        vpgtrans.enter_stage(model, stage)
+        optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=1e-4, fused=True)
+        optimizer.found_inf = torch.zeros((), device=GPU)
+        for _ in range(2):
+            tokens, loss, _ = train.optimizer_step(model, [sample(B, "cpu", torch.uint8)] * 2, optimizer, prepare.Processes(0, 1, GPU, "bf16"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert B >= 8 and tokens == 2 * B * T and loss.isfinite() and optimizer.found_inf == 0
