@@ -139,8 +139,8 @@ class VisualLLM(nn.Module):
         mask = ~holes if holes.any() else None  # None takes the LLM's fast path
         device = soft_prompts.device
         words = self.llm.embed(prompt_ids.clamp(min=0).to(device, non_blocking=True))
-        places = places.to(device, non_blocking=True)[..., None]
-        prefix = words.masked_scatter(places, soft_prompts.to(words.dtype))
+        columns = places.nonzero()[:, 1].view(len(places), -1, 1).to(device, non_blocking=True)  # (B, Q, 1)
+        prefix = words.scatter(1, columns.expand_as(soft_prompts), soft_prompts.to(words.dtype))  # masked_scatter's gradient waits for the GPU
         return prefix, None if mask is None else mask.to(device, non_blocking=True)
 
     def forward(self, prompt_ids, target_ids, images=None, features=None, queries=None):

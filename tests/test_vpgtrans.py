@@ -159,6 +159,16 @@ def test_soft_prompts_may_stand_anywhere_and_holes_change_nothing(model):
     assert relative_error(holes, plain) < 1e-5 < relative_error(elsewhere, plain)
 
 
+def test_a_step_reads_nothing_that_a_gpu_computes(model):
+    """On a GPU every read waits for all that it was given before. Here, each shows in a profile; prompts are on the CPU there, too."""
+    enter_stage(model, STAGES["fine-tune"])
+    loss, _ = model(torch.tensor([[HOLE] + [IMAGE] * 5 + [2]] * 2), torch.tensor([[5, 6], [7, -100]]), images=random(2, 3, 28, 28))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward()
+    done = {event.name for event in profile.events()}
+    assert "aten::mm" in done and not done & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+
+
 def test_a_prompt_with_too_few_places_is_refused(model):
     with pytest.raises(ValueError, match="5 IMAGE places"):
         model(torch.tensor([[IMAGE] * 4 + [2]]), torch.tensor([[5]]), images=random(1, 3, 28, 28))
