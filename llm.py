@@ -46,7 +46,7 @@ def attention(q, k, v, mask=None, causal=False, scale=None):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     # with a mask, torch's fast kernels know no groups: the heads of a group become queries of one head
     mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
-    return F.scaled_dot_product_attention(q.reshape(groups), k, v, mask, scale=scale).view(q.shape)
+    return F.scaled_dot_product_attention(q.reshape(groups), k, v, mask, scale=scale).reshape(q.shape)
 
 
 def split_heads(x, hd):
@@ -93,10 +93,20 @@ def causal_mask(keep):
     return ((causal & keep[:, None, :]) | itself)[:, None]
 
 
+def cross_entropies_(logits, target_ids, differentiate):
+    """Sum of the cross-entropies of logits (N,V) for targets (N,1), in float32; if asked, their derivative takes the logits' place."""
+    log_p, real, ids = logits.float().log_softmax(-1), target_ids != -100, filled(target_ids)
+    loss = -(log_p.gather(1, ids) * real).sum()
+    if differentiate:
+        p = log_p.exp_()  # the derivative is the probabilities, less 1 at the target
+        logits.copy_(p.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=p.dtype)))
+    return loss
+
+
 class FrozenHeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies of hidden states x (N,D) under a frozen head (V,D): a block of rows at a time, of which the
-    gradient is taken at once. No more logits than a block's exist at any time; their derivative takes their place. In float32
-    there are no more than a slice's, which on CPUs stays in the cache."""
+    gradient is taken at once. No more logits than a block's exist at any time, and of what is made of them in float32 no more
+    than a slice's, which on CPUs stays in the cache."""
 
     BLOCK = {"cpu": 2**25, "cuda": 2**28}  # bytes of logits
     SLICE = {"cpu": 2**21, "cuda": 2**28}  # bytes of these in float32
@@ -106,16 +116,13 @@ class FrozenHeadLoss(torch.autograd.Function):
         rows = lambda limits, size: max(1, limits["cpu" if x.device.type == "cpu" else "cuda"] // (size * len(weight)))
         blocks = math.ceil(len(x) / rows(FrozenHeadLoss.BLOCK, weight.element_size()))
         loss, gradient = torch.zeros((), device=x.device), torch.empty_like(x)
-        for part, part_ids, part_gradient in zip(x.chunk(blocks), target_ids[:, None].chunk(blocks), gradient.chunk(blocks)):
+        for part, ids, part_gradient in zip(x.chunk(blocks), target_ids[:, None].chunk(blocks), gradient.chunk(blocks)):
             logits = F.linear(part, weight)
-            for few, ids in zip(*(y.split(rows(FrozenHeadLoss.SLICE, 4)) for y in (logits, part_ids))):
-                log_p, real, ids = few.float().log_softmax(-1), ids != -100, filled(ids)
-                loss -= (log_p.gather(1, ids) * real).sum()
-                if ctx.needs_input_grad[0]:
-                    p = log_p.exp_()  # d loss / d logits: the probabilities, less 1 at the target
-                    few.copy_(p.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=p.dtype)))
+            for few in zip(*(y.split(rows(FrozenHeadLoss.SLICE, 4)) for y in (logits, ids))):
+                loss += cross_entropies_(*few, differentiate=ctx.needs_input_grad[0])
             if ctx.needs_input_grad[0]:
-                part_gradient.copy_((logits @ weight) * (part_ids != -100))
+                part_gradient.copy_((logits @ weight) * (ids != -100))
+            del logits, few  # before the next block's are made
         ctx.save_for_backward(gradient)
         return loss
 
@@ -448,7 +455,7 @@ class OPTLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(dim)
 
     def feed_forward(self, x):
-        return self.fc2(self.fc1(x).relu_())
+        return self.fc2(self.fc1(x).relu())
 
     def forward(self, x, mask=None, cache=None):
         if self.pre_norm:

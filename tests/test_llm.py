@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
@@ -148,12 +149,16 @@ def test_an_all_true_mask_equals_none(pair):
     assert relative_error(ours(prefix, target, everything), ours(prefix, target)) < 1e-6
 
 
-def test_scaled_dot_product_attention_equals_plain_attention(pair):
-    ours, _, _ = pair
+def test_scaled_dot_product_attention_equals_plain_attention(pair, monkeypatch):
+    """In whatever layout its result comes: from a GPU's kernels, with positions before heads."""
+    (ours, _, _), sdpa = pair, F.scaled_dot_product_attention
     prefix, target = random_prefix(2, 5), random_ids(2, 4)
-    with torch.no_grad():
-        fused = ours(prefix, target)
-    assert relative_error(ours(prefix.requires_grad_(), target), fused) < 1e-5
+    monkeypatch.setattr(language_models.F, "scaled_dot_product_attention",
+                        lambda *args, **options: sdpa(*args, **options).transpose(1, 2).contiguous().transpose(1, 2))
+    for mask in (None, torch.tensor([[False] + [True] * 4, [True] * 5])):
+        with torch.no_grad():
+            fused = ours(prefix, target, mask)
+        assert relative_error(ours(prefix.clone().requires_grad_(), target, mask), fused) < 1e-5
 
 
 @pytest.mark.parametrize("holes", [False, True])
