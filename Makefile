@@ -1,10 +1,12 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo study test clean
+.PHONY: demo study test lint clean
 
-# The main job on the embedded default: small models, 2,400 pairs, a laptop's CPU. Beside it, the same number of steps from scratch.
-TRAIN = $(BIN)/python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --val demo/pairs/val.jsonl \
+# The main job on the embedded default: small models, 2,400 pairs, a laptop's CPU.
+# Beside it, the same number of steps from scratch.
+TRAIN = $(BIN)/python train.py --src demo/source --tgt demo/target \
+	--data demo/pairs/train.jsonl --val demo/pairs/val.jsonl \
 	--batch-size 32 --micro-batch 32 --clip 0.5 --augment none --workers 0
 
 # On the CPU, also where there is a GPU: its figures are the README's, and what is so small would wait for kernels to compile.
@@ -22,8 +24,12 @@ study: .venv/run
 	$(BIN)/python miniature/study.py
 	$(BIN)/python miniature/report.py --results out/study/results --out out/study
 
+# One thread a process, and processes side by side: OpenMP's threads spin while they wait.
 test: .venv/dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+lint: .venv/dev
+	$(BIN)/ruff check .
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

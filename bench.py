@@ -151,7 +151,7 @@ def build_llms(name, dtype, device):
 def enter_stage(models, stage):
     """The same parts train in all models, and the same Q-Former drops out."""
     vpgtrans.enter_stage(models["ours"], stage)
-    trained = {name for name, parameter in vpgtrans.blip2_names(models["ours"]).items() if parameter.requires_grad}
+    trained = {name for name, parameter in models["ours"].saved().items() if parameter.requires_grad}
     for peer in list(models.values())[1:]:
         peer.eval().qformer.train(models["ours"].vpg.qformer.training)
         for name, parameter in peer.named_parameters():
@@ -467,7 +467,7 @@ def bench_images(args, size=224, count=32):
             image.draft(None, (image.width // 2, image.height // 2))
             image.load()
 
-        ours = {"evaluation, normalised": lambda: data.normalise(torch.stack(each(lambda image: data.resize(image, size)))),
+        ours = {"evaluation, normalised": lambda: qformer.normalise(torch.stack(each(lambda image: data.resize(image, size)))),
                 "evaluation": lambda: torch.stack(each(lambda image: data.resize(image, size))),
                 "training, decoded whole": lambda: torch.stack(each(lambda image: data.random_crop(image, size, rng, least=float("inf")))),
                 "training": lambda: torch.stack(each(lambda image: data.random_crop(image, size, rng)))}
@@ -481,7 +481,7 @@ def bench_images(args, size=224, count=32):
           f"{machine(torch.device('cpu'))}\n\n| | images/s | min - max | ratio |\n|---|---|---|---|")
     for name, median in medians.items():
         print(f"| {name} | {count / median:,.0f} | {count / max(seconds[name]):,.0f} - {count / min(seconds[name]):,.0f} | {medians[peer] / median:.2f} |")
-    print(f"\nevaluation, normalised: at most {apart.max():.1e} from transformers' (a level of 255 is {1 / 255 / min(data.STD):.1e}), {(apart > 1e-3).float().mean():.2%} "
+    print(f"\nevaluation, normalised: at most {apart.max():.1e} from transformers' (a level of 255 is {1 / 255 / min(qformer.STD):.1e}), {(apart > 1e-3).float().mean():.2%} "
           "of the values not the same. Without normalisation it is uint8, which the device normalises.")
 
 

@@ -1,12 +1,15 @@
-"""What a frozen network makes of images, computed once and kept on disk, so that training behind it need not run it again.
+# MIT licence. From an implementation of VPGTrans and MemVP; copy this file alone, it imports nothing of ours.
+"""What a frozen network makes of images, computed once and kept on disk, so that training behind it
+need not run it again.
 
     cache = FeatureCache("cache/coco", files, shape=(32, 768), dtype=torch.bfloat16, made_with={"VPG": "5f0c..."})
     whole, left = cache.need()                                                        # bytes on the disk, before it is begun
     cache.fill(read, compute)                     # compute(images (B,3,H,W)) -> (B,32,768), for those that are not there yet
     cache[files[7]]                                                            # (32,768)
 
-VPGTrans uses it in stage 1, where ViT and Q-Former stand still: with the queries at hand only the projector and the LLM run. A
-folder holds index.json, which says what the features belong to, and shards of 4,096 images, each written whole or not at all.
+VPGTrans uses it in stage 1, where ViT and Q-Former stand still: with the queries at hand only the
+projector and the LLM run. A folder holds index.json, which says what the features belong to, and
+shards of 4,096 images, each written whole or not at all.
 """
 
 import hashlib
@@ -25,7 +28,8 @@ SHARD = 4096  # images a file
 
 
 def fingerprint_files(files):
-    """A short hash of a data set: of all names below their common folder, and of the sizes of a thousand of the files."""
+    """A short hash of a data set: of all names below their common folder, and of the sizes of a
+    thousand of the files."""
     folder = os.path.dirname(os.path.commonprefix(files))
     size = lambda file: os.path.getsize(file) if os.path.isfile(file) else -1
     sizes = [size(file) for file in files[:: max(1, len(files) // 1000)]]
@@ -33,13 +37,15 @@ def fingerprint_files(files):
 
 
 class FeatureCache:
-    """`files` are image files without doubles, `shape` and `dtype` are of one image's features, and `made_with` says in words
-    and numbers what these depend on. ValueError says in what a folder's cache differs."""
+    """`files` are image files without doubles, `shape` and `dtype` are of one image's features, and
+    `made_with` says in words and numbers what these depend on. ValueError says in what a folder's
+    cache differs."""
 
     def __init__(self, folder, files, shape, dtype, made_with):
         self.folder, self.files, self.shape, self.dtype = Path(folder), files, tuple(shape), dtype
         self.rows, self.opened = {file: row for row, file in enumerate(files)}, {}
-        self.index = made_with | {"data set": fingerprint_files(files), "images": len(files), "features": f"{list(shape)} {dtype}"}
+        self.index = made_with | {"data set": fingerprint_files(files), "images": len(files), "features": f"{list(shape)} "
+                                                                                                          f"{dtype}"}
         self.identity = hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()[:16]
         self.check()
 
@@ -51,10 +57,12 @@ class FeatureCache:
         try:
             found = dict(json.loads(file.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}: damaged ({error}); delete {self.folder}, and it is computed again") from error
+            raise ValueError(f"{file}: damaged ({error}); delete {self.folder}, and it is computed "
+                             "again") from error
         other = [f"{key} {found.get(key)}, not {value}" for key, value in self.index.items() if found.get(key) != value]
         if other:
-            raise ValueError(f"{self.folder}: this cache was made with {'; '.join(other)}. Name another folder, or delete this one")
+            raise ValueError(f"{self.folder}: this cache was made with {'; '.join(other)}. Name "
+                             "another folder, or delete this one")
 
     def shard(self, number):
         """The file of a shard."""
@@ -65,7 +73,8 @@ class FeatureCache:
         return min(SHARD, len(self.files) - number * SHARD)
 
     def read_shard(self, number):
-        """(features, of which slices can be read; {row: why its image could not be read}) or None: not there, damaged, another's."""
+        """(features, of which slices can be read; {row: why its image could not be read}) or None:
+        not there, damaged, another's."""
         try:
             shard = safe_open(self.shard(number), framework="pt")
             features, metadata = shard.get_slice("features"), shard.metadata()
@@ -74,7 +83,8 @@ class FeatureCache:
             return None
 
     def to_do(self):
-        """{shard: rows of it to compute}: all where it is missing, else those whose image could not be read when it was made."""
+        """{shard: rows of it to compute}: all where it is missing, else those whose image could not
+        be read when it was made."""
         todo = {}
         for number in range(-(-len(self.files) // SHARD)):
             found = self.read_shard(number)
@@ -89,10 +99,12 @@ class FeatureCache:
         return len(self.files) * each, sum(map(len, self.to_do().values())) * each
 
     def fill(self, read, compute, batch_size=32, workers=0, rank=0, world=1, stop=lambda: False):
-        """Computes what is missing; of `world` processes each takes the shards with number % world == rank. -> False if stop() ended it.
+        """Computes what is missing; of `world` processes each takes the shards with number % world
+        == rank. -> False if stop() ended it.
 
-        read(file) gives the pixels of an image, as a uint8 tensor, or an OSError, which is kept in the place of the features and
-        tried again the next time; compute((B, ...) of them) gives (B, *shape)."""
+        read(file) gives the pixels of an image, as a uint8 tensor, or an OSError, which is kept in
+        the place of the features and tried again the next time; compute((B, ...) of them) gives (B,
+        *shape)."""
         self.check()
         todo = {number: rows for number, rows in self.to_do().items() if number % world == rank}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,17 +142,20 @@ class FeatureCache:
             temporary.chmod(mode)
             os.replace(temporary, file)
         except Exception as error:  # safetensors has its own kind
-            raise OSError(f"{file}: cannot be written ({error}); what is in the cache already stays") from error
+            raise OSError(f"{file}: cannot be written ({error}); what is in the cache already "
+                          "stays") from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def __getitem__(self, file):
-        """The features of an image file. OSError if the image could not be read, as it would say itself."""
+        """The features of an image file. OSError if the image could not be read, as it would say
+        itself."""
         number, row = divmod(self.rows[file], SHARD)
         if number not in self.opened:
             self.opened[number] = self.read_shard(number)
             if self.opened[number] is None:
-                raise ValueError(f"{self.shard(number)}: missing or damaged since the cache was filled; start again, and it is computed anew")
+                raise ValueError(f"{self.shard(number)}: missing or damaged since the cache was "
+                                 "filled; start again, and it is computed anew")
         features, bad = self.opened[number]
         if str(row) in bad:
             raise OSError(bad[str(row)])

@@ -1,11 +1,14 @@
-"""Image-text pairs: reading, tokenizing, augmenting, mixing, and sharing them out over ranks and workers.
+# MIT licence. From an implementation of VPGTrans and MemVP; copy this file alone, it imports nothing of ours.
+"""Image-text pairs: reading, tokenizing, augmenting, mixing, and sharing them out over ranks and
+workers.
 
     tok = load_tokenizer("folder of facebook/opt-6.7b")
     pairs = read_pairs("coco/annotations/captions_train2017.json")
     batches = load_batches([pairs], plan([len(pairs)], samples), ...)      # images (B,3,H,W) uint8, prompt_ids, target_ids
 
-What comes when is decided before a stage begins: `plan` says which pair is sample i, for all i. A rank takes its share of
-every batch, a worker its share of that, and a killed run continues at any sample, without a replay.
+What comes when is decided before a stage begins: `plan` says which pair is sample i, for all i. A
+rank takes its share of every batch, a worker its share of that, and a killed run continues at any
+sample, without a replay.
 
 B batch, P prompt length, T target length, Q query tokens.
 """
@@ -39,13 +42,14 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-IMAGE, HOLE = -1, -100  # in prompts: the place of a soft prompt, and a place to be passed over
+IMAGE, PADDING = -1, -100  # in prompts: the place of a soft prompt, and a place to be passed over
 
-# ------------------------------------------------------------------------------------------------------------ tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 
 class Tokenizer:
-    """A tokenizer of the `tokenizers` package, with the ids that a language model needs beside its words."""
+    """A tokenizer of the `tokenizers` package, with the ids that a language model needs beside its
+    words."""
 
     def __init__(self, encoder, bos_id, eos_id, pad_id, encoder_decoder=False):
         self.encoder, self.bos_id, self.eos_id, self.pad_id = encoder, bos_id, eos_id, pad_id
@@ -65,7 +69,8 @@ class Tokenizer:
         return self.encoder.decode(list(ids), skip_special_tokens=True)
 
     def vocab(self):
-        """{bytes that a token spells: id} without specials: what two tokenizers can be compared by."""
+        """{bytes that a token spells: id} without specials: what two tokenizers can be compared
+        by."""
         specials = {token.content for token in self.encoder.get_added_tokens_decoder().values()}
         pieces = {piece: id for piece, id in self.encoder.get_vocab().items() if piece not in specials}
         if isinstance(self.encoder.decoder, decoders.ByteLevel):
@@ -77,30 +82,36 @@ class Tokenizer:
 
 
 def byte_level_alphabet():
-    """{character: byte} of byte-level BPE (GPT-2): printable bytes stand for themselves, the rest for 256, 257, ..."""
+    """{character: byte} of byte-level BPE (GPT-2): printable bytes stand for themselves, the rest
+    for 256, 257, ..."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-# BOS, EOS and pad of model types whose files may leave them out, as transformers' configurations assume them
+# BOS, EOS and pad of model types whose files may leave them out, as transformers' configurations
+# assume them
 ASSUMED_IDS = {"opt": (2, 2, 1), "llama": (1, 2, None), "mistral": (1, 2, None), "t5": (None, 1, 0)}
 
 
 def read_json(file):
-    """The object in a JSON file; FileNotFoundError and ValueError name one that is missing or damaged."""
+    """The object in a JSON file; FileNotFoundError and ValueError name one that is missing or
+    damaged."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: missing; {file.parent} is not a checkpoint in Hugging Face layout") from None
+        raise FileNotFoundError(f"{file}: missing; {file.parent} is not a checkpoint in Hugging "
+                                "Face layout") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({error}); download it again") from error
 
 
 def special_ids(folder, config, encoder):
-    """[BOS, EOS, pad], None where there is none: the tokens that tokenizer_config.json names, else config.json's ids.
+    """[BOS, EOS, pad], None where there is none: the tokens that tokenizer_config.json names, else
+    config.json's ids.
 
-    The named tokens become specials of the encoder where they are not yet. ValueError without an EOS."""
+    The named tokens become specials of the encoder where they are not yet. ValueError without an
+    EOS."""
     named, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     tokens = read_json(named) if named.is_file() else {}
     if "added_tokens_decoder" not in tokens and older.is_file():  # transformers reads it only then, and then it prevails
@@ -113,26 +124,29 @@ def special_ids(folder, config, encoder):
             token = tokens[key].get("content") if isinstance(tokens[key], dict) else tokens[key]
             id = encoder.token_to_id(token) if isinstance(token, str) else None
             if token and id is None and key != "pad_token":  # a pad that was added later has no embedding, and is not needed here
-                raise ValueError(f"{folder}: the {key} {token!r} of {named.name} or {older.name} is not in the vocabulary; are the "
-                                 "files of one model?")
+                raise ValueError(f"{folder}: the {key} {token!r} of {named.name} or {older.name} "
+                                 "is not in the vocabulary; are the files of one model?")
             encoder.add_special_tokens([token] if id is not None else [])
         ids.append(None if id == -1 else id)
     if ids[1] is None:
-        raise ValueError(f"{folder}: no eos_token in {named.name}, and no eos_token_id in config.json; say in one which token ends a text")
+        raise ValueError(f"{folder}: no eos_token in {named.name}, and no eos_token_id in "
+                         "config.json; say in one which token ends a text")
     return ids
 
 
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint: tokenizer.json, or vocab.json + merges.txt (facebook/opt-*).
 
-    Byte-level BPE (GPT-2, OPT, Llama-3, Qwen), BPE with byte fallback (LLaMA) and Unigram (T5), read as the file says. The ids of
-    specials come from `special_ids`. FileNotFoundError and ValueError name the file and the remedy."""
+    Byte-level BPE (GPT-2, OPT, Llama-3, Qwen), BPE with byte fallback (LLaMA) and Unigram (T5),
+    read as the file says. The ids of specials come from `special_ids`. FileNotFoundError and
+    ValueError name the file and the remedy."""
     folder = Path(folder)
     file = folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else folder / "vocab.json"
     if not file.is_file() or file.name == "vocab.json" and not (folder / "merges.txt").is_file():
         only_model = " but tokenizer.model, which is not read" if (folder / "tokenizer.model").is_file() else ""
-        raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt){only_model}; copy them there, or name "
-                                "a model that has the same one: --tgt-tokenizer, huggyllama/llama-7b for Vicuna")
+        raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and "
+                                f"merges.txt){only_model}; copy them there, or name a model that "
+                                "has the same one: --tgt-tokenizer, huggyllama/llama-7b for Vicuna")
     try:
         if file.name == "tokenizer.json":
             encoder = Encoder.from_file(str(file))
@@ -145,8 +159,9 @@ def load_tokenizer(folder):
         raise ValueError(f"{file}: damaged or no tokenizer ({error}); download it again") from error
     kind = type(encoder.model).__name__
     if not (isinstance(encoder.decoder, decoders.ByteLevel) or kind == "Unigram" or kind == "BPE" and encoder.model.byte_fallback):
-        raise ValueError(f"{file}: {kind} tokenizers of this kind are not implemented; there are byte-level BPE (GPT-2, OPT, Llama-3, "
-                         "Qwen), BPE with byte fallback (LLaMA) and Unigram (T5)")
+        raise ValueError(f"{file}: {kind} tokenizers of this kind are not implemented; there are "
+                         "byte-level BPE (GPT-2, OPT, Llama-3, Qwen), BPE with byte fallback "
+                         "(LLaMA) and Unigram (T5)")
     encoder.no_truncation(), encoder.no_padding()
     config = read_json(folder / "config.json")
     config = config.get("text_config", config)
@@ -154,23 +169,26 @@ def load_tokenizer(folder):
     return Tokenizer(encoder, *special_ids(folder, config, encoder), encoder_decoder)
 
 
-# ------------------------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 
 
 def clean_caption(text, max_words=50):
-    """BLIP's caption clean-up: lower case, punctuation (and control characters) to spaces, single spaces, at most 50 words."""
+    """BLIP's caption clean-up: lower case, punctuation (and control characters) to spaces, single
+    spaces, at most 50 words."""
     return " ".join(re.sub(r'[.!"()*#:;~\x00-\x1f\x7f-\x9f]', " ", text.lower()).split()[:max_words])
 
 
 def caption_ids(tok, caption, max_tokens=32):
     """Caption -> its ids and the end mark; a long one loses its last words, never the end mark.
 
-    The end mark's id is appended: newer BPEs would merge a "\\n" in the text with what stands before it."""
+    The end mark's id is appended: newer BPEs would merge a "\\n" in the text with what stands
+    before it."""
     return tok.encode(caption)[: max_tokens - 1] + [tok.end_id]
 
 
 def prompt_ids(tok, num_query_tokens, text=""):
-    """What the LLM reads before it answers: [IMAGE x Q, BOS, text], T5's encoder [IMAGE x Q, text, </s>].
+    """What the LLM reads before it answers: [IMAGE x Q, BOS, text], T5's encoder [IMAGE x Q, text,
+    </s>].
 
     BOS belongs to the prompt, so it is never scored."""
     ids = tok.encode(text) if text else []
@@ -180,22 +198,26 @@ def prompt_ids(tok, num_query_tokens, text=""):
 
 
 def first_part(tok, ids, rng):
-    """Of a caption's ids (T5's), how many are its first part, which the encoder reads: up to a random word of 0..n/2.
+    """Of a caption's ids (T5's), how many are its first part, which the encoder reads: up to a
+    random word of 0..n/2.
 
-    Prefix language modelling, as BLIP-2 trains with T5. The caption was cut to max_tokens before, so both parts keep to it."""
+    Prefix language modelling, as BLIP-2 trains with T5. The caption was cut to max_tokens before,
+    so both parts keep to it."""
     starts = [i for i, id in enumerate(ids) if tok.encoder.id_to_token(id).startswith("▁")]
     return int(rng.choice(starts[: len(starts) // 2 + 1])) if starts else 0
 
 
 def pad(rows, value, left=False):
-    """Lists of ids -> (B, longest), filled up with `value` on the right, or on the left (prompts)."""
+    """Lists of ids -> (B, longest), filled up with `value` on the right, or on the left
+    (prompts)."""
     longest = max(map(len, rows))
     fill = lambda row: [value] * (longest - len(row))
     return torch.tensor([fill(row) + row if left else row + fill(row) for row in rows])
 
 
 def count_tokens(tok, captions, vocab_size, max_tokens=32):
-    """(V,) how often the captions use each token, end marks included: the weights of the word converter."""
+    """(V,) how often the captions use each token, end marks included: the weights of the word
+    converter."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     captions = iter(captions)
     while some := list(itertools.islice(captions, 10_000)):
@@ -204,16 +226,12 @@ def count_tokens(tok, captions, vocab_size, max_tokens=32):
     return counts
 
 
-# ---------------------------------------------------------------------------------------------------------------- images
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which EVA and BLIP-2 share
-STD = (0.26862954, 0.26130258, 0.27577711)
-
+# ------------------------------------------------------------------------------------------- images
 
 @contextlib.contextmanager
 def open_image(file):
-    """An image file, or SHARD.tar::MEMBER@OFFSET+SIZE, opened but not decoded yet. OSError names one that cannot be read, also if
-    that shows later on."""
+    """An image file, or SHARD.tar::MEMBER@OFFSET+SIZE, opened but not decoded yet. OSError names
+    one that cannot be read, also if that shows later on."""
     try:
         if shard := re.fullmatch(r"(?s)(.+?\.tar)::.*@(\d+)\+(\d+)", str(file)):
             with open(shard[1], "rb") as tar:
@@ -228,7 +246,8 @@ def open_image(file):
 
 
 def upright_rgb(image):
-    """An opened image of any mode -> decoded, RGB, turned as its EXIF orientation says (in place), transparency on white."""
+    """An opened image of any mode -> decoded, RGB, turned as its EXIF orientation says (in place),
+    transparency on white."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -240,7 +259,8 @@ def upright_rgb(image):
 
 
 def load_image(file):
-    """An image file of any mode -> RGB, upright, transparency on white. OSError names a file that cannot be read."""
+    """An image file of any mode -> RGB, upright, transparency on white. OSError names a file that
+    cannot be read."""
     with open_image(file) as image:
         return upright_rgb(image)
 
@@ -248,8 +268,9 @@ def load_image(file):
 def resample(image, size):
     """RGB -> (3,size,size) uint8: bicubic with antialiasing, aspect ratio not kept.
 
-    By torch's kernel, four times as fast as Pillow's; photographs that are made smaller come out within one of 255 levels of it.
-    transformers takes the one where torchvision is installed, the other where it is not."""
+    By torch's kernel, four times as fast as Pillow's; photographs that are made smaller come out
+    within one of 255 levels of it. transformers takes the one where torchvision is installed, the
+    other where it is not."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return F.interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
 
@@ -260,13 +281,15 @@ def resize(image, size):
 
 
 def read_image(file, size):
-    """A file -> (3,size,size) uint8, as for evaluation. OSError names a file that cannot be read."""
+    """A file -> (3,size,size) uint8, as for evaluation. OSError names a file that cannot be
+    read."""
     with open_image(file) as image:
         return resize(image, size)
 
 
 def draw_crop(width, height, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A random part of an image's area, as torchvision's RandomResizedCrop draws it. -> (left, top, right, bottom)"""
+    """A random part of an image's area, as torchvision's RandomResizedCrop draws it. -> (left, top,
+    right, bottom)"""
     for _ in range(10):  # ten tries, else the whole image
         area, aspect = width * height * rng.uniform(*scale), np.exp(rng.uniform(*np.log(ratio)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
@@ -277,10 +300,12 @@ def draw_crop(width, height, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
 
 
 def random_crop(image, size, rng, least=0.75):
-    """PIL -> (3,size,size) uint8; the training transform of BLIP: a random part of the area, bicubic, and a random flip.
+    """PIL -> (3,size,size) uint8; the training transform of BLIP: a random part of the area,
+    bicubic, and a random flip.
 
-    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size (in place), which is less work, where its crop still
-    has `least` of the pixels that are wanted, along either side; with least=inf it is always decoded whole."""
+    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size (in place), which is
+    less work, where its crop still has `least` of the pixels that are wanted, along either side;
+    with least=inf it is always decoded whole."""
     # turned by a quarter, when upright; of a TIFF, Pillow says the size that it then has
     turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     width, height = image.size[::-1] if turned else image.size
@@ -294,15 +319,18 @@ def random_crop(image, size, rng, least=0.75):
 
 
 def thumbnail(image):
-    """RGB -> (768,) int16: its colours on a grid of 16 x 16, nearly the same whatever its size and quality."""
+    """RGB -> (768,) int16: its colours on a grid of 16 x 16, nearly the same whatever its size and
+    quality."""
     return np.asarray(image.resize((128, 128), Image.NEAREST).reduce(8), np.int16).reshape(-1)
 
 
 class Lookalikes:
-    """Finds pictures that are among given ones, also under another name, in another size or quality, as COCO's in Visual Genome."""
+    """Finds pictures that are among given ones, also under another name, in another size or
+    quality, as COCO's in Visual Genome."""
 
     def __init__(self, files):
-        """Reads the files; those that cannot be read, and those that show next to nothing, are passed over."""
+        """Reads the files; those that cannot be read, and those that show next to nothing, are
+        passed over."""
         def read(file):
             with contextlib.suppress(OSError):
                 return file, thumbnail(load_image(file))
@@ -313,23 +341,19 @@ class Lookalikes:
         self.thumbnails = np.array(thumbnails, np.int16).reshape(-1, 768)
 
     def find(self, image, most=32):
-        """An RGB image -> the file whose picture it is, or None. No cell of the grid differs by more than `most` of 255 levels."""
+        """An RGB image -> the file whose picture it is, or None. No cell of the grid differs by
+        more than `most` of 255 levels."""
         alike = np.flatnonzero(np.abs(self.thumbnails - thumbnail(image)).max(1) <= most)
         return self.files[alike[0]] if len(alike) else None
 
 
-def normalise(images):
-    """(B,3,H,W) uint8 -> float32, CLIP's mean and deviation. Images travel as bytes: a quarter of the traffic."""
-    mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device, non_blocking=True) for x in (MEAN, STD))  # else a GPU is waited for
-    return torch.addcmul(-mean / std, images, 1 / (255 * std))
-
-
-# ----------------------------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 
 class Strings:
-    """Many strings in two arrays, `text` one behind the other and where each `ends`: a third of a list's memory, which processes
-    share (of a list's strings each would get a copy, since reading one counts its references), and which is saved as it is."""
+    """Many strings in two arrays, `text` one behind the other and where each `ends`: a third of a
+    list's memory, which processes share (of a list's strings each would get a copy, since reading
+    one counts its references), and which is saved as it is."""
 
     def __init__(self, text, ends):
         self.text, self.ends = text, ends  # (bytes,) uint8; (N,) int64
@@ -388,7 +412,8 @@ class Pairs:
         return self.subset(np.flatnonzero(chosen[self.image] == instead)) if instead or chosen.any() else self
 
     def by_image(self):
-        """-> the captions' numbers in the order of their images, and where each image's begin: order[begins[i] : begins[i + 1]]"""
+        """-> the captions' numbers in the order of their images, and where each image's begin:
+        order[begins[i] : begins[i + 1]]"""
         return np.argsort(self.image, kind="stable"), np.cumsum([0, *np.bincount(self.image, minlength=len(self.images))])
 
     def subset(self, indices):
@@ -397,7 +422,8 @@ class Pairs:
 
 
 def collect_pairs(rows):
-    """(where, image, caption or None, problem or None) of many annotations -> (images, captions, image, left_out) of Pairs."""
+    """(where, image, caption or None, problem or None) of many annotations -> (images, captions,
+    image, left_out) of Pairs."""
     number_of, captions, image_of, left_out = {}, [], [], {}
     for where, image, caption, problem in rows:
         if not problem:
@@ -419,7 +445,8 @@ CAPTION_KEYS = ("caption", "captions", "text", "title", "sentence")
 
 
 def row_pairs(where, row):
-    """One annotation {image: ..., caption: ...} -> rows for collect_pairs; a list of captions is that many pairs.
+    """One annotation {image: ..., caption: ...} -> rows for collect_pairs; a list of captions is
+    that many pairs.
 
     Of LAION-COCO's `all_captions` it is the one with the largest of `all_similarities`."""
     if not isinstance(row, dict):
@@ -451,7 +478,8 @@ def read_jsonl(file):
 
 
 def read_annotations(file):
-    """A list of annotations, or COCO's {"images": [...], "annotations": [...]}, whose captions refer to images by id."""
+    """A list of annotations, or COCO's {"images": [...], "annotations": [...]}, whose captions
+    refer to images by id."""
     try:
         rows = json.loads(file.read_bytes(), strict=False)
     except (ValueError, RecursionError) as error:
@@ -477,8 +505,9 @@ def read_table(file):
         except csv.Error as error:
             raise ValueError(f"{file}: no table ({error})") from error
         if not (columns.keys() & set(IMAGE_KEYS) and columns.keys() & set(CAPTION_KEYS)):
-            raise ValueError(f"{file}: its first row must name a column {' or '.join(IMAGE_KEYS)} and one {' or '.join(CAPTION_KEYS)}; it "
-                             f"names {', '.join(columns) or 'none'}")
+            raise ValueError(f"{file}: its first row must name a column {' or '.join(IMAGE_KEYS)} "
+                             f"and one {' or '.join(CAPTION_KEYS)}; it names "
+                             f"{', '.join(columns) or 'none'}")
         while True:
             start = rows.reader.line_num + 1
             where = f"{file}, line {start}"
@@ -522,7 +551,8 @@ LONGEST_PAUSE = 2 * 10_240  # bytes of zeros with which tar ends, and what may b
 
 
 class Header(tarfile.TarInfo):
-    """tarfile passes damaged headers over in silence, looking for the next whole one; this has the shard write them down."""
+    """tarfile passes damaged headers over in silence, looking for the next whole one; this has the
+    shard write them down."""
 
     @classmethod
     def frombuf(cls, block, encoding, errors):
@@ -572,7 +602,8 @@ def sample_of_shard(shard, where, parts, place):
 
 
 def members_of(shard, file):
-    """Of a shard, (member, None) for every file in it, and (None, row for collect_pairs) for what is damaged, unsafe or missing."""
+    """Of a shard, (member, None) for every file in it, and (None, row for collect_pairs) for what
+    is damaged, unsafe or missing."""
     size, end = os.path.getsize(file), 0  # end: of the last member
     bad = lambda what, problem: (None, (f"{file}: {what}", None, None, problem))
     while True:
@@ -606,10 +637,11 @@ def members_of(shard, file):
 
 
 def read_shard(file, place):
-    """A tar as img2dataset and webdataset write them: KEY.jpg (.png, .webp, ...), and behind or before it KEY.txt or KEY.json.
+    """A tar as img2dataset and webdataset write them: KEY.jpg (.png, .webp, ...), and behind or
+    before it KEY.txt or KEY.json.
 
-    Only headers and captions are read. An image is known by its bytes in the shard, called `place` in the rows; nothing is ever
-    extracted to disk."""
+    Only headers and captions are read. An image is known by its bytes in the shard, called `place`
+    in the rows; nothing is ever extracted to disk."""
     seen, key, parts = set(), None, {}
     with open(file, "rb") as content:
         if content.read(2) == b"\x1f\x8b":
@@ -644,7 +676,8 @@ READERS = {".jsonl": read_jsonl, ".json": read_annotations, ".csv": read_table, 
 
 
 def expand(source):
-    """The shards that SHARDS/{00000..00200}.tar, SHARDS/*.tar or a folder of them name; of another source [source]."""
+    """The shards that SHARDS/{00000..00200}.tar, SHARDS/*.tar or a folder of them name; of another
+    source [source]."""
     if numbers := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(source)):
         before, first, last, behind = numbers.groups()
         return [Path(f"{before}{i:0{len(first)}d}{behind}") for i in range(int(first), int(last) + 1)]
@@ -656,7 +689,8 @@ def expand(source):
 
 
 def read_rows(source, root):
-    """A shard, folder or file of annotations -> rows for collect_pairs, images named from `root` where it is a shard."""
+    """A shard, folder or file of annotations -> rows for collect_pairs, images named from `root`
+    where it is a shard."""
     if source.suffix == ".tar":
         return read_shard(source, os.path.relpath(source, root))
     return read_folder(source) if source.is_dir() else READERS[source.suffix](source)
@@ -670,12 +704,15 @@ def scan_one(source, root):
 def scan(sources, root):
     """As scan_one, of many shards on all cores, or of one other source."""
     if len(sources) == 1:
-        return collect_pairs(tqdm(read_rows(sources[0], root), desc=f"scan {sources[0]}", unit=" pairs", delay=3))
+        return collect_pairs(tqdm(read_rows(sources[0], root), desc=f"scan {sources[0]}", unit=" "
+                                                                                               "pairs", delay=3))
     if len(sources) < 8:  # processes take seconds to start
-        parts = [scan_one(source, root) for source in tqdm(sources, desc=f"scan {root}", unit="shard")]
+        parts = [scan_one(source, root) for source in tqdm(sources, desc="scan "
+                                                                         f"{root}", unit="shard")]
         return join_scans(parts)
     with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), len(sources)), multiprocessing.get_context("spawn")) as pool:
-        parts = list(tqdm(pool.map(functools.partial(scan_one, root=root), sources), total=len(sources), desc=f"scan {root}", unit="shard"))
+        parts = list(tqdm(pool.map(functools.partial(scan_one, root=root), sources), total=len(sources), desc="scan "
+                                                                                                              f"{root}", unit="shard"))
     return join_scans(parts)
 
 
@@ -694,7 +731,8 @@ KEPT_FROM = 100_000  # pairs
 
 
 def kept_scan(sources, root):
-    """scan(), a large one (but of a folder) kept in $VPGTRANS_CACHE (~/.cache/vpgtrans) until a source changes, and then mapped into memory."""
+    """scan(), a large one (but of a folder) kept in $VPGTRANS_CACHE (~/.cache/vpgtrans) until a
+    source changes, and then mapped into memory."""
     if sources[0].is_dir():  # whose texts may change without a trace in the folder
         return scan(sources, root)
     state = [[str(f.absolute()), str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in sources]
@@ -717,8 +755,9 @@ def kept_scan(sources, root):
 
 
 def parse_spec(spec):
-    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> (name, source, images or None, weight or None); what exists is a SOURCE as a whole,
-    whatever signs are in it. Without NAME, a folder has its own name, a file that of its folder."""
+    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> (name, source, images or None, weight or None); what
+    exists is a SOURCE as a whole, whatever signs are in it. Without NAME, a folder has its own
+    name, a file that of its folder."""
     if os.path.exists(spec):
         name, source, images, weight = None, spec, None, None
     elif parts := re.fullmatch(r"(?:([\w-]+)=)?([^@]+?)(?:@(.+?))?(?::(\d+(?:\.\d+)?))?", spec):
@@ -731,40 +770,48 @@ def parse_spec(spec):
 
 
 def image_root(file, images, names):
-    """The folder that the image names of an annotation file are relative to: the one given, or one that has some of them."""
+    """The folder that the image names of an annotation file are relative to: the one given, or one
+    that has some of them."""
     split = file.stem.rsplit("_", 1)[-1]  # captions_train2017.json stands beside train2017/, one folder up
     places = [images] if images else [file.parent, file.parent.parent, file.parent / "images", file.parent.parent / split]
     for place in places:
         if any(os.path.isfile(place / name) for name in names):
             return place
-    raise FileNotFoundError(f"{file}: its first images, {names[0]} and so on, are in none of {', '.join(map(str, places))}; say "
-                            f"where the images are: {file}@FOLDER")
+    raise FileNotFoundError(f"{file}: its first images, {names[0]} and so on, are in none of "
+                            f"{', '.join(map(str, places))}; say where the images are: "
+                            f"{file}@FOLDER")
 
 
 def read_pairs(spec, crop=True):
-    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> Pairs. Each annotation is a pair, as the paper counts them.
+    """`[NAME=]SOURCE[@IMAGES][:WEIGHT]` -> Pairs. Each annotation is a pair, as the paper counts
+    them.
 
-    SOURCE is a .jsonl, .json, .csv or .tsv of images and captions, COCO's captions json, a folder of images with .txt files
-    beside them, or WebDataset shards: SHARDS/{00000..00200}.tar, SHARDS/*.tar, a folder of them. Images are found beside an
-    annotation file, in COCO's layout, or in IMAGES; whether all are there shows when they are read. What is damaged or empty is left
-    out and named, by kind. FileNotFoundError and ValueError name file and remedy."""
+    SOURCE is a .jsonl, .json, .csv or .tsv of images and captions, COCO's captions json, a folder
+    of images with .txt files beside them, or WebDataset shards: SHARDS/{00000..00200}.tar,
+    SHARDS/*.tar, a folder of them. Images are found beside an annotation file, in COCO's layout, or
+    in IMAGES; whether all are there shows when they are read. What is damaged or empty is left out
+    and named, by kind. FileNotFoundError and ValueError name file and remedy."""
     name, source, images, _ = parse_spec(spec)
     sources = expand(source)
     if images and (sources[0].suffix == ".tar" or source.is_dir()):
-        raise ValueError(f"{spec}: @{images} is for files of annotations; a folder or shard holds its images")
+        raise ValueError(f"{spec}: @{images} is for files of annotations; a folder or shard holds "
+                         "its images")
     if len({file.suffix for file in sources}) > 1:
-        raise ValueError(f"{source}: names files of several kinds, {sources[0].name} and others; give each a --data of its own")
+        raise ValueError(f"{source}: names files of several kinds, {sources[0].name} and others; "
+                         "give each a --data of its own")
     for missing in [file for file in sources if not file.exists()] or ([source] if not sources else []):
         raise FileNotFoundError(f"{missing}: there is no such file or folder of image-text pairs")
     for file in sources:
         if file.suffix not in (".tar", *READERS) and not file.is_dir():
-            raise ValueError(f"{file}: image-text pairs are read from {', '.join(READERS)}, .tar shards and folders")
+            raise ValueError(f"{file}: image-text pairs are read from {', '.join(READERS)}, .tar "
+                             "shards and folders")
     of_shards = sources[0].suffix == ".tar"
     root = Path(os.path.commonpath([file.parent for file in sources])) if of_shards else source
     table = kept_scan(sources, root)
     if not len(table[1]):
         left = "; ".join(f"{len(places):,} left out: {problem}, such as {places[0]}" for problem, places in table[3].items())
-        raise ValueError(f"{source}: not one image with a caption{f' ({left})' if left else ''}; is this the right file?")
+        raise ValueError(f"{source}: not one image with a caption{f' ({left})' if left else ''}; "
+                         "is this the right file?")
     if not of_shards and not source.is_dir():
         root = image_root(source, images, [table[0][i] for i in range(min(100, len(table[0])))])
     return Pairs(name, str(root), *table, crop)
@@ -781,45 +828,17 @@ def one_caption_an_image(pairs, most):
     return pairs.subset(np.sort(np.unique(pairs.image, return_index=True)[1])[:most])
 
 
-# The paper's data (section 4.1), by the names of their folders: where the annotations are, and how to get them.
-PAPER = {
-    "coco": (["coco_karpathy_train.json", "annotations/captions_train2017.json", "annotations/captions_train2014.json"],
-             "of cocodataset.org: train2017.zip and annotations_trainval2017.zip, unpacked"),
-    "sbu": (["sbu.json", "sbu.jsonl"], "SBU captions, downloaded with img2dataset, as a list of {image, caption}"),
-    "vg": (["vg_caption.json", "vg.jsonl"], "Visual Genome region descriptions, as LAVIS's vg_caption.json"),
-    "laion": (["laion.jsonl", "laion.json"], "LAION-COCO, 13M pairs will do, as {image, caption} lines or the .tar shards of img2dataset"),
-}
-PAPER_VALIDATION = ["coco_karpathy_val.json", "annotations/captions_val2017.json", "annotations/captions_val2014.json"]
-WARM_UP, FINE_TUNE = {"coco": 1.0, "sbu": 1.0}, {"coco": 0.1, "vg": 0.2, "laion": 0.7}
-
-
-def find_paper_data(root):
-    """{name: annotation file, or folder of shards} of what lies under `root` in the layout of PAPER, "val" for the validation set
-    included."""
-    first = lambda folder, files: next((folder / file for file in files if (folder / file).is_file()), None)
-    shards = lambda folder: folder if any(folder.glob("*.tar")) else None
-    found = {name: first(Path(root) / name, files) or shards(Path(root) / name) for name, (files, _) in PAPER.items()}
-    found["val"] = first(Path(root) / "coco", PAPER_VALIDATION)
-    return {name: file for name, file in found.items() if file}
-
-
-def how_to_get_paper_data(root):
-    """The text for somebody who has no data yet."""
-    lines = [f"  {Path(root) / name}/{' or '.join(files)}  ({how})" for name, (files, how) in PAPER.items()]
-    return "\n".join([f"no data: nothing lies under {root}/. Put there one or more of", *lines,
-                      "(coco alone will do to begin with), name another folder in $VPGTRANS_DATA, or name your own pairs:",
-                      "  --data pairs.jsonl      with lines {\"image\": \"cat.jpg\", \"caption\": \"a cat on a mat\"}"])
-
-
-# -------------------------------------------------------------------------------------------------------- order and batches
+# -------------------------------------------------------------------------------- order and batches
 
 
 def plan(sizes, samples, seed, weights=None):
-    """(samples,) int64: which pair is sample i, as an index into the concatenation of data sets of the given sizes.
+    """(samples,) int64: which pair is sample i, as an index into the concatenation of data sets of
+    the given sizes.
 
-    Without weights, one permutation of everything after another: every `sum(sizes)` samples are an epoch. With weights,
-    data set d makes up its share of every window: sample i goes where the golden-ratio sequence falls, which is evener
-    than chance; and each data set is permuted anew whenever it has been used up."""
+    Without weights, one permutation of everything after another: every `sum(sizes)` samples are an
+    epoch. With weights, data set d makes up its share of every window: sample i goes where the
+    golden-ratio sequence falls, which is evener than chance; and each data set is permuted anew
+    whenever it has been used up."""
     def passes(size, count, stream):
         rngs = (np.random.default_rng((seed, stream, epoch)) for epoch in range(-(-count // size)))
         return np.concatenate([np.empty(0, np.int64), *(rng.permutation(size) for rng in rngs)])[:count]
@@ -844,23 +863,28 @@ def captions_a_sample(pairs, captions):
 
 
 def sizes(sets, captions="each"):
-    """How many samples each data set holds: its captions ("each"), or its images, with "one" or all ("packed") of their captions."""
+    """How many samples each data set holds: its captions ("each"), or its images, with "one" or all
+    ("packed") of their captions."""
     return [len(pairs) if captions == "each" else len(pairs.images) for pairs in sets]
 
 
 class Samples(torch.utils.data.Dataset):
-    """Samples by (position in the plan, which): an image as the ViT wants it (or what a cache has of it), a prompt and targets.
+    """Samples by (position in the plan, which): an image as the ViT wants it (or what a cache has
+    of it), a prompt and targets.
 
-    A sample is a caption ("each"), or an image with "one" of its captions, drawn anew each time, or with all of them ("packed").
-    All randomness is seeded by (seed, position): crops and flips (augment), where captions are split for T5 (split; both
-    are for training), and which captions are drawn. A sample with an unreadable image is named and gives way to the one after
-    it. `known`: Lookalikes of pictures that are not to be among the samples; those that are, are named."""
+    A sample is a caption ("each"), or an image with "one" of its captions, drawn anew each time, or
+    with all of them ("packed"). All randomness is seeded by (seed, position): crops and flips
+    (augment), where captions are split for T5 (split; both are for training), and which captions
+    are drawn. A sample with an unreadable image is named and gives way to the one after it.
+    `known`: Lookalikes of pictures that are not to be among the samples; those that are, are
+    named."""
 
     def __init__(self, sets, tok, image_size, num_query_tokens, max_tokens=32, captions="each", augment=True, split=True, known=None, seed=0):
         self.sets, self.tok, self.size, self.max_tokens, self.augment, self.seed = sets, tok, image_size, max_tokens, augment, seed
         self.captions, self.split, self.known = captions, split and tok.encoder_decoder, known
         if captions == "packed" and self.split:
-            raise ValueError("captions cannot be packed for T5, whose encoder reads a part of each; use one or each")
+            raise ValueError("captions cannot be packed for T5, whose encoder reads a part of "
+                             "each; use one or each")
         self.prompt = prompt_ids(tok, num_query_tokens)
         self.starts = np.cumsum([0, *sizes(sets, captions)])
         self.groups = [pairs.by_image() for pairs in sets] if captions != "each" else None
@@ -906,8 +930,8 @@ class Samples(torch.utils.data.Dataset):
         return self.sets[d], of_image
 
     def look(self, pairs, file, position):
-        """The pixels of an image, (3,size,size) uint8, or its queries from the cache, and which of the known pictures it is, if any.
-        OSError if it cannot be read."""
+        """The pixels of an image, (3,size,size) uint8, or its queries from the cache, and which of
+        the known pictures it is, if any. OSError if it cannot be read."""
         if pairs.cache:
             return pairs.cache[file], None
         with open_image(file) as image:
@@ -918,28 +942,32 @@ class Samples(torch.utils.data.Dataset):
             return pixels, self.known and self.known.find(upright_rgb(image))
 
     def collate(self, samples):
-        """Samples -> a batch: images (B,3,size,size) or queries (B,Q,Dq), prompt_ids (B,P), target_ids (B,T), packed (B,K,T); files;
-        bad, of which images could not be read; twins, {file: the known picture that it is}."""
+        """Samples -> a batch: images (B,3,size,size) or queries (B,Q,Dq), prompt_ids (B,P),
+        target_ids (B,T), packed (B,K,T); files; bad, of which images could not be read; twins,
+        {file: the known picture that it is}."""
         images, K = torch.stack([sample["image"] for sample in samples]), max(len(sample["targets"]) for sample in samples)
         target_ids = pad([row for sample in samples for row in sample["targets"] + [[]] * (K - len(sample["targets"]))], -100)
         return {"images" if images.dtype == torch.uint8 else "queries": images,
-                "prompt_ids": pad([sample["prompt"] for sample in samples], HOLE, left=True),
+                "prompt_ids": pad([sample["prompt"] for sample in samples], PADDING, left=True),
                 "target_ids": target_ids.unflatten(0, (-1, K)) if self.captions == "packed" else target_ids,
                 "files": [sample["file"] for sample in samples], "bad": [message for sample in samples for message in sample["bad"]],
                 "twins": {sample["file"]: sample["twin"] for sample in samples if sample["twin"]}}
 
 
 def block_signals(_=None):
-    """Neither Ctrl-C nor SIGTERM reaches this process and its children any more. -> what was blocked before"""
+    """Neither Ctrl-C nor SIGTERM reaches this process and its children any more. -> what was
+    blocked before"""
     return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0):
-    """Yields, for every optimizer step from first_step on, this rank's share of the batch as a list of micro-batches.
+    """Yields, for every optimizer step from first_step on, this rank's share of the batch as a list
+    of micro-batches.
 
-    Step s takes order[s * batch_size : (s + 1) * batch_size], sorted by the length of the captions, so that the captions of a
-    micro-batch need little padding; rank r takes every world-th of these from r on, so that the union over ranks is the
-    same however many there are. What does not fill the last batch is left out."""
+    Step s takes order[s * batch_size : (s + 1) * batch_size], sorted by the length of the captions,
+    so that the captions of a micro-batch need little padding; rank r takes every world-th of these
+    from r on, so that the union over ranks is the same however many there are. What does not fill
+    the last batch is left out."""
     steps, lengths = range(first_step, len(order) // batch_size), samples.lengths()
 
     def micro_batches():
@@ -949,7 +977,8 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
             for i in range(0, len(positions), micro_batch):
                 yield [(int(p), int(order[p])) for p in positions[i : i + micro_batch]]
 
-    # workers end with the process that they read for, and leave it to that one what to do when all are told to stop
+    # workers end with the process that they read for, and leave it to that one what to do when all
+    # are told to stop
     before = block_signals()
     try:
         loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=micro_batches(), collate_fn=samples.collate, num_workers=workers,
@@ -961,7 +990,7 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
         yield [next(loader) for _ in range(per_step)]
 
 
-# -------------------------------------------------------------------------------------------- the command: what is in a data set
+# --------------------------------------------------------------- the command: what is in a data set
 
 
 def check_image(file):
@@ -973,7 +1002,8 @@ def check_image(file):
 
 
 def contact_sheet(pairs, size, rows=5, columns=8):
-    """A picture of samples drawn at random, as the model sees them in training, with their captions."""
+    """A picture of samples drawn at random, as the model sees them in training, with their
+    captions."""
     rng, margin, lines = np.random.default_rng(0), 8, 3
     rows = min(rows, -(-len(pairs) // columns))
     sheet = Image.new("RGB", (columns * (size + margin) + margin, rows * (size + margin + 12 * lines) + margin), "white")
@@ -993,7 +1023,8 @@ def contact_sheet(pairs, size, rows=5, columns=8):
 
 
 def describe(pairs, count):
-    """Lines about a data set: pairs, captions, what was left out, and what `count` images drawn at random are like."""
+    """Lines about a data set: pairs, captions, what was left out, and what `count` images drawn at
+    random are like."""
     words = np.array([caption.count(" ") + 1 for caption in pairs.captions])
     yield f"{pairs.name}: {len(pairs):,} pairs, {len(pairs.images):,} images, {len(pairs) / len(pairs.images):.3g} captions an image"
     yield f"captions: {words.mean():.1f} words on average, {np.quantile(words, 0.05):.0f} to {np.quantile(words, 0.95):.0f} in nine of ten"
@@ -1002,7 +1033,8 @@ def describe(pairs, count):
         yield from (f"    {place}" for place in places[:10])
     files = [os.path.join(pairs.root, pairs.images[i]) for i in np.random.default_rng(0).permutation(len(pairs.images))[:count]]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
-        found = list(tqdm(pool.map(check_image, files), total=len(files), desc="reading images", unit="image"))
+        found = list(tqdm(pool.map(check_image, files), total=len(files), desc="reading "
+                                                                               "images", unit="image"))
     sides, bad = np.array([size for size in found if not isinstance(size, str)]), [message for message in found if isinstance(message, str)]
     if len(sides):
         width, height = np.median(sides, axis=0)
@@ -1012,16 +1044,22 @@ def describe(pairs, count):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="What is in a data set, and a contact sheet of it as the model sees it.",
+    parser = argparse.ArgumentParser(description="What is in a data set, and a contact sheet of it "
+                                                 "as the model sees it.",
                                      epilog=read_pairs.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", metavar="SPEC", help="[NAME=]SOURCE[@IMAGES], as for train.py --data")
-    parser.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"), help="where to write the picture (default: %(default)s)")
-    parser.add_argument("--check", type=int, default=1000, metavar="N", help="read so many images, drawn at random; 0: all (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="of the ViT (default: %(default)s)")
+    parser.add_argument("spec", metavar="SPEC",
+                        help="[NAME=]SOURCE[@IMAGES], as for train.py --data")
+    parser.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"),
+                        help="where to write the picture (default: %(default)s)")
+    parser.add_argument("--check", type=int, default=1000, metavar="N",
+                        help="read so many images, drawn at random; 0: all (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224,
+                        help="of the ViT (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         if not args.sheet.absolute().parent.is_dir() or args.sheet.suffix.lower() not in Image.registered_extensions():
-            raise FileNotFoundError(f"{args.sheet}: there is no folder {args.sheet.parent} to write it into, or it ends as no picture does (.png)")
+            raise FileNotFoundError(f"{args.sheet}: there is no folder {args.sheet.parent} to "
+                                    "write it into, or it ends as no picture does (.png)")
         pairs = read_pairs(args.spec)
         print(*describe(pairs, args.check or len(pairs.images)), sep="\n")
         contact_sheet(pairs, args.image_size).save(args.sheet)

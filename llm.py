@@ -1,15 +1,18 @@
-"""Frozen language models that read soft prompts: forward, loss, generation, loading straight from safetensors.
+# MIT licence. From an implementation of VPGTrans and MemVP; copy this file alone, it imports nothing of ours.
+"""Frozen language models that read soft prompts: forward, loss, generation, loading straight from
+safetensors.
 
     llm = load_llm("facebook/opt-6.7b as a folder", dtype=torch.bfloat16, device="cuda")
     loss, tokens = llm.loss(soft_prompts, caption_ids)          # gradients flow to soft_prompts only
     captions = llm.generate(soft_prompts, num_beams=5)          # lists of ids
 
-Every language model here reads a *prefix* of embeddings (soft prompts, BOS, an instruction) and scores or produces a
-target: OPT and LLaMA (with Vicuna, Mistral, SmolLM2, Qwen2, Qwen3) read [prefix | target]; T5 reads the prefix in its
-encoder. Parameter names equal the checkpoint's, so that loading needs no table of names.
+Every language model here reads a *prefix* of embeddings (soft prompts, BOS, an instruction) and
+scores or produces a target: OPT and LLaMA (with Vicuna, Mistral, SmolLM2, Qwen2, Qwen3) read
+[prefix | target]; T5 reads the prefix in its encoder. Parameter names equal the checkpoint's, so
+that loading needs no table of names.
 
-B batch, P prefix length, T target length, S positions read, D LLM width, V vocabulary, H heads, G key-value heads,
-hd width of a head, K beams.
+B batch, P prefix length, T target length, S positions read, D LLM width, V vocabulary, H heads, G
+key-value heads, hd width of a head, K beams.
 """
 
 import json
@@ -22,14 +25,15 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------- shared by all models
+# ----------------------------------------------------------------------------- shared by all models
 
 
 def attention(q, k, v, mask=None, causal=False, scale=None):
     """Softmax attention of queries (B,H,Sq,hd) over keys and values (B,G,Sk,hd) -> (B,H,Sq,hd).
 
-    G < H: heads share keys and values in groups of H/G (GQA, Ainslie et al. 2023). `mask` broadcasts to (B,H,Sq,Sk): a
-    bool is True where a query may look, numbers are added to the scores. scale is 1/sqrt(hd) unless given."""
+    G < H: heads share keys and values in groups of H/G (GQA, Ainslie et al. 2023). `mask`
+    broadcasts to (B,H,Sq,Sk): a bool is True where a query may look, numbers are added to the
+    scores. scale is 1/sqrt(hd) unless given."""
     groups = (len(q), k.shape[1], -1, q.shape[-1])
     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
     if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.requires_grad):
@@ -44,7 +48,8 @@ def attention(q, k, v, mask=None, causal=False, scale=None):
         return (weights.view(*groups[:3], weights.shape[-1]) @ v).view(q.shape)
     if mask is None or q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    # with a mask, torch's fast kernels know no groups: the heads of a group become queries of one head
+    # with a mask, torch's fast kernels know no groups: the heads of a group become queries of one
+    # head
     mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
     return F.scaled_dot_product_attention(q.reshape(groups), k, v, mask, scale=scale).reshape(q.shape)
 
@@ -59,34 +64,40 @@ def merge_heads(x):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
-        """Draws nothing on the meta device: torch would import its compiler for that, which takes a second."""
+        """Draws nothing on the meta device: torch would import its compiler for that, which takes a
+        second."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
 
 def word_scores(head, x):
-    """Hidden states (B,S,D) -> logits (B,S,V), as a product of two matrices: with three dimensions and strides, as of a
-    slice, torch would copy the whole head for each row."""
+    """Hidden states (B,S,D) -> logits (B,S,V), as a product of two matrices: with three dimensions
+    and strides, as of a slice, torch would copy the whole head for each row."""
     return head(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def take_prefix(prefix, prefix_mask, dim, dtype):
-    """(B,P,D), (B,P) bool or None -> the same two, checked; each row's real positions moved to the right end, in order, so
-    that holes anywhere become padding on the left. A position then depends on the row's real positions alone."""
+    """(B,P,D), (B,P) bool or None -> the same two, checked; each row's real positions moved to the
+    right end, in order, so that holes anywhere become padding on the left. A position then depends
+    on the row's real positions alone."""
     if prefix.ndim != 3 or prefix.shape[1] == 0 or prefix.shape[2] != dim:
-        raise ValueError(f"the prefix must be (B, P >= 1, {dim}), not {tuple(prefix.shape)}; a text alone needs its BOS in it")
+        raise ValueError(f"the prefix must be (B, P >= 1, {dim}), not {tuple(prefix.shape)}; a "
+                         "text alone needs its BOS in it")
     if prefix_mask is None:
         return prefix.to(dtype), None
     if prefix_mask.dtype != torch.bool or prefix_mask.shape != prefix.shape[:2]:
-        raise ValueError(f"prefix_mask must be {tuple(prefix.shape[:2])} of torch.bool (False: a hole), not {tuple(prefix_mask.shape)} of {prefix_mask.dtype}")
+        raise ValueError(f"prefix_mask must be {tuple(prefix.shape[:2])} of torch.bool (False: a "
+                         f"hole), not {tuple(prefix_mask.shape)} of {prefix_mask.dtype}")
     if prefix_mask.device.type == "cpu" and not prefix_mask.any(1).all():
-        raise ValueError("prefix_mask: a row has no real position; a text alone needs its BOS in the prefix")
+        raise ValueError("prefix_mask: a row has no real position; a text alone needs its BOS in "
+                         "the prefix")
     order = prefix_mask.long().argsort(dim=1, stable=True)
     return prefix.to(dtype).gather(1, order[..., None].expand_as(prefix)), prefix_mask.gather(1, order)
 
 
 def causal_mask(keep):
-    """(B,S) bool, True for real positions -> (B,1,S,S). Padding looks at itself, so that no softmax is empty."""
+    """(B,S) bool, True for real positions -> (B,1,S,S). Padding looks at itself, so that no softmax
+    is empty."""
     S = keep.shape[1]
     causal = torch.ones(S, S, dtype=torch.bool, device=keep.device).tril()
     itself = torch.eye(S, dtype=torch.bool, device=keep.device)
@@ -94,7 +105,8 @@ def causal_mask(keep):
 
 
 def cross_entropies_(logits, target_ids, differentiate):
-    """Sum of the cross-entropies of logits (N,V) for targets (N,1), in float32; if asked, their derivative takes the logits' place."""
+    """Sum of the cross-entropies of logits (N,V) for targets (N,1), in float32; if asked, their
+    derivative takes the logits' place."""
     log_p, real, ids = logits.float().log_softmax(-1), target_ids != -100, filled(target_ids)
     loss = -(log_p.gather(1, ids) * real).sum()
     if differentiate:
@@ -104,9 +116,10 @@ def cross_entropies_(logits, target_ids, differentiate):
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Sum of the cross-entropies of hidden states x (N,D) under a frozen head (V,D): a block of rows at a time, of which the
-    gradient is taken at once. No more logits than a block's exist at any time, and of what is made of them in float32 no more
-    than a slice's, which on CPUs stays in the cache."""
+    """Sum of the cross-entropies of hidden states x (N,D) under a frozen head (V,D): a block of
+    rows at a time, of which the gradient is taken at once. No more logits than a block's exist at
+    any time, and of what is made of them in float32 no more than a slice's, which on CPUs stays in
+    the cache."""
 
     BLOCK = {"cpu": 2**25, "cuda": 2**28}  # bytes of logits
     SLICE = {"cpu": 2**21, "cuda": 2**28}  # bytes of these in float32
@@ -129,7 +142,8 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         if torch.is_grad_enabled():  # create_graph=True: what is kept knows nothing of x
-            raise RuntimeError("the loss of a frozen head has no second derivative; with head.weight.requires_grad_() it has")
+            raise RuntimeError("the loss of a frozen head has no second derivative; with "
+                               "head.weight.requires_grad_() it has")
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None
 
@@ -140,9 +154,11 @@ def filled(target_ids):
 
 
 def caption_loss(head, x, target_ids):
-    """Hidden states (B,T,D), targets (B,T) -> (sum of cross-entropies in float32, number of tokens); -100 does not count.
+    """Hidden states (B,T,D), targets (B,T) -> (sum of cross-entropies in float32, number of
+    tokens); -100 does not count.
 
-    A sum and a count, so that ranks and micro-batches can be normalised by the global number of tokens."""
+    A sum and a count, so that ranks and micro-batches can be normalised by the global number of
+    tokens."""
     x, ids = x.flatten(0, 1), target_ids.flatten()
     if head.weight.requires_grad:
         loss = F.cross_entropy(head(x).float(), ids, ignore_index=-100, reduction="sum")
@@ -152,11 +168,11 @@ def caption_loss(head, x, target_ids):
 
 
 def pack_captions(target_ids):
-    """Captions (B,K,T) of B images laid one behind the other, without their padding: what has been read when it is time to
-    predict all targets but each caption's first.
+    """Captions (B,K,T) of B images laid one behind the other, without their padding: what has been
+    read when it is time to predict all targets but each caption's first.
 
-    -> ids, the caption that each is of, its place there, and the target that it predicts, (B,S) each; where a row has fewer
-    than S, the target is -100."""
+    -> ids, the caption that each is of, its place there, and the target that it predicts, (B,S)
+    each; where a row has fewer than S, the target is -100."""
     inputs, targets, width = target_ids[..., :-1].flatten(1), target_ids[..., 1:].flatten(1), target_ids.shape[2] - 1
     real = targets != -100
     order = real.long().argsort(dim=1, descending=True, stable=True)[:, : int(real.sum(1).max())]
@@ -164,21 +180,24 @@ def pack_captions(target_ids):
 
 
 def check_ids(ids, vocab_size):
-    """ValueError for ids outside of the vocabulary. On GPUs nothing waits for that: there, torch's own assertion ends it."""
+    """ValueError for ids outside of the vocabulary. On GPUs nothing waits for that: there, torch's
+    own assertion ends it."""
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(f"ids from {ids.min()} to {ids.max()}: this LLM's vocabulary has 0 to {vocab_size - 1}; is it its tokenizer?")
+        raise ValueError(f"ids from {ids.min()} to {ids.max()}: this LLM's vocabulary has 0 to "
+                         f"{vocab_size - 1}; is it its tokenizer?")
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 
 
 class Cache:
-    """What has been read of B texts, each of which K beams continue: keys and values of all layers, allocated once.
+    """What has been read of B texts, each of which K beams continue: keys and values of all layers,
+    allocated once.
 
-    A text has one row of columns: its prefix, the K tokens of step 1, the K of step 2, ... A beam looks at the prefix and
-    at the tokens that it has come through itself (`visible`), so that beams share a prefix, and one that goes on from
-    another takes over a row of `visible`; no key is ever copied. On GPUs shapes stay the same, so that a step can be
-    compiled as one graph."""
+    A text has one row of columns: its prefix, the K tokens of step 1, the K of step 2, ... A beam
+    looks at the prefix and at the tokens that it has come through itself (`visible`), so that beams
+    share a prefix, and one that goes on from another takes over a row of `visible`; no key is ever
+    copied. On GPUs shapes stay the same, so that a step can be compiled as one graph."""
 
     def __init__(self, layers, heads, hd, prefix, prefix_mask, steps, K):
         (B, P, _), device = prefix.shape, prefix.device
@@ -201,7 +220,8 @@ class Cache:
         return self.keys[layer, :, :, : self.width()], self.values[layer, :, :, : self.width()], self.columns
 
     def advance(self, parents=None):
-        """Makes place for the next token of each beam; beam k goes on from beam parents[b,k] (B,K), or from itself."""
+        """Makes place for the next token of each beam; beam k goes on from beam parents[b,k] (B,K),
+        or from itself."""
         if parents is not None:
             self.visible.copy_(self.visible.gather(2, parents[:, None, :, None].expand_as(self.visible)))
         if self.columns is None:
@@ -214,7 +234,8 @@ class Cache:
 
 
 def remember(cache, k, v):
-    """Stores keys and values (B,G,s,hd) that one layer has just computed -> those that the tokens at hand look at."""
+    """Stores keys and values (B,G,s,hd) that one layer has just computed -> those that the tokens
+    at hand look at."""
     keys, values, columns = cache
     k, v = k.to(keys.dtype), v.to(values.dtype)  # under autocast they differ: on GPUs a norm's output is float32
     if columns is None:  # a prefix looks at itself only
@@ -233,7 +254,8 @@ def ends_with(ids, stop):
 
 
 def forbid_end(scores, ids, stop):
-    """Forbids, in scores (..., V), the token that would complete a stop sequence after ids (..., n)."""
+    """Forbids, in scores (..., V), the token that would complete a stop sequence after ids (...,
+    n)."""
     for *head, last in stop:
         completes = ends_with(ids, [head]) if head else torch.ones(ids.shape[:-1], dtype=torch.bool, device=ids.device)
         scores[..., last] = scores[..., last].masked_fill(completes, -torch.inf)
@@ -250,8 +272,8 @@ def without_end(ids, stop):
 
 
 def sample_next(logits, temperature, top_p):
-    """(B,V) -> (B,): the most probable token, or at temperature > 0 one drawn from the smallest set of tokens whose
-    probabilities add up to top_p (nucleus sampling, Holtzman et al. 2020)."""
+    """(B,V) -> (B,): the most probable token, or at temperature > 0 one drawn from the smallest set
+    of tokens whose probabilities add up to top_p (nucleus sampling, Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, ids = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
@@ -260,7 +282,8 @@ def sample_next(logits, temperature, top_p):
 
 
 def decode_tokens(llm, logits, cache, steps, min_new_tokens, temperature, top_p, stop):
-    """Greedy decoding or sampling, all rows side by side, until every row has ended. -> (B, n) ids"""
+    """Greedy decoding or sampling, all rows side by side, until every row has ended. -> (B, n)
+    ids"""
     ids = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for n in range(1, steps + 1):
@@ -275,8 +298,9 @@ def decode_tokens(llm, logits, cache, steps, min_new_tokens, temperature, top_p,
 
 
 def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, stop):
-    """Beam search with transformers' rules: a hypothesis scores log-probability / length ** length_penalty (its end mark
-    counts), and a row is done when no running beam, at its present length, beats its K finished ones. -> (B, n) ids"""
+    """Beam search with transformers' rules: a hypothesis scores log-probability / length **
+    length_penalty (its end mark counts), and a row is done when no running beam, at its present
+    length, beats its K finished ones. -> (B, n) ids"""
     B, _, V = logits.shape
     logits = logits.expand(B, K, V)
     beams = torch.empty(B, K, 0, dtype=torch.long, device=logits.device)  # (B, K, n) the running ones
@@ -306,10 +330,12 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
 
 
 class LanguageModel(nn.Module):
-    """What all have in common, given `hidden_states`, `start` (read a prefix) and `step` (read one more token of each beam)."""
+    """What all have in common, given `hidden_states`, `start` (read a prefix) and `step` (read one
+    more token of each beam)."""
 
     def finish(self, config):
-        """What all constructors end with: ties the head to the word embeddings, and notes which tokens end a text."""
+        """What all constructors end with: ties the head to the word embeddings, and notes which
+        tokens end a text."""
         if config["tie_word_embeddings"]:
             self.tie_head()
         ends = config.get("eos_token_id")
@@ -326,36 +352,45 @@ class LanguageModel(nn.Module):
     def forward(self, prefix, target_ids, prefix_mask=None):
         """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
 
-        `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes taken out. None
-        means no holes and takes the fast path. Targets of -100 stand behind a row's real targets."""
+        `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes
+        taken out. None means no holes and takes the fast path. Targets of -100 stand behind a row's
+        real targets."""
         return word_scores(self.lm_head, self.hidden_states(prefix, target_ids, prefix_mask))
 
     def loss(self, prefix, target_ids, prefix_mask=None):
-        """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not count."""
+        """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not
+        count."""
         return caption_loss(self.lm_head, self.hidden_states(prefix, target_ids, prefix_mask), target_ids)
 
     def check_targets(self, target_ids):
         if target_ids.ndim != 2:
-            raise ValueError(f"targets must be (B,T), not {tuple(target_ids.shape)}; several captions behind one prefix are for the loss of decoder-only LLMs")
+            raise ValueError(f"targets must be (B,T), not {tuple(target_ids.shape)}; several "
+                             "captions behind one prefix are for the loss of decoder-only LLMs")
         check_ids(filled(target_ids), self.vocab_size)
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0, min_new_tokens=0,
                  temperature=0.0, top_p=1.0, stop=None):
-        """Continues a prefix. (B,P,D), (B,P) bool -> B lists of ids, without the stop sequence and what follows.
+        """Continues a prefix. (B,P,D), (B,P) bool -> B lists of ids, without the stop sequence and
+        what follows.
 
-        `stop` holds the sequences of ids that end a text, such as ((2,), (835,), (2277, 29937)); None: config.json's
-        eos_token_id. `max_new_tokens` counts the end mark; none of the first `min_new_tokens` ids completes one.
-        num_beams > 1 is beam search (temperature 0 only); temperature > 0 samples from the `top_p` nucleus."""
+        `stop` holds the sequences of ids that end a text, such as ((2,), (835,), (2277, 29937));
+        None: config.json's eos_token_id. `max_new_tokens` counts the end mark; none of the first
+        `min_new_tokens` ids completes one. num_beams > 1 is beam search (temperature 0 only);
+        temperature > 0 samples from the `top_p` nucleus."""
         stop = self.stop if stop is None else stop
         if min(max_new_tokens, num_beams) < 1:
-            raise ValueError(f"generate: max_new_tokens = {max_new_tokens} and num_beams = {num_beams} must be at least 1")
+            raise ValueError(f"generate: max_new_tokens = {max_new_tokens} and num_beams = "
+                             f"{num_beams} must be at least 1")
         if num_beams > 1 and temperature > 0:
-            raise ValueError("generate: beam search does not sample; use num_beams=1 or temperature=0")
+            raise ValueError("generate: beam search does not sample; use num_beams=1 or "
+                             "temperature=0")
         if temperature < 0 or not 0 <= top_p <= 1:
-            raise ValueError(f"generate: temperature = {temperature} must not be below 0, and top_p = {top_p} must be from 0 to 1")
+            raise ValueError(f"generate: temperature = {temperature} must not be below 0, and "
+                             f"top_p = {top_p} must be from 0 to 1")
         if not all(isinstance(sequence, (tuple, list)) and sequence for sequence in stop):
-            raise ValueError(f"generate: stop = {stop} must be sequences of at least one id each, such as ((2,),)")
+            raise ValueError(f"generate: stop = {stop} must be sequences of at least one id each, "
+                             "such as ((2,),)")
         logits, cache = self.start(prefix, prefix_mask, max_new_tokens, num_beams)
         if num_beams > 1:
             ids = beam_search(self, logits, cache, max_new_tokens, min_new_tokens, num_beams, length_penalty, stop)
@@ -365,18 +400,23 @@ class LanguageModel(nn.Module):
 
 
 class DecoderOnly(LanguageModel):
-    """[prefix | target] read by one stack of layers: what OPT and LLaMA have in common, given `embed` and `read`.
+    """[prefix | target] read by one stack of layers: what OPT and LLaMA have in common, given
+    `embed` and `read`.
 
-    At most `longest` positions can be read, if that is not None; a cache has `kv_heads` heads of width `head_dim`."""
+    At most `longest` positions can be read, if that is not None; a cache has `kv_heads` heads of
+    width `head_dim`."""
 
     def check_length(self, S):
         if self.longest is not None and S > self.longest:
-            raise ValueError(f"{S} positions (prefix, holes included, and target) are more than this {type(self).__name__}'s {self.longest} (OPT's "
-                             "max_position_embeddings, else the sliding_window, beyond which attention is not implemented); shorten them")
+            raise ValueError(f"{S} positions (prefix, holes included, and target) are more than "
+                             f"this {type(self).__name__}'s {self.longest} (OPT's "
+                             "max_position_embeddings, else the sliding_window, beyond which "
+                             "attention is not implemented); shorten them")
 
     def lay_out(self, prefix, prefix_mask, T):
-        """A prefix (B,P,D) with T tokens behind it: -> the prefix with its holes moved to the left end, which positions are real
-        (B,P) or None, the positions' numbers (B or 1,P+T), and the mask or None, which is causal."""
+        """A prefix (B,P,D) with T tokens behind it: -> the prefix with its holes moved to the left
+        end, which positions are real (B,P) or None, the positions' numbers (B or 1,P+T), and the
+        mask or None, which is causal."""
         prefix, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.lm_head.weight.dtype)
         S = prefix.shape[1] + T
         self.check_length(S)
@@ -393,10 +433,12 @@ class DecoderOnly(LanguageModel):
         return self.read(x, positions, mask)[:, prefix.shape[1] - 1 :]
 
     def loss(self, prefix, target_ids, prefix_mask=None):
-        """(B,P,D), (B,T) or (B,K,T), (B,P) bool -> (sum of cross-entropies in float32, number of tokens); -100 does not count.
+        """(B,P,D), (B,T) or (B,K,T), (B,P) bool -> (sum of cross-entropies in float32, number of
+        tokens); -100 does not count.
 
-        K captions share one prefix, which is read once: each sees the prefix and itself, and its positions go on from the
-        prefix's, so that the loss is the sum of what they give alone. Leave their ids on the CPU, and no GPU has to wait."""
+        K captions share one prefix, which is read once: each sees the prefix and itself, and its
+        positions go on from the prefix's, so that the loss is the sum of what they give alone.
+        Leave their ids on the CPU, and no GPU has to wait."""
         if target_ids.ndim == 2:
             return super().loss(prefix, target_ids, prefix_mask)
         _, K, T = target_ids.shape
@@ -416,7 +458,8 @@ class DecoderOnly(LanguageModel):
         return caption_loss(self.lm_head, x, targets)
 
     def start(self, prefix, prefix_mask, steps, K):
-        """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of K beams."""
+        """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of
+        K beams."""
         prefix, prefix_mask, positions, mask = self.lay_out(prefix, prefix_mask, 0)
         self.check_length(prefix.shape[1] + steps - 1)
         cache = Cache(len(self.layers), self.kv_heads, self.head_dim, prefix, prefix_mask, steps - 1, K)
@@ -427,7 +470,7 @@ class DecoderOnly(LanguageModel):
         return word_scores(self.lm_head, self.read(self.embed(ids), cache.positions, cache.mask(), cache))
 
 
-# ------------------------------------------------------------------------------------------- OPT (Zhang et al. 2022)
+# -------------------------------------------------------------------------- OPT (Zhang et al. 2022)
 
 
 class OPTAttention(nn.Module):
@@ -479,9 +522,11 @@ class OPTDecoder(nn.Module):
 
 
 class OPT(DecoderOnly):
-    """OPT, 125M to 66B, the odd opt-350m included. `config` is the checkpoint's config.json as a dict.
+    """OPT, 125M to 66B, the odd opt-350m included. `config` is the checkpoint's config.json as a
+    dict.
 
-    Frozen weights are the caller's choice (`load_llm` freezes); there is no dropout in this file."""
+    Frozen weights are the caller's choice (`load_llm` freezes); there is no dropout in this
+    file."""
 
     DEFAULTS = dict(do_layer_norm_before=True, _remove_final_layer_norm=False, activation_function="relu", vocab_size=50272,
                     max_position_embeddings=2048, enable_bias=True, layer_norm_elementwise_affine=True, hidden_size=768,
@@ -505,12 +550,14 @@ class OPT(DecoderOnly):
         return self.model["decoder"].layers
 
     def embed(self, ids):
-        """(B,T) -> (B,T,D): word embeddings in the space where soft prompts enter (after project_in)."""
+        """(B,T) -> (B,T,D): word embeddings in the space where soft prompts enter (after
+        project_in)."""
         x, project_in = super().embed(ids), self.model["decoder"].project_in
         return x if project_in is None else project_in(x)
 
     def read(self, x, positions, mask=None, cache=None):
-        """(B,S,D) embeddings -> (B,S,D) hidden states; positions count a row's real positions from 0."""
+        """(B,S,D) embeddings -> (B,S,D) hidden states; positions count a row's real positions from
+        0."""
         decoder = self.model["decoder"]
         x = x + decoder.embed_positions(positions + 2)
         for i, layer in enumerate(self.layers):
@@ -524,19 +571,22 @@ class OPT(DecoderOnly):
         return "model." + name if name.startswith("decoder.") else name
 
 
-# ------------------------------------------- LLaMA (Touvron et al. 2023) and its family: Vicuna, Mistral, SmolLM2, Qwen
+# ----------------------- LLaMA (Touvron et al. 2023) and its family: Vicuna, Mistral, SmolLM2, Qwen
 
 
 def rotary_frequencies(config, hd):
-    """Angles a position by which pairs of a head's dimensions turn: (hd/2,) float32. RoPE (Su et al. 2021), and what
-    lengthens it: `linear` (Chen et al. 2023) and `llama3`, which slows the slow ones down and keeps the fast ones.
+    """Angles a position by which pairs of a head's dimensions turn: (hd/2,) float32. RoPE (Su et
+    al. 2021), and what lengthens it: `linear` (Chen et al. 2023) and `llama3`, which slows the slow
+    ones down and keeps the fast ones.
 
-    Older files say rope_theta and rope_scaling {type}, newer ones rope_parameters {rope_theta, rope_type}."""
+    Older files say rope_theta and rope_scaling {type}, newer ones rope_parameters {rope_theta,
+    rope_type}."""
     rope = {"rope_theta": config.get("rope_theta") or 1e4, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_type = {kind!r} is not implemented; only 'default', 'linear' and 'llama3' are")
+        raise ValueError(f"rope_type = {kind!r} is not implemented; only 'default', 'linear' and "
+                         "'llama3' are")
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor = {partial} is not implemented; only 1.0 is")
     frequencies = rope["rope_theta"] ** -(torch.arange(0, hd, 2, device="cpu").float() / hd)
@@ -551,7 +601,8 @@ def rotary_frequencies(config, hd):
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (x_i, x_{i + hd/2}) of (B,H,S,hd) by the angles of their positions; cos and sin (B or 1,1,S,hd)."""
+    """Turns the pairs (x_i, x_{i + hd/2}) of (B,H,S,hd) by the angles of their positions; cos and
+    sin (B or 1,1,S,hd)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
@@ -592,7 +643,8 @@ class LLaMALayer(nn.Module):
 
 
 class LLaMA(DecoderOnly):
-    """LLaMA 1 to 3.3, Vicuna, Mistral, SmolLM2, Qwen2 and 2.5, Qwen3. `config` is the checkpoint's config.json as a dict."""
+    """LLaMA 1 to 3.3, Vicuna, Mistral, SmolLM2, Qwen2 and 2.5, Qwen3. `config` is the checkpoint's
+    config.json as a dict."""
 
     DEFAULTS = dict(hidden_act="silu", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                     num_attention_heads=32, num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, attention_bias=False,
@@ -627,7 +679,8 @@ class LLaMA(DecoderOnly):
         return self.model["layers"]
 
     def read(self, x, positions, mask=None, cache=None):
-        """(B,S,D) embeddings -> (B,S,D) hidden states; positions (B or 1,S) count a row's real positions from 0."""
+        """(B,S,D) embeddings -> (B,S,D) hidden states; positions (B or 1,S) count a row's real
+        positions from 0."""
         angles = (positions[:, None, :, None] * self.frequencies).repeat(1, 1, 1, 2)  # (B or 1, 1, S, hd)
         rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
@@ -636,16 +689,18 @@ class LLaMA(DecoderOnly):
 
     @staticmethod
     def checkpoint_name(name):
-        """The name here of a tensor of a checkpoint: old files hold rotary frequencies, which follow from config.json."""
+        """The name here of a tensor of a checkpoint: old files hold rotary frequencies, which
+        follow from config.json."""
         return None if name.endswith("rotary_emb.inv_freq") else name
 
 
-# -------------------------------------------------------------------- T5 v1.1 and Flan-T5 (Raffel et al. 2020, Chung et al. 2022)
+# -------------------------------------- T5 v1.1 and Flan-T5 (Raffel et al. 2020, Chung et al. 2022)
 
 
 def relative_buckets(distance, bidirectional, buckets, farthest):
-    """Key position minus query position -> index into the table of biases: half of the buckets for small distances, one
-    each; the others for ranges that widen logarithmically up to `farthest`. Both signs have buckets if bidirectional."""
+    """Key position minus query position -> index into the table of biases: half of the buckets for
+    small distances, one each; the others for ranges that widen logarithmically up to `farthest`.
+    Both signs have buckets if bidirectional."""
     sign = 0
     if bidirectional:
         buckets //= 2
@@ -690,7 +745,8 @@ class T5FeedForward(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Self-attention, in the decoder attention to what the encoder has read, feed-forward; each with its norm."""
+    """Self-attention, in the decoder attention to what the encoder has read, feed-forward; each
+    with its norm."""
 
     def __init__(self, config, decodes, first):
         super().__init__()
@@ -700,7 +756,8 @@ class T5Block(nn.Module):
                                     part("DenseReluDense", T5FeedForward(config))])
 
     def forward(self, x, mask, read=None, read_mask=None, cache=None):
-        """`read`: the keys and values (B,H,P,hd) of what the encoder has read, for a decoder's block."""
+        """`read`: the keys and values (B,H,P,hd) of what the encoder has read, for a decoder's
+        block."""
         norm, attend = self.layer[0]["layer_norm"], self.layer[0]["SelfAttention"]
         y = norm(x)
         keys_values = attend.keys_values(y)
@@ -720,7 +777,8 @@ class T5Stack(nn.Module):
         self.bidirectional, self.farthest = not decodes, config["relative_attention_max_distance"]
 
     def bias(self, queries, keys, keep=None):
-        """Positions (Sq,) and (Sk,) -> (B or 1,H,Sq,Sk), to be added to the scores; keep broadcasts to that."""
+        """Positions (Sq,) and (Sk,) -> (B or 1,H,Sq,Sk), to be added to the scores; keep broadcasts
+        to that."""
         table = self.block[0].layer[0]["SelfAttention"].relative_attention_bias
         buckets = relative_buckets(keys - queries[:, None], self.bidirectional, table.num_embeddings, self.farthest)
         bias = rearrange(table(buckets), "q k h -> 1 h q k")
@@ -728,10 +786,11 @@ class T5Stack(nn.Module):
 
 
 class T5(LanguageModel):
-    """T5 v1.1 and Flan-T5, base to XXL. The encoder reads the prefix, soft prompts included, the decoder the target.
+    """T5 v1.1 and Flan-T5, base to XXL. The encoder reads the prefix, soft prompts included, the
+    decoder the target.
 
-    `config` is the checkpoint's config.json as a dict. Without dense_act_fn, "gated-gelu" means the tanh form (google's
-    files); the BLIP-2 ones say that theirs is exact."""
+    `config` is the checkpoint's config.json as a dict. Without dense_act_fn, "gated-gelu" means the
+    tanh form (google's files); the BLIP-2 ones say that theirs is exact."""
 
     DEFAULTS = dict(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8,
                     relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
@@ -745,7 +804,8 @@ class T5(LanguageModel):
         super().__init__()
         config = read_options(config, self.DEFAULTS, self.ONLY)
         if config["dense_act_fn"] not in self.GELU:
-            raise ValueError(f"dense_act_fn = {config['dense_act_fn']!r} is not implemented for T5; only {', '.join(self.GELU)} are")
+            raise ValueError(f"dense_act_fn = {config['dense_act_fn']!r} is not implemented for "
+                             f"T5; only {', '.join(self.GELU)} are")
         config["gelu"] = self.GELU[config["dense_act_fn"]]
         self.dim, self.vocab_size, self.heads = config["d_model"], config["vocab_size"], config["num_heads"]
         self.shared = Embedding(self.vocab_size, self.dim)
@@ -754,7 +814,8 @@ class T5(LanguageModel):
         self.lm_head = nn.Linear(self.dim, self.vocab_size, bias=False)
         self.finish(config)
         self.start_id = config["decoder_start_token_id"]
-        # a tied head reads scaled hidden states (T5 1.0); today's writer ties all and says that apart
+        # a tied head reads scaled hidden states (T5 1.0); today's writer ties all and says that
+        # apart
         self.scale = self.dim**-0.5 if config.get("scale_decoder_outputs", config["tie_word_embeddings"]) else 1.0
 
     @property
@@ -763,7 +824,8 @@ class T5(LanguageModel):
         return [*self.encoder.block, *self.decoder.block]
 
     def read(self, prefix, prefix_mask):
-        """The encoder: (B,P,D), (B,P) bool or None -> keys and values for each block of the decoder, and their mask."""
+        """The encoder: (B,P,D), (B,P) bool or None -> keys and values for each block of the
+        decoder, and their mask."""
         x, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.shared.weight.dtype)
         keep = None if prefix_mask is None else prefix_mask[:, None, None]  # (B, 1, 1, P)
         positions = torch.arange(x.shape[1], device=x.device)
@@ -789,7 +851,8 @@ class T5(LanguageModel):
         return self.write(self.embed(ids), bias, read, keep)
 
     def start(self, prefix, prefix_mask, steps, K):
-        """Reads a prefix, and the token that starts the decoder. -> logits (B,1,V), and the cache for K beams' steps."""
+        """Reads a prefix, and the token that starts the decoder. -> logits (B,1,V), and the cache
+        for K beams' steps."""
         read, keep = self.read(prefix, prefix_mask)
         x = self.embed(torch.full((len(prefix), 1), self.start_id, device=prefix.device))
         cache = Cache(len(self.decoder.block), self.heads, read[0][0].shape[-1], x, None, steps - 1, K)
@@ -806,30 +869,34 @@ class T5(LanguageModel):
 
     @staticmethod
     def checkpoint_name(name):
-        """The name here of a tensor of a checkpoint: the word embeddings have three names, and old files a bias in vain."""
+        """The name here of a tensor of a checkpoint: the word embeddings have three names, and old
+        files a bias in vain."""
         if name.endswith("EncDecAttention.relative_attention_bias.weight"):
             return None
         return "shared.weight" if name.endswith("coder.embed_tokens.weight") else name
 
 
-# -------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 HEAD = "lm_head.weight"
 ARCHITECTURES = {"opt": OPT, "llama": LLaMA, "mistral": LLaMA, "qwen2": LLaMA, "qwen3": LLaMA, "t5": T5}
 
 
 def read_options(config, defaults, only):
-    """config.json as a dict, with defaults for what it leaves out; ValueError for an option that is not implemented."""
+    """config.json as a dict, with defaults for what it leaves out; ValueError for an option that is
+    not implemented."""
     config = defaults | config
     for key, value in {**only, "quantization_config": None}.items():
         if config.get(key) != value:
             remedy = f"only {value!r} is" if value is not None else "use the checkpoint without"
-            raise ValueError(f"{key} = {config[key]!r} is not implemented for {config.get('model_type')}; {remedy}")
+            raise ValueError(f"{key} = {config[key]!r} is not implemented for "
+                             f"{config.get('model_type')}; {remedy}")
     return config
 
 
 def checkpoint_files(folder):
-    """{tensor name: file} of a folder in Hugging Face layout: safetensors, or .bin where there is nothing else."""
+    """{tensor name: file} of a folder in Hugging Face layout: safetensors, or .bin where there is
+    nothing else."""
     folder = Path(folder)
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
@@ -840,11 +907,13 @@ def checkpoint_files(folder):
                 raise ValueError(f"{index}: damaged ({error}); download it again") from error
         if single.is_file():
             return {name: single for name, _ in read_file(single, lambda name: False)}
-    raise FileNotFoundError(f"{folder}: no weights (model.safetensors, pytorch_model.bin, or shards with their index)")
+    raise FileNotFoundError(f"{folder}: no weights (model.safetensors, pytorch_model.bin, or "
+                            "shards with their index)")
 
 
 def read_file(file, wanted):
-    """(name, tensor) for every tensor of a file; tensor is None, and nothing of it is read, where wanted(name) is False.
+    """(name, tensor) for every tensor of a file; tensor is None, and nothing of it is read, where
+    wanted(name) is False.
 
     A .bin is memory-mapped and read with weights_only=True: no code in it is ever executed."""
     try:
@@ -855,62 +924,75 @@ def read_file(file, wanted):
             with safe_open(file, framework="pt") as tensors:
                 yield from ((name, tensors.get_tensor(name) if wanted(name) else None) for name in tensors.keys())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: missing; its index names it: download the checkpoint again") from None
+        raise FileNotFoundError(f"{file}: missing; its index names it: download the checkpoint "
+                                "again") from None
     except Exception as error:
-        raise ValueError(f"{file}: damaged or no checkpoint ({error}); download or copy it again") from error
+        raise ValueError(f"{file}: damaged or no checkpoint ({error}); download or copy it "
+                         "again") from error
 
 
 def read_tensors(folder, wanted):
-    """(name, tensor) of every tensor of a checkpoint for which wanted(name) is true; opens only the files it needs."""
+    """(name, tensor) of every tensor of a checkpoint for which wanted(name) is true; opens only the
+    files it needs."""
     files = checkpoint_files(folder)
     for file in sorted({file for name, file in files.items() if wanted(name)}):
         yield from ((name, tensor) for name, tensor in read_file(file, wanted) if tensor is not None)
 
 
 def assign_tensors(module, tensors, folder):
-    """Puts {name: tensor} in the place of all parameters of a module, after saying what is missing, extra or misshapen."""
+    """Puts {name: tensor} in the place of all parameters of a module, after saying what is missing,
+    extra or misshapen."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
     missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     wrong = [f"{name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}"
              for name in shapes.keys() & tensors.keys() if shapes[name] != tuple(tensors[name].shape)]
-    for problem, names in (("tensors missing", missing), ("unknown tensors", extra), ("wrong shapes", sorted(wrong))):
+    for problem, names in (("tensors missing", missing), ("unknown tensors", extra), ("wrong "
+                                                                                      "shapes", sorted(wrong))):
         if names:
-            raise ValueError(f"{folder}: {len(names)} {problem}, the first: {names[0]}; is this the right checkpoint?")
+            raise ValueError(f"{folder}: {len(names)} {problem}, the first: {names[0]}; is this "
+                             "the right checkpoint?")
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
-def read_config(folder):
-    """(config of the LLM, prefix of its tensors) of a folder that holds an LLM, or one inside a BLIP-2 checkpoint."""
+def read_llm_config(folder):
+    """(config of the LLM, prefix of its tensors) of a folder that holds an LLM, or one inside a
+    BLIP-2 checkpoint."""
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing; {folder} is not a checkpoint in Hugging Face layout")
+        raise FileNotFoundError(f"{file}: missing; {folder} is not a checkpoint in Hugging Face "
+                                "layout")
     try:
         config = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
     config, prefix = (config["text_config"], "language_model.") if "text_config" in config else (config, "")
     if config.get("model_type") not in ARCHITECTURES:
-        raise ValueError(f"{file}: model_type {config.get('model_type')!r} is not implemented; there is {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"{file}: model_type {config.get('model_type')!r} is not implemented; "
+                         f"there is {', '.join(ARCHITECTURES)}")
     return config, prefix
 
 
 def renaming(architecture, prefix):
-    """-> function from a tensor's name in the checkpoint to its name in the architecture, None for what does not belong there."""
+    """-> function from a tensor's name in the checkpoint to its name in the architecture, None for
+    what does not belong there."""
     return lambda name: architecture.checkpoint_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
 
 
 def complete_tied(tensors, words):
-    """Where config.json ties head and word embeddings, files hold either or both: one tensor gets both names.
+    """Where config.json ties head and word embeddings, files hold either or both: one tensor gets
+    both names.
 
-    A head that differs from the word embeddings stays, whatever config.json says (as in transformers)."""
+    A head that differs from the word embeddings stays, whatever config.json says (as in
+    transformers)."""
     held = [tensors[name] for name in (words, HEAD) if name in tensors]
     if held and torch.equal(held[0], held[-1]):
         tensors[words] = tensors[HEAD] = nn.Parameter(held[0], requires_grad=False)
 
 
 def empty_llm(folder):
-    """The language model of a folder as its config.json says, without weights: on the meta device, where tensors have shapes only."""
-    config, _ = read_config(folder)
+    """The language model of a folder as its config.json says, without weights: on the meta device,
+    where tensors have shapes only."""
+    config, _ = read_llm_config(folder)
     try:
         with torch.device("meta"):
             return ARCHITECTURES[config["model_type"]](config)
@@ -923,9 +1005,10 @@ def empty_llm(folder):
 def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
     """The language model of a folder in Hugging Face layout, frozen and in eval mode.
 
-    The LLM lies at the top level or under `language_model.` (BLIP-2). FileNotFoundError or ValueError name the file and
-    the option that is not implemented, or the tensor that is missing, misshapen or damaged."""
-    llm, (_, prefix) = empty_llm(folder), read_config(folder)
+    The LLM lies at the top level or under `language_model.` (BLIP-2). FileNotFoundError or
+    ValueError name the file and the option that is not implemented, or the tensor that is missing,
+    misshapen or damaged."""
+    llm, (_, prefix) = empty_llm(folder), read_llm_config(folder)
     if isinstance(llm, T5) and dtype == torch.float16:
         raise ValueError(f"{folder}: T5 overflows in float16; load it in bfloat16 or float32")
     rename = renaming(type(llm), prefix)
@@ -937,8 +1020,9 @@ def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
 
 
 def read_word_embeddings(folder):
-    """(V, D) float32: the word embeddings in the space where soft prompts enter; reads that tensor (and project_in)."""
-    config, prefix = read_config(folder)
+    """(V, D) float32: the word embeddings in the space where soft prompts enter; reads that tensor
+    (and project_in)."""
+    config, prefix = read_llm_config(folder)
     architecture = ARCHITECTURES[config["model_type"]]
     rename, words = renaming(architecture, prefix), architecture.WORDS
     if (architecture.DEFAULTS | config)["tie_word_embeddings"] and words not in map(rename, checkpoint_files(folder)):
@@ -946,6 +1030,7 @@ def read_word_embeddings(folder):
     wanted = {words, architecture.PROJECT_IN} - {None}
     tensors = {rename(name): tensor.float() for name, tensor in read_tensors(folder, lambda name: rename(name) in wanted)}
     if words not in tensors:
-        raise ValueError(f"{folder}: {architecture.WORDS} is missing; is this the right checkpoint?")
+        raise ValueError(f"{folder}: {architecture.WORDS} is missing; is this the right "
+                         "checkpoint?")
     project_in = tensors.get(architecture.PROJECT_IN)
     return tensors[words] if project_in is None else tensors[words] @ project_in.T

@@ -1,11 +1,13 @@
-"""The visual prompt generator (VPG) of BLIP-2 (Li et al. 2023): a frozen ViT and the Q-Former that queries it.
+# MIT licence. From an implementation of VPGTrans and MemVP; copy this file alone, it imports nothing of ours.
+"""The visual prompt generator (VPG) of BLIP-2 (Li et al. 2023): a frozen ViT and the Q-Former that
+queries it.
 
     vpg = load_vpg("folder of Salesforce/blip2-opt-2.7b")
     queries = vpg(images)                       # (B,3,224,224) -> (B,32,768); = vpg.query(vpg.features(images))
     soft_prompts = load_projector(folder)(queries)
 
-Q learned query tokens look at each other (self-attention) and, in every second layer, at the image (cross-attention).
-Parameter names equal the checkpoint's, so that loading needs no table of names.
+Q learned query tokens look at each other (self-attention) and, in every second layer, at the image
+(cross-attention). Parameter names equal the checkpoint's, so that loading needs no table of names.
 
 B batch, N image tokens, Q query tokens, Dv ViT width, Dq Q-Former width, H heads.
 """
@@ -24,14 +26,15 @@ from torch import nn
 def attention(q, k, v, dropout=0.0):
     """Softmax attention over (B,H,S,hd); nothing is masked: every query may look at everything."""
     if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.requires_grad):
-        # on CPUs these lines beat scaled_dot_product_attention in bf16, and in its backward (docs/notes.md)
+        # on CPUs these lines beat scaled_dot_product_attention in bf16, and in its backward
+        # (docs/notes.md)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Sq, Sk)
         weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout)
         return weights @ v
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
-# ------------------------------------------------- ViTs, of pre-norm blocks: EVA ViT-g/14 (BLIP-2's), and CLIP ViT-L/14
+# ----------------------------- ViTs, of pre-norm blocks: EVA ViT-g/14 (BLIP-2's), and CLIP ViT-L/14
 
 
 def quick_gelu(x):
@@ -43,7 +46,8 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 def interpolate_positions(positions, h, w):
-    """Position embeddings (1,1+side*side,Dv) of a class token and a square of patches -> (1,1+h*w,Dv): bicubic (Dosovitskiy et al. 2021)."""
+    """Position embeddings (1,1+side*side,Dv) of a class token and a square of patches ->
+    (1,1+h*w,Dv): bicubic (Dosovitskiy et al. 2021)."""
     side = int((positions.shape[1] - 1) ** 0.5)
     if (h, w) == (side, side):
         return positions
@@ -53,12 +57,14 @@ def interpolate_positions(positions, h, w):
 
 
 def embed_patches(images, patch_embedding, class_embedding, positions):
-    """(B,3,H,W), and (1,1,Dv) and (1,N,Dv) -> (B,1+h*w,Dv): the class token, then the patches, each with its position's embedding.
+    """(B,3,H,W), and (1,1,Dv) and (1,N,Dv) -> (B,1+h*w,Dv): the class token, then the patches, each
+    with its position's embedding.
 
     Images may have another size than the ViT's: its position embeddings are interpolated."""
     patch = patch_embedding.kernel_size[0]
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch or images.shape[3] % patch:
-        raise ValueError(f"this ViT reads images (B, 3, H, W) whose sides are multiples of its patch, {patch} pixels; not {tuple(images.shape)}")
+        raise ValueError("this ViT reads images (B, 3, H, W) whose sides are multiples of its "
+                         f"patch, {patch} pixels; not {tuple(images.shape)}")
     patches = patch_embedding(images.to(patch_embedding.weight.dtype))  # (B, Dv, h, w)
     positions = interpolate_positions(positions, *patches.shape[2:])
     class_token = class_embedding.expand(len(images), -1, -1)
@@ -104,8 +110,21 @@ class ViTLayer(nn.Module):
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 
 
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which EVA and BLIP-2 share
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise(images):
+    """(B,3,H,W) uint8 -> float32, less CLIP's mean, over its deviation. Images travel as bytes: a
+    quarter of the traffic."""
+    mean = torch.tensor(MEAN).view(3, 1, 1).to(images.device, non_blocking=True)  # else a GPU is waited for
+    std = torch.tensor(STD).view(3, 1, 1).to(images.device, non_blocking=True)
+    return torch.addcmul(-mean / std, images, 1 / (255 * std))
+
+
 class EVA(nn.Module):
-    """The ViT of BLIP-2. `post_layernorm` belongs to it by name but to the Q-Former by training: VPGTrans fine-tunes it."""
+    """The ViT of BLIP-2. `post_layernorm` belongs to it by name but to the Q-Former by training:
+    VPGTrans fine-tunes it."""
 
     DEFAULTS = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16, image_size=224,
                     patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True)
@@ -130,8 +149,9 @@ class EVA(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The ViT of CLIP (Radford et al. 2021), such as openai/clip-vit-large-patch14, names misspelled as there. CLIP itself applies
-    `post_layernorm` to the class token alone; here it is, as EVA's, the LayerNorm in front of the Q-Former."""
+    """The ViT of CLIP (Radford et al. 2021), such as openai/clip-vit-large-patch14, names
+    misspelled as there. CLIP itself applies `post_layernorm` to the class token alone; here it is,
+    as EVA's, the LayerNorm in front of the Q-Former."""
 
     DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
                     patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
@@ -161,23 +181,28 @@ VITS = {"blip_2_vision_model": EVA, "clip_vision_model": CLIP}
 
 
 def vit_options(config, layers=None):
-    """`vision_config` of a BLIP-2 or CLIP config.json -> (its class, its options: those left out filled in, cut to `layers` blocks)"""
+    """`vision_config` of a BLIP-2 or CLIP config.json -> (its class, its options: those left out
+    filled in, cut to `layers` blocks)"""
     kind = config.get("model_type", "blip_2_vision_model")
     if kind not in VITS:
-        raise ValueError(f"a ViT of model_type {kind!r} is not implemented; there are {', '.join(VITS)}")
+        raise ValueError(f"a ViT of model_type {kind!r} is not implemented; there are "
+                         f"{', '.join(VITS)}")
     options = VITS[kind].DEFAULTS | config
     if options["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"vision_config: hidden_act = {options['hidden_act']!r} is not implemented; there are {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"vision_config: hidden_act = {options['hidden_act']!r} is not "
+                         f"implemented; there are {', '.join(ACTIVATIONS)}")
     if layers and not 1 <= layers <= options["num_hidden_layers"]:
-        raise ValueError(f"this ViT has {options['num_hidden_layers']} blocks; there are no features after block {layers}")
+        raise ValueError(f"this ViT has {options['num_hidden_layers']} blocks; there are no "
+                         f"features after block {layers}")
     return VITS[kind], options | {"num_hidden_layers": layers or options["num_hidden_layers"]}
 
 
-# ----------------------------------------------------------------------------------- Q-Former (a BERT; post-norm blocks)
+# -------------------------------------------------------------- Q-Former (a BERT; post-norm blocks)
 
 
 class QFormerAttention(nn.Module):
-    """Attention with its residual and norm; `source_dim` is the width of what the queries look at."""
+    """Attention with its residual and norm; `source_dim` is the width of what the queries look
+    at."""
 
     def __init__(self, config, source_dim):
         super().__init__()
@@ -232,11 +257,13 @@ class QFormer(nn.Module):
 
 
 class VPG(nn.Module):
-    """ViT + Q-Former. `config` is a BLIP-2 config.json as a dict; fields left out have BLIP-2's values.
+    """ViT + Q-Former. `config` is a BLIP-2 config.json as a dict; fields left out have BLIP-2's
+    values.
 
-    `image_size` and `vit_layers` (features are read after this block of the ViT) beside its `vision_config`, as our runs have
-    them, say how the ViT is used; the default is as its checkpoint is. Dropout (0.1 in the checkpoints) is the Q-Former's
-    alone, and active in train mode: in stage 2, not in stage 1 and not in generation."""
+    `image_size` and `vit_layers` (features are read after this block of the ViT) beside its
+    `vision_config`, as our runs have them, say how the ViT is used; the default is as its
+    checkpoint is. Dropout (0.1 in the checkpoints) is the Q-Former's alone, and active in train
+    mode: in stage 2, not in stage 1 and not in generation."""
 
     QFORMER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="gelu",
                    layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
@@ -247,13 +274,16 @@ class VPG(nn.Module):
         vit, vision = vit_options(config.get("vision_config", {}), config.get("vit_layers"))
         qformer = self.QFORMER | config.get("qformer_config", {})
         if qformer["hidden_act"] != "gelu":
-            raise ValueError(f"qformer_config: hidden_act = {qformer['hidden_act']!r} is not implemented; only 'gelu' is")
+            raise ValueError(f"qformer_config: hidden_act = {qformer['hidden_act']!r} is not "
+                             "implemented; only 'gelu' is")
         if qformer["encoder_hidden_size"] != vision["hidden_size"]:
-            raise ValueError(f"the Q-Former looks at {qformer['encoder_hidden_size']} wide features "
-                             f"(encoder_hidden_size), the ViT's are {vision['hidden_size']} wide (hidden_size)")
+            raise ValueError(f"the Q-Former looks at {qformer['encoder_hidden_size']} wide "
+                             "features (encoder_hidden_size), the ViT's are "
+                             f"{vision['hidden_size']} wide (hidden_size)")
         self.image_size, self.dim = config.get("image_size", vision["image_size"]), qformer["hidden_size"]
         if self.image_size < 1 or self.image_size % vision["patch_size"]:
-            raise ValueError(f"image size {self.image_size} is not a multiple of the ViT's patch, {vision['patch_size']} pixels")
+            raise ValueError(f"image size {self.image_size} is not a multiple of the ViT's patch, "
+                             f"{vision['patch_size']} pixels")
         self.num_query_tokens = config.get("num_query_tokens", 32)
         self.config = {"vision_config": vision, "qformer_config": qformer, "num_query_tokens": self.num_query_tokens,
                        "image_size": self.image_size, "vit_layers": vision["num_hidden_layers"]}  # with nothing left out
@@ -267,8 +297,9 @@ class VPG(nn.Module):
         return [*self.vision_model.encoder["layers"], *self.qformer.encoder["layer"]]
 
     def features(self, images):
-        """(B,3,H,W), normalised -> (B,N,Dv): the frozen ViT, before the LayerNorm that trains."""
-        return self.vision_model(images)
+        """(B,3,H,W) -> (B,N,Dv): the frozen ViT, before the LayerNorm that trains. Images are
+        uint8, or float32 that `normalise` has made of them."""
+        return self.vision_model(normalise(images) if images.dtype == torch.uint8 else images)
 
     def query(self, features):
         """(B,N,Dv) -> (B,Q,Dq): LayerNorm + Q-Former."""
@@ -280,7 +311,8 @@ class VPG(nn.Module):
         return self.query(self.features(images))
 
     def trained_parameters(self):
-        """{name: parameter} of all but the frozen ViT: query tokens, Q-Former, the LayerNorm after the ViT."""
+        """{name: parameter} of all but the frozen ViT: query tokens, Q-Former, the LayerNorm after
+        the ViT."""
         return {name: parameter for name, parameter in self.named_parameters() if not is_frozen(name)}
 
     def frozen_parameters(self):
@@ -288,7 +320,8 @@ class VPG(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if is_frozen(name)}
 
     def reset(self):
-        """Starts all but the ViT anew, as BERT does (normal, 0.02): the training from scratch that VPGTrans saves."""
+        """Starts all but the ViT anew, as BERT does (normal, 0.02): the training from scratch that
+        VPGTrans saves."""
         for name, parameter in self.trained_parameters().items():
             if "norm" in name.lower():
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
@@ -303,15 +336,17 @@ def is_frozen(name):
     return name.startswith("vision_model.") and not name.startswith("vision_model.post_layernorm.")
 
 
-# -------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
-# What BLIP-2 folders hold besides the VPG: the LLM and its projector, and in first-stage ones the Q-Former's text branch.
+# What BLIP-2 folders hold besides the VPG: the LLM and its projector, and in first-stage ones the
+# Q-Former's text branch.
 NOT_THE_VPG = re.compile(r"language_(model|projection)\.|qformer\.encoder\.layer\.\d+\.(intermediate|output)\.|embeddings\.|"
                          r"itm_head\.|(vision|text)_projection\.|.*\.position_ids$")
 
 
 def checkpoint_files(folder):
-    """{tensor name: file} of a folder in Hugging Face layout: safetensors, or .bin where there is nothing else."""
+    """{tensor name: file} of a folder in Hugging Face layout: safetensors, or .bin where there is
+    nothing else."""
     folder = Path(folder)
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
@@ -322,11 +357,13 @@ def checkpoint_files(folder):
                 raise ValueError(f"{index}: damaged ({error}); download it again") from error
         if single.is_file():
             return {name: single for name, _ in read_file(single, lambda name: False)}
-    raise FileNotFoundError(f"{folder}: no weights (model.safetensors, pytorch_model.bin, or shards with their index)")
+    raise FileNotFoundError(f"{folder}: no weights (model.safetensors, pytorch_model.bin, or "
+                            "shards with their index)")
 
 
 def read_file(file, wanted):
-    """(name, tensor) for every tensor of a file; tensor is None, and nothing of it is read, where wanted(name) is False.
+    """(name, tensor) for every tensor of a file; tensor is None, and nothing of it is read, where
+    wanted(name) is False.
 
     A .bin is memory-mapped and read with weights_only=True: no code in it is ever executed."""
     try:
@@ -337,35 +374,42 @@ def read_file(file, wanted):
             with safe_open(file, framework="pt") as tensors:
                 yield from ((name, tensors.get_tensor(name) if wanted(name) else None) for name in tensors.keys())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: missing; its index names it: download the checkpoint again") from None
+        raise FileNotFoundError(f"{file}: missing; its index names it: download the checkpoint "
+                                "again") from None
     except Exception as error:
-        raise ValueError(f"{file}: damaged or no checkpoint ({error}); download or copy it again") from error
+        raise ValueError(f"{file}: damaged or no checkpoint ({error}); download or copy it "
+                         "again") from error
 
 
 def read_tensors(folder, wanted):
-    """(name, tensor) of every tensor of a checkpoint for which wanted(name) is true; opens only the files it needs."""
+    """(name, tensor) of every tensor of a checkpoint for which wanted(name) is true; opens only the
+    files it needs."""
     files = checkpoint_files(folder)
     for file in sorted({file for name, file in files.items() if wanted(name)}):
         yield from ((name, tensor) for name, tensor in read_file(file, wanted) if tensor is not None)
 
 
 def assign_tensors(module, tensors, folder):
-    """Puts {name: tensor} in the place of all parameters of a module, after saying what is missing, extra or misshapen."""
+    """Puts {name: tensor} in the place of all parameters of a module, after saying what is missing,
+    extra or misshapen."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
     missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     wrong = [f"{name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}"
              for name in shapes.keys() & tensors.keys() if shapes[name] != tuple(tensors[name].shape)]
-    for problem, names in (("tensors missing", missing), ("unknown tensors", extra), ("wrong shapes", sorted(wrong))):
+    for problem, names in (("tensors missing", missing), ("unknown tensors", extra), ("wrong "
+                                                                                      "shapes", sorted(wrong))):
         if names:
-            raise ValueError(f"{folder}: {len(names)} {problem}, the first: {names[0]}; is this the right checkpoint?")
+            raise ValueError(f"{folder}: {len(names)} {problem}, the first: {names[0]}; is this "
+                             "the right checkpoint?")
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
-def read_config(folder):
+def read_vpg_config(folder):
     """config.json of a BLIP-2 folder, of one of our runs, or of CLIP, as BLIP-2 would spell it."""
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing; {folder} is not a checkpoint in Hugging Face layout")
+        raise FileNotFoundError(f"{file}: missing; {folder} is not a checkpoint in Hugging Face "
+                                "layout")
     try:
         config = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
@@ -374,8 +418,8 @@ def read_config(folder):
         vision = CLIP.DEFAULTS | config.get("vision_config", config) | {"model_type": "clip_vision_model"}
         return {"vision_config": vision, "qformer_config": {"encoder_hidden_size": vision["hidden_size"]}}
     if "qformer_config" not in config:
-        raise ValueError(f"{file}: model_type {config.get('model_type')!r} has no Q-Former (no qformer_config): a source must be "
-                         "a BLIP-2 checkpoint or one of our runs")
+        raise ValueError(f"{file}: model_type {config.get('model_type')!r} has no Q-Former (no "
+                         "qformer_config): a source must be a BLIP-2 checkpoint or one of our runs")
     return config
 
 
@@ -388,7 +432,8 @@ def checked(folder, build, *config):
 
 
 def read_vit(folder, layers=None):
-    """(name in a BLIP-2 checkpoint, tensor) of the ViT in a BLIP-2 or CLIP folder, without the blocks behind the first `layers`."""
+    """(name in a BLIP-2 checkpoint, tensor) of the ViT in a BLIP-2 or CLIP folder, without the
+    blocks behind the first `layers`."""
     # CLIPVisionModel alone is written with or without "vision_model." before its names
     prefix = "" if any(name.startswith("vision_model.") for name in checkpoint_files(folder)) else "vision_model."
     block = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
@@ -398,9 +443,10 @@ def read_vit(folder, layers=None):
 
 
 def load_vit(folder, dtype=torch.bfloat16, device="cpu", layers=None):
-    """The frozen ViT of a BLIP-2 or CLIP folder alone, up to block `layers` (None: all): vit(images) -> (B,N,Dv), to which
-    vit.post_layernorm may be applied. FileNotFoundError or ValueError name file and tensor."""
-    kind, options = checked(folder, vit_options, read_config(folder).get("vision_config", {}), layers)
+    """The frozen ViT of a BLIP-2 or CLIP folder alone, up to block `layers` (None: all):
+    vit(images) -> (B,N,Dv), to which vit.post_layernorm may be applied. FileNotFoundError or
+    ValueError name file and tensor."""
+    kind, options = checked(folder, vit_options, read_vpg_config(folder).get("vision_config", {}), layers)
     with torch.device("meta"):
         vit = checked(folder, kind, options)
     named = nn.ModuleDict({"vision_model": vit})  # names as in the checkpoint
@@ -409,28 +455,33 @@ def load_vit(folder, dtype=torch.bfloat16, device="cpu", layers=None):
 
 
 def empty_vpg(folder, image_size=None, vit_layers=None):
-    """The VPG of a folder as its config.json says, without weights: on the meta device, where tensors have shapes only."""
+    """The VPG of a folder as its config.json says, without weights: on the meta device, where
+    tensors have shapes only."""
     choices = {"image_size": image_size, "vit_layers": vit_layers}
     with torch.device("meta"):
-        return checked(folder, VPG, read_config(folder) | {key: n for key, n in choices.items() if n is not None})
+        return checked(folder, VPG, read_vpg_config(folder) | {key: n for key, n in choices.items() if n is not None})
 
 
 def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_former=True, image_size=None, vit_layers=None):
-    """The VPG of a BLIP-2 folder, in eval mode, with no gradients: entering a stage says what trains.
+    """The VPG of a BLIP-2 folder, in eval mode, with no gradients: entering a stage says what
+    trains.
 
-    The frozen ViT comes in `dtype`, what VPGTrans trains in float32. One of our runs holds only what was trained:
-    `vit_folder` is then the folder with the ViT. With q_former=False what trains is not read but drawn (VPG.reset), and the
-    folder may be CLIP's. `image_size` and `vit_layers` are as in VPG. FileNotFoundError or ValueError name file and tensor."""
+    The frozen ViT comes in `dtype`, what VPGTrans trains in float32. One of our runs holds only
+    what was trained: `vit_folder` is then the folder with the ViT. With q_former=False what trains
+    is not read but drawn (VPG.reset), and the folder may be CLIP's. `image_size` and `vit_layers`
+    are as in VPG. FileNotFoundError or ValueError name file and tensor."""
     vpg, vit_folder = empty_vpg(folder, image_size, vit_layers), vit_folder or folder
     if q_former:
         if not any(name.startswith("qformer.") for name in checkpoint_files(folder)):
-            raise ValueError(f"{folder}: holds no Q-Former (qformer.*); a ViT alone is a source for training --from-scratch only")
+            raise ValueError(f"{folder}: holds no Q-Former (qformer.*); a ViT alone is a source "
+                             "for training --from-scratch only")
         ours = lambda name: not NOT_THE_VPG.match(name) and not is_frozen(name)
         tensors = {name: tensor.to(device, torch.float32) for name, tensor in read_tensors(folder, ours)}
     else:
         tensors = {name: torch.empty(parameter.shape, device=device) for name, parameter in vpg.trained_parameters().items()}
     tensors |= {name: tensor.to(device, dtype) for name, tensor in read_vit(vit_folder, vpg.config["vit_layers"]) if is_frozen(name)}
-    assign_tensors(vpg, tensors, folder if vit_folder == folder else f"{folder} with the ViT of {vit_folder}")
+    assign_tensors(vpg, tensors, folder if vit_folder == folder else f"{folder} with the ViT of "
+                                                                     f"{vit_folder}")
     if not q_former:
         vpg.reset()
     return vpg.requires_grad_(False).eval()
@@ -441,7 +492,8 @@ def load_projector(folder):
     tensors = {name.removeprefix("language_projection."): tensor.float()
                for name, tensor in read_tensors(folder, lambda name: name.startswith("language_projection."))}
     if not {"weight", "bias"} <= tensors.keys():
-        raise ValueError(f"{folder}: no projector (language_projection.weight and .bias); is this a whole BLIP-2 checkpoint?")
+        raise ValueError(f"{folder}: no projector (language_projection.weight and .bias); is this "
+                         "a whole BLIP-2 checkpoint?")
     projector = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0], device="meta")
     assign_tensors(projector, tensors, folder)
     return projector.requires_grad_(False)

@@ -1,477 +1,756 @@
 """Move the visual prompt generator of one vision-language model to another language model.
 
-    torchrun --nproc-per-node 8 train.py --src opt-2.7b --tgt opt-6.7b     # the paper's run, on what lies under datasets/
-    python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --batch-size 64 --steps 240
+    torchrun --nproc-per-node 8 train.py --src opt-2.7b --tgt opt-6.7b
+    python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --steps 240
 
-and the paper's baselines with the same loop: --init random (no word converter), --no-warm-up --init random (VPG
-inheritance alone), --from-scratch (TFS). A run writes OUT/: model.safetensors, config.json, metrics.jsonl, curves.png, bad_data.jsonl (which
-pairs were left out, and why), and resume.safetensors, from which --resume continues a killed one with the same losses. --src takes
-such a folder, so that transfers chain.
+and the paper's baselines with the same loop: --init random (no word converter), --no-warm-up --init
+random (VPG inheritance alone), --from-scratch (TFS).
+
+A run writes OUT/: model.safetensors, config.json, metrics.jsonl, curves.png, bad_data.jsonl (which
+pairs were left out, and why), and resume.safetensors, from which --resume continues a killed one
+with the same losses. --src takes such a folder, so that transfers chain.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import datetime
+import functools
+import hashlib
 import itertools
 import json
-import math
 import os
-import resource
-import signal
+import shlex
+import shutil
 import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from tqdm import tqdm
 
+import cache
 import data
 import estimate
-import prepare
+import hub
+import loop
 import runs
+import transfer
 import vpgtrans
+from data import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs
 from vpgtrans import STAGES
 
-# ------------------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
+
+SPEC = "[NAME=]SOURCE[@IMAGES][:WEIGHT]"
+
+
+def add_models(parser):
+    models = parser.add_argument_group("models: a short name (opt-2.7b), a Hub id, a folder, or a "
+                                       "run of ours")
+    models.add_argument("--src", required=True,
+                        help="the vision-language model whose VPG moves, such as BLIP-2")
+    models.add_argument("--tgt", required=True, help="the language model that it moves to")
+    models.add_argument("--tgt-tokenizer", metavar="NAME",
+                        help="where the target's tokenizer is, if not with the target: "
+                             "lmsys/vicuna-* lack a tokenizer.json, and huggyllama/llama-7b has "
+                             "the same one")
+    models.add_argument("--image-size", type=int, metavar="PIXELS",
+                        help="of the images that the ViT reads (default: the source's); its "
+                             "position embeddings are interpolated for another size")
+    models.add_argument("--out", type=Path, help="folder of this run (default: out/<src>-to-<tgt>)")
+
+
+def add_method(parser):
+    method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
+    method.add_argument("--init", choices=("converter", "captions", "random"), default="converter",
+                        help="start of the projector: the source's, merged with the word "
+                             "converter; or fitted to what its soft prompts mean in the captions "
+                             "of a thousand images (not of the paper; it wants no high "
+                             "--warm-up-lr); or random (default: %(default)s)")
+    method.add_argument("--no-warm-up", action="store_true",
+                        help="skip the training of stage 1; with --init random, this is the "
+                             "paper's VPG inheritance")
+    method.add_argument("--from-scratch", nargs="?", const="", metavar="VPG",
+                        help="baseline: a random Q-Former (or that of VPG, a first-stage BLIP-2) "
+                             "and a random projector, trained jointly; the ViT is still the "
+                             "source's, which may be CLIP alone: openai/clip-vit-large-patch14")
+    method.add_argument("--vit-layers", type=int, metavar="N",
+                        help="with --from-scratch: read features after block N of the ViT "
+                             "(default: the last; of CLIP ViT-L's 24, the paper's runs keep 21, "
+                             "LAVIS 23)")
+    method.add_argument("--stage", choices=("warm-up", "fine-tune"), help="run one stage alone")
+
+
+def add_data(parser):
+    pairs = parser.add_argument_group("data: without --data, the paper's sets and mixture, from "
+                                      "datasets/ or $VPGTRANS_DATA")
+    pairs.add_argument("--data", action="append", metavar=SPEC,
+                       help="image-text pairs: .jsonl, .json, .csv or .tsv of image and caption, "
+                            "COCO captions, a folder of images with .txt beside them, or shards "
+                            "(laion/{00000..01299}.tar); may be given several times, and is mixed "
+                            "by WEIGHT where that is given. python data.py SOURCE shows what is "
+                            "in it")
+    pairs.add_argument("--warm-up-data", action="append", metavar=SPEC,
+                       help="other pairs for stage 1 (default: as --data)")
+    pairs.add_argument("--captions", choices=("each", "one", "packed"), default="each",
+                       help="a sample is each caption, as in the paper; or an image with one of "
+                            "its captions, drawn anew each time; or an image with all of them (16 "
+                            "at most) packed behind one prefix, which is read once: less than half "
+                            "the work for COCO's five, in twice the memory a sample; weights and "
+                            "the paper's 13M then count captions, batches images; not for T5 "
+                            "(default: %(default)s)")
+    pairs.add_argument("--val", metavar=SPEC,
+                       help="validation pairs (default: 5%% of the images, 500 at most, are held "
+                            "out)")
+    pairs.add_argument("--val-samples", type=int, default=500,
+                       help="validation images at most (default: %(default)s)")
+    pairs.add_argument("--augment", choices=("crop", "none"), default="crop",
+                       help="random crops of 50-100%% and flips, or plain resizing (default: "
+                            "%(default)s)")
+    pairs.add_argument("--max-tokens", type=int, default=32,
+                       help="of a caption, its end mark included (default: %(default)s)")
+    pairs.add_argument("--max-bad", type=float, default=0.01,
+                       help="stop when more than this share of a set's annotations is unusable, or "
+                            "of the images cannot be read (default: %(default)s)")
+
+
+def add_length(parser):
+    length = parser.add_argument_group("length and rate: the defaults are the paper's")
+    length.add_argument("--batch-size", type=int,
+                        help="samples an optimizer step, over all GPUs (default: 1728)")
+    length.add_argument("--warm-up-steps", type=int,
+                        help="optimizer steps of stage 1 (default: one epoch)")
+    length.add_argument("--steps", type=int,
+                        help="optimizer steps of stage 2, or from scratch (default: 13M samples "
+                             "with the paper's data, at most 10 epochs of --data; from scratch 10 "
+                             "epochs)")
+    length.add_argument("--lr", type=float,
+                        help="peak rate of stage 2, or from scratch (default: 1e-4)")
+    length.add_argument("--warm-up-lr", type=float, help="rate of stage 1 (default: 5 x --lr)")
+    length.add_argument("--clip", type=float, metavar="NORM",
+                        help="scale gradients down to this norm where theirs is larger (default: "
+                             "never, as the paper)")
+    length.add_argument("--seed", type=int, default=0,
+                        help="a run is a function of its arguments and this (default: %(default)s)")
+
+
+def add_machine(parser):
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--micro-batch", type=int,
+                         help="samples at a time on one GPU; but for the draws of dropout, the "
+                              "result is the same whatever it is (default: what should fit into "
+                              f"the GPU's memory, {estimate.LARGEST} at most)")
+    machine.add_argument("--dry-run", nargs="?", const="", metavar="CARD",
+                         help="print what would train, how long, and the memory, operations and "
+                              f"hours that it should take on CARD ({', '.join(estimate.CARDS)}; "
+                              "default: what is found here), and load no weights")
+    machine.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
+                         help="of frozen weights and of the arithmetic; trained weights are always "
+                              "float32 (default: %(default)s)")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                         default=torch.cuda.is_available(),
+                         help="torch.compile the repeated blocks (default: on GPUs)")
+    machine.add_argument("--workers", type=int, default=min(8, os.cpu_count() // 2),
+                         help="processes that read images, for each GPU (default: %(default)s)")
+    machine.add_argument("--cache", type=Path, metavar="DIR",
+                         help="keep there what the frozen VPG makes of each image of stage 1 (49 "
+                              "KB in bf16), computed once for all runs with this VPG and data; "
+                              "stage 1 then sees images without crops")
+    machine.add_argument("--gate", type=float, default=0.01, metavar="LOSS",
+                         help="after the warm-up, stop unless shuffled images raise the validation "
+                              "loss by at least this: else the LLM does not look at them, and days "
+                              "of fine-tuning would be in vain; 0: never (default: %(default)s)")
+    machine.add_argument("--resume", action="store_true",
+                         help="continue the run in --out where it stands")
+
+
+def add_log(parser):
+    log = parser.add_argument_group("log")
+    log.add_argument("--log-every", type=int, default=10, metavar="STEPS",
+                     help="(default: %(default)s)")
+    log.add_argument("--val-every", type=int, metavar="STEPS", help="(default: ten times a stage)")
+    log.add_argument("--save-every", type=int, default=500, metavar="STEPS",
+                     help="(default: %(default)s)")
+
+
+EXCLUDE_EACH_OTHER = [
+    ("from_scratch", "no_warm_up"),
+    ("from_scratch", "stage"),
+    ("no_warm_up", "stage"),
+]
+AT_LEAST_1 = ["image_size", "vit_layers", "steps", "warm_up_steps", "batch_size", "micro_batch",
+              "val_samples", "log_every", "val_every", "save_every"]
+ABOVE = {"lr": 0, "warm_up_lr": 0, "clip": 0, "max_tokens": 1}
+
+
+def option(name):
+    """How the command line spells an argument."""
+    return f"--{name.replace('_', '-')}"
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = parser.add_argument_group("models: a short name (opt-2.7b), a Hub id, a folder, or a run of ours")
-    models.add_argument("--src", required=True, help="the vision-language model whose VPG moves, such as BLIP-2")
-    models.add_argument("--tgt", required=True, help="the language model that it moves to")
-    models.add_argument("--tgt-tokenizer", metavar="NAME", help="where the target's tokenizer is, if not with the target: lmsys/vicuna-* "
-                        "lack a tokenizer.json, and huggyllama/llama-7b has the same one")
-    models.add_argument("--image-size", type=int, metavar="PIXELS", help="of the images that the ViT reads (default: the source's); its "
-                        "position embeddings are interpolated for another size")
-    models.add_argument("--out", type=Path, help="folder of this run (default: out/<src>-to-<tgt>)")
-    method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
-    method.add_argument("--init", choices=("converter", "captions", "random"), default="converter", help="start of the "
-                        "projector: the source's, merged with the word converter; or fitted to what its soft prompts mean in the captions of a thousand "
-                        "images (not of the paper; it wants no high --warm-up-lr); or random (default: %(default)s)")
-    method.add_argument("--no-warm-up", action="store_true", help="skip the training of stage 1; with --init random, this is the paper's "
-                        "VPG inheritance")
-    method.add_argument("--from-scratch", nargs="?", const="", metavar="VPG", help="baseline: a random Q-Former (or that of "
-                        "VPG, a first-stage BLIP-2) and a random projector, trained jointly; the ViT is still the source's, which may be "
-                        "CLIP alone: openai/clip-vit-large-patch14")
-    method.add_argument("--vit-layers", type=int, metavar="N", help="with --from-scratch: read features after block N of the ViT (default: "
-                        "the last; of CLIP ViT-L's 24, the paper's runs keep 21, LAVIS 23)")
-    method.add_argument("--stage", choices=("warm-up", "fine-tune"), help="run one stage alone")
-    pairs = parser.add_argument_group("data: without --data, the paper's sets and mixture, from datasets/ or $VPGTRANS_DATA")
-    spec = "[NAME=]SOURCE[@IMAGES][:WEIGHT]"
-    pairs.add_argument("--data", action="append", metavar=spec, help="image-text pairs: .jsonl, .json, .csv or .tsv of image and caption, COCO "
-                       "captions, a folder of images with .txt beside them, or shards (laion/{00000..01299}.tar); may be given several "
-                       "times, and is mixed by WEIGHT where that is given. python data.py SOURCE shows what is in it")
-    pairs.add_argument("--warm-up-data", action="append", metavar=spec, help="other pairs for stage 1 (default: as --data)")
-    pairs.add_argument("--captions", choices=("each", "one", "packed"), default="each", help="a sample is each caption, as in the paper; or an "
-                       "image with one of its captions, drawn anew each time; or an image with all of them (16 at most) packed behind one "
-                       "prefix, which is read once: less than half the work for COCO's five, in twice the memory a sample; weights and the paper's "
-                       "13M then count captions, batches images; not for T5 (default: %(default)s)")
-    pairs.add_argument("--val", metavar=spec, help="validation pairs (default: 5%% of the images, 500 at most, are held out)")
-    pairs.add_argument("--val-samples", type=int, default=500, help="validation images at most (default: %(default)s)")
-    pairs.add_argument("--augment", choices=("crop", "none"), default="crop", help="random crops of 50-100%% and flips, or plain "
-                       "resizing (default: %(default)s)")
-    pairs.add_argument("--max-tokens", type=int, default=32, help="of a caption, its end mark included (default: %(default)s)")
-    pairs.add_argument("--max-bad", type=float, default=0.01, help="stop when more than this share of a set's annotations is unusable, "
-                       "or of the images cannot be read (default: %(default)s)")
-    length = parser.add_argument_group("length and rate: the defaults are the paper's")
-    length.add_argument("--batch-size", type=int, help="samples an optimizer step, over all GPUs (default: 1728)")
-    length.add_argument("--warm-up-steps", type=int, help="optimizer steps of stage 1 (default: one epoch)")
-    length.add_argument("--steps", type=int, help="optimizer steps of stage 2, or from scratch (default: 13M samples with the "
-                        "paper's data, at most 10 epochs of --data; from scratch 10 epochs)")
-    length.add_argument("--lr", type=float, help="peak rate of stage 2, or from scratch (default: 1e-4)")
-    length.add_argument("--warm-up-lr", type=float, help="rate of stage 1 (default: 5 x --lr)")
-    length.add_argument("--clip", type=float, metavar="NORM", help="scale gradients down to this norm where theirs is larger (default: never, as the paper)")
-    length.add_argument("--seed", type=int, default=0, help="a run is a function of its arguments and this (default: %(default)s)")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--micro-batch", type=int, help="samples at a time on one GPU; but for the draws of dropout, the result is the "
-                         "same whatever it is (default: what should fit into the GPU's memory, 36 at most)")
-    machine.add_argument("--dry-run", nargs="?", const="", metavar="CARD", help="print what would train, how long, and the memory, operations and hours that "
-                         f"it should take on CARD ({', '.join(estimate.CARDS)}; default: what is found here), and load no weights")
-    machine.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of frozen weights and of the arithmetic; "
-                         "trained weights are always float32 (default: %(default)s)")
-    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-                         help="torch.compile the repeated blocks (default: on GPUs)")
-    machine.add_argument("--workers", type=int, default=min(8, os.cpu_count() // 2), help="processes that read images, for each "
-                         "GPU (default: %(default)s)")
-    machine.add_argument("--cache", type=Path, metavar="DIR", help="keep there what the frozen VPG makes of each image of stage 1 (49 KB in bf16), "
-                         "computed once for all runs with this VPG and data; stage 1 then sees images without crops")
-    machine.add_argument("--gate", type=float, default=0.01, metavar="LOSS", help="after the warm-up, stop unless shuffled images raise the "
-                         "validation loss by at least this: else the LLM does not look at them, and days of fine-tuning would be in vain; "
-                         "0: never (default: %(default)s)")
-    machine.add_argument("--resume", action="store_true", help="continue the run in --out where it stands")
-    log = parser.add_argument_group("log")
-    log.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="(default: %(default)s)")
-    log.add_argument("--val-every", type=int, metavar="STEPS", help="(default: ten times a stage)")
-    log.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="(default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for add in (add_models, add_method, add_data, add_length, add_machine, add_log):
+        add(parser)
     args = parser.parse_args(argv)
-    for one, other in (("from_scratch", "no_warm_up"), ("from_scratch", "stage"), ("no_warm_up", "stage")):
-        if getattr(args, one) not in (None, False) and getattr(args, other):
-            parser.error(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} exclude each other")
-    for name in ("image_size", "vit_layers", "steps", "warm_up_steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"):
+    # from scratch: with a random Q-Former, or that of the model named
+    args.q_former = args.from_scratch or None
+    args.from_scratch = args.from_scratch is not None
+    for one, other in EXCLUDE_EACH_OTHER:
+        if getattr(args, one) and getattr(args, other):
+            parser.error(f"{option(one)} and {option(other)} exclude each other")
+    for name in AT_LEAST_1:
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name, least in (("lr", 0), ("warm_up_lr", 0), ("clip", 0), ("max_tokens", 1)):
+            parser.error(f"{option(name)} must be at least 1")
+    for name, least in ABOVE.items():
         if getattr(args, name) is not None and not getattr(args, name) > least:
-            parser.error(f"--{name.replace('_', '-')} must be above {least}")
-    if args.from_scratch is not None and args.init != "converter":
+            parser.error(f"{option(name)} must be above {least}")
+    if args.from_scratch and args.init != "converter":
         parser.error("--from-scratch has a random projector; --init is for the transfer of a VPG")
-    if args.vit_layers and args.from_scratch != "":
-        parser.error("--vit-layers is for --from-scratch with a random Q-Former: a Q-Former that was trained on one block's features does not read another's")
-    if args.cache and "warm-up" not in prepare.plan_stages(args):
-        parser.error("--cache is for stage 1, which this run has not: only there the VPG stands still")
+    if args.vit_layers and (args.q_former or not args.from_scratch):
+        parser.error("--vit-layers is for --from-scratch with a random Q-Former: a Q-Former that "
+                     "was trained on one block's features does not read another's")
+    if args.cache and "warm-up" not in choose_stages(args):
+        parser.error("--cache is for stage 1, which this run has not: only there the VPG stands "
+                     "still")
     if args.warm_up_data and not args.data:
         parser.error("--warm-up-data needs --data, for the other stage")
     args.out = args.out or Path("out") / f"{Path(args.src).name}-to-{Path(args.tgt).name}"
     return args
 
 
-# -------------------------------------------------------------------------------------------------------------- validation
+def choose_stages(args):
+    """{name: Stage} of this run, with the arguments' rates and batch sizes in the place of the
+    paper's."""
+    names = ["warm-up", "fine-tune"]
+    if args.from_scratch:
+        names = ["from-scratch"]
+    elif args.stage:
+        names = [args.stage]
+    elif args.no_warm_up:
+        names = ["fine-tune"]
+    stages = {}
+    for name in names:
+        stage = STAGES[name]
+        lr = args.lr
+        if name == "warm-up":
+            lr = args.warm_up_lr or (5 * args.lr if args.lr else None)
+        if lr:
+            stage = dataclasses.replace(stage, lr=lr, final_lr=lr * stage.final_lr / stage.lr)
+        stages[name] = dataclasses.replace(stage, batch_size=args.batch_size or stage.batch_size)
+    return stages
 
 
-@contextlib.contextmanager
-def evaluating(model):
-    """Eval mode, and afterwards the modes that were."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+# ------------------------------------------------------------------------------------- what is read
+
+# The paper's data (section 4.1), by the names of their folders: where the annotations are, and how
+# to get them.
+PAPER = {
+    "coco": (["coco_karpathy_train.json", "annotations/captions_train2017.json",
+              "annotations/captions_train2014.json"],
+             "of cocodataset.org: train2017.zip and annotations_trainval2017.zip, unpacked"),
+    "sbu": (["sbu.json", "sbu.jsonl"],
+            "SBU captions, downloaded with img2dataset, as a list of {image, caption}"),
+    "vg": (["vg_caption.json", "vg.jsonl"],
+           "Visual Genome region descriptions, as LAVIS's vg_caption.json"),
+    "laion": (["laion.jsonl", "laion.json"],
+              "LAION-COCO, 13M pairs will do, as {image, caption} lines or the .tar shards of "
+              "img2dataset"),
+}
+PAPER_VALIDATION = ["coco_karpathy_val.json", "annotations/captions_val2017.json",
+                    "annotations/captions_val2014.json"]
+WARM_UP = {"coco": 1.0, "sbu": 1.0}  # one epoch of both
+FINE_TUNE = {"coco": 0.1, "vg": 0.2, "laion": 0.7}  # shares of samples
 
 
-class Validation:
-    """The loss on held-out pairs with their own and with other pairs' images: the difference is what the LLM sees."""
+def find_paper_data(root):
+    """{name: annotation file, or folder of shards} of what lies under `root` in the layout of
+    PAPER; "val" is the validation set."""
+    found = {}
+    for name, (files, _) in PAPER.items():
+        folder = Path(root) / name
+        there = [folder / file for file in files if (folder / file).is_file()]
+        if there or any(folder.glob("*.tar")):
+            found[name] = there[0] if there else folder
+    validation = [Path(root) / "coco" / file for file in PAPER_VALIDATION]
+    for file in validation:
+        if file.is_file():
+            found.setdefault("val", file)
+    return found
 
-    def __init__(self, samples, micro_batch, processes):
-        self.tok, self.processes, count = samples.tok, processes, int(samples.starts[-1]) // 2 * 2
-        if count < 2:
-            raise ValueError("validation needs at least two images; see --val")
-        # neighbours lend each other their images: pairs that no chunk separates, whatever its size and rank
-        chunks = torch.arange(count).view(-1, 2).tensor_split(-(-count // max(2, micro_batch)))[processes.rank :: processes.world]
-        self.batches = [samples.collate([samples[i, i] for i in chunk.flatten().tolist()]) for chunk in chunks if len(chunk)]
-        self.bad = [("validation image left out", message) for batch in self.batches for message in batch["bad"]]
+
+def how_to_get_paper_data(root):
+    """The text for somebody who has no data yet."""
+    lines = []
+    for name, (files, how) in PAPER.items():
+        lines.append(f"  {Path(root) / name}/{' or '.join(files)}  ({how})")
+    return "\n".join([
+        f"no data: nothing lies under {root}/. Put there one or more of", *lines,
+        "(coco alone will do to begin with), name another folder in $VPGTRANS_DATA, or name your "
+        "own pairs:",
+        "  --data pairs.jsonl      with lines {\"image\": \"cat.jpg\", \"caption\": \"a cat on a "
+        "mat\"}"])
+
+
+def name_data(args, stages, say):
+    """-> {stage: specs of its data sets}, spec of the validation set or None: as the arguments say,
+    or the paper's."""
+    if args.data:
+        specs = {name: args.data for name in stages}
+        if "warm-up" in stages:
+            specs["warm-up"] = args.warm_up_data or args.data
+        return specs, args.val
+    root = Path(os.environ.get("VPGTRANS_DATA", "datasets"))
+    found = find_paper_data(root)
+    specs = {}
+    for name in stages:
+        shares = FINE_TUNE if name == "fine-tune" else WARM_UP
+        there = [d for d in shares if d in found]
+        missing = [d for d in shares if d not in found]
+        if not there:
+            raise FileNotFoundError(f"stage {name} needs {' or '.join(shares)}\n"
+                                    f"{how_to_get_paper_data(root)}")
+        weight = {d: f":{shares[d]}" if name == "fine-tune" else "" for d in there}
+        specs[name] = [f"{d}={found[d]}{weight[d]}" for d in there]
+        if missing:
+            say(f"stage {name}: not under {root}/ and left out: {', '.join(missing)}")
+    return specs, args.val or (f"val={found['val']}" if "val" in found else None)
+
+
+def place(spec):
+    """(source, images) of a spec: what several stages weight differently is read once."""
+    return parse_spec(spec)[1:3]
+
+
+def find_data(args, stages, say):
+    """-> ({stage: (data sets, weights or None)}, validation Pairs); says what was found and what is
+    left out."""
+    specs, val_spec = name_data(args, stages, say)
+    sets = {}
+    for spec in itertools.chain.from_iterable(specs.values()):
+        if place(spec) not in sets:
+            # a crop of Visual Genome's regions would lose what their captions describe
+            sets[place(spec)] = read_pairs(spec, crop=not spec.startswith("vg="))
+    val = read_pairs(val_spec) if val_spec else None
+    for pairs in [*sets.values(), *([val] if val else [])]:
+        check_left_out(pairs, args.max_bad, say)
+    if not val:
+        last_stage = list(stages)[-1]
+        whole = sets[place(specs[last_stage][0])]
+        held = hold_out(whole, args.val_samples)
+        val = whole.without(held, instead=True)
+        sets = {key: pairs.without(held) for key, pairs in sets.items()}
+        say(f"validation: {len(held)} images of {whole.name} held out")
+    for (file, _), pairs in sets.items():
+        say(f"data: {pairs.name}, {len(pairs):,} pairs, {len(pairs.images):,} images ({file})")
+        if not len(pairs):
+            raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
+    of_stages = {}
+    for name in stages:
+        weights = [parse_spec(spec)[3] for spec in specs[name]]
+        if any(weights) and not all(weights):
+            raise ValueError(f"give each of {', '.join(specs[name])} a :WEIGHT above 0, or none of "
+                             "them")
+        of_stage = [sets[place(spec)] for spec in specs[name]]
+        of_stages[name] = of_stage, weights if any(weights) else None
+    return of_stages, one_caption_an_image(val, args.val_samples)
+
+
+def check_left_out(pairs, max_bad, say):
+    """Says what of a data set is unusable; ValueError if that is more than a share of `max_bad` (of
+    1,000 at least: a few are no harm)."""
+    def lines(most):
+        for problem, places in pairs.left_out.items():
+            some = ", ".join(places[:most]) + (", ..." if len(places) > most else "")
+            yield f"data: {pairs.name}, {len(places):,} left out: {problem} ({some})"
+
+    bad = sum(map(len, pairs.left_out.values()))
+    total = bad + len(pairs)
+    if bad > max_bad * max(total, 1000):
+        head = f"{bad:,} of {total:,} annotations are unusable, more than --max-bad {max_bad:g}"
+        raise ValueError("\n".join([head, *lines(20)]))
+    for line in lines(3):
+        say(line)
+
+
+# ----------------------------------------------------------------------------------------- how long
+
+
+def mixture(captions, sets, weights):
+    """How data sets are mixed where a sample is "each" caption, "one" of an image's, or all of them
+    "packed" (--captions).
+
+    -> (weights of the data sets as shares of samples, or None; captions a sample on average). The
+    weights given are shares of captions."""
+    each = [data.captions_a_sample(pairs, captions) for pairs in sets]
+    shares = data.sizes(sets, captions)
+    if weights:
+        shares = [weight / n for weight, n in zip(weights, each)]
+    average = sum(share * n for share, n in zip(shares, each)) / sum(shares)
+    return shares if weights else None, average
+
+
+def count_steps(args, name, stage, available, captions, world):
+    """The number of optimizer steps of a stage over so many available samples, each of so many
+    captions on average.
+
+    The paper's amounts are captions."""
+    if stage.batch_size < world:
+        raise ValueError(f"--batch-size {stage.batch_size} leaves some of the {world} processes "
+                         "without a sample")
+    steps = args.warm_up_steps if name == "warm-up" else args.steps
+    if not steps:
+        samples = stage.epochs * available
+        if stage.samples:
+            amount = round(stage.samples / captions)
+            samples = min(amount, 10 * available) if args.data else amount
+        steps = samples // stage.batch_size
+    if steps < 1:
+        raise ValueError(f"{available:,} samples do not fill one batch of {stage.batch_size:,}; "
+                         "lower --batch-size or set --steps")
+    return steps
+
+
+# ---------------------------------------------------------------------- what must agree on --resume
+
+# What a run's result does not depend on, or by the draws of dropout alone, so that --resume may
+# change it.
+FREE = {"out", "micro_batch", "dry_run", "compile", "workers", "resume", "gate", "log_every",
+        "val_every", "save_every", "max_bad"}
+
+
+def check_same_run(args, state):
+    """ValueError if a state is that of a run with other arguments, as far as they matter."""
+    now = transfer.arguments(args)
+    # an option that is newer than the state had its default's effect
+    defaults = transfer.arguments(parse_arguments(["--src", args.src, "--tgt", args.tgt]))
+    then = defaults | state["arguments"]
+    # until November 2026 it was None, "" or the VPG's name
+    if not isinstance(then["from_scratch"], bool):
+        then["q_former"] = then["from_scratch"] or None
+        then["from_scratch"] = then["from_scratch"] is not None
+    other = []
+    for key in now:
+        if key not in FREE and now[key] != then[key]:
+            other.append(f"{option(key)} was {then[key]}, is {now[key]}")
+    if other:
+        raise ValueError(f"{args.out}: --resume with other arguments would be another run: "
+                         f"{'; '.join(other)}")
+
+
+# ----------------------------------------------------------------------------- the cache of stage 1
+
+
+def free_space(folder):
+    """Bytes that are free where a folder is or will be."""
+    nearest = next(place for place in [folder, *folder.absolute().parents] if place.is_dir())
+    return shutil.disk_usage(nearest).free
+
+
+def open_caches(args, sets, vpg, say):
+    """-> the data sets of stage 1, each with the cache of its images' queries under --cache.
+    OSError if they do not fit there."""
+    if len({pairs.name for pairs in sets}) < len(sets):
+        raise ValueError("--cache: two data sets of stage 1 have the same name; give each its own, "
+                         "--data NAME=...")
+    configuration = json.dumps(vpg.config, sort_keys=True).encode()
+    made_with = {
+        "VPG": hub.fingerprint(dict(vpg.named_parameters())),
+        "image size": vpg.image_size,
+        "configuration": hashlib.sha256(configuration).hexdigest()[:16],
+    }
+    shape = (vpg.num_query_tokens, vpg.dim)
+    dtype = transfer.DTYPES[args.precision]
+    cached = []
+    for pairs in sets:
+        folder = args.cache / pairs.name
+        features = cache.FeatureCache(folder, pairs.files(), shape, dtype, made_with)
+        cached.append(dataclasses.replace(pairs, cache=features))
+    whole, left = (sum(sizes) for sizes in zip(*(pairs.cache.need() for pairs in cached)))
+    free = free_space(args.cache)
+    images = sum(len(pairs.cache.files) for pairs in cached)
+    size = estimate.readable_size
+    need = (f"{images:,} images x {size(whole / images)} = {size(whole)}, of which {size(left)} "
+            f"are still to be computed; {size(free)} are free")
+    if left > free:
+        raise OSError(f"{args.cache}: the cache does not fit on this disk: {need}")
+    say(f"cache: {args.cache}, {need}; stage 1 sees these images whole, without crops, and does "
+        "not look for validation images among them")
+    return cached
+
+
+def fill_caches(args, sets, vpg, processes):
+    """Computes what --cache does not hold yet of the images of stage 1; a signal ends it, and the
+    run."""
+    read = functools.partial(data.read_image, size=vpg.image_size)
 
     @torch.no_grad()
-    def losses(self, model):
-        """-> cross-entropy a token with matched images, and with shuffled ones."""
-        sums, device = torch.zeros(3, dtype=torch.float64), self.processes.device
-        for batch in self.batches:
-            prompts, targets = batch["prompt_ids"], batch["target_ids"].to(device)
-            with evaluating(model), self.processes.autocast():
-                queries = model.vpg(data.normalise(batch["images"].to(device)))
-                matched, tokens = model(prompts, targets, queries=queries)
-                shuffled, _ = model(prompts, targets, queries=queries.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
-            sums += torch.stack([matched, shuffled, tokens]).double().cpu()
-        matched, shuffled, tokens = self.processes.sum(*sums)
-        return matched / tokens, shuffled / tokens
+    def queries(images):
+        with processes.autocast():
+            return vpg(images.to(processes.device))
 
-    def examples(self, model, count):
-        """Lines with captions of the first validation images, as people wrote them and as the model does."""
-        batch, device = self.batches[0], self.processes.device
-        with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):  # too short to compile for
-            ids = model.generate(batch["prompt_ids"][:count], images=data.normalise(batch["images"][:count].to(device)),
-                                 stop=((self.tok.end_id,), (self.tok.eos_id,)))
-        for file, truth, answer in zip(batch["files"], batch["target_ids"].tolist(), ids):
-            truth = self.tok.decode(i for i in truth if i >= 0)
-            yield f"    {Path(file).name}: {self.tok.decode(answer).strip()}  (people: {truth.strip()})"
+    for pairs in sets:
+        done = pairs.cache.fill(read, queries, args.micro_batch, args.workers, processes.rank,
+                                processes.world, loop.must_stop)
+        if processes.sum(not done)[0]:
+            processes.say("stopped while the cache was computed; the same command goes on with it")
+            sys.exit(130)
 
 
-# -------------------------------------------------------------------------------------------------------------------- loop
-
-stop_asked = threading.Event()
+# ---------------------------------------------------------------------------------- without weights
 
 
-def ask_to_stop(number, _):
-    """On SIGTERM or SIGINT: the run is saved after the next step; a second Ctrl-C ends it at once. SIGTERM comes several times
-    where a scheduler and torchrun both send it."""
-    stop_asked.set()
-    if number == signal.SIGINT:
-        signal.signal(number, signal.SIG_DFL)
+def longest_text(args, sets):
+    """Tokens that a sample's captions may have: where they are packed, as many as the data set with
+    most has on average."""
+    most = max(data.captions_a_sample(pairs, args.captions) for pairs in sets)
+    return round(args.max_tokens * most)
+
+
+def choose_micro_batch(args, stages, found):
+    """How many samples at a time: as --micro-batch says, else what should fit into the memory of
+    the smallest GPU."""
+    processes, shapes = found.processes, found.shapes
+    if args.micro_batch or processes.device.type == "cpu":
+        return args.micro_batch or estimate.LARGEST
+    fits = []
+    for name, stage in stages.items():
+        vpgtrans.enter_stage(shapes, stage)
+        tokens = longest_text(args, found.sets[name][0])
+        step = estimate.trace(shapes, transfer.example_batch(shapes, found.tok, tokens))
+        capacity = torch.cuda.mem_get_info()[1]
+        fits.append(estimate.largest_micro_batch(shapes, step, capacity, world=processes.world))
+    fits = min(processes.gather(fits))
+    processes.say(f"micro-batch: {fits} samples at a time on each GPU (--micro-batch)")
+    return fits
+
+
+def average_tokens(tok, sets, max_tokens):
+    """Of the first thousand captions of each data set."""
+    texts = [text for pairs in sets for text in itertools.islice(pairs.captions, 1000)]
+    return round(sum(len(data.caption_ids(tok, text, max_tokens)) for text in texts) / len(texts))
+
+
+def dry_run(args, stages, found):
+    """Prints what the run would do and need. Without data, the paper's amounts are taken."""
+    model, world = found.shapes, found.processes.world
+    machine = estimate.machine(args.dry_run)
+    for name, stage in stages.items():
+        available, tokens, captions, longest = stage.samples or 1_400_000, 12, 1, args.max_tokens
+        if found.sets:
+            sets, weights = found.sets[name]
+            available = sum(data.sizes(sets, args.captions))
+            tokens = average_tokens(found.tok, sets, args.max_tokens)
+            captions = mixture(args.captions, sets, weights)[1]
+            longest = longest_text(args, sets)
+        steps = count_steps(args, name, stage, available, captions, world)
+        table = vpgtrans.enter_stage(model, stage)
+        print(*loop.describe_stage(name, stage, steps, available, table), sep="\n")
+        longest = transfer.example_batch(model, found.tok, longest)
+        typical = transfer.example_batch(model, found.tok, round(tokens * captions))
+        samples = steps * stage.batch_size
+        lines = estimate.report(model, longest, typical, samples, machine, args.micro_batch, world)
+        print(*lines, sep="\n")
+    need = estimate.readable_size(runs.disk_need(model.saved()))
+    free = estimate.readable_size(free_space(args.out))
+    print(f"\n{args.out}: {need} while it runs; {free} are free on that disk")
+
+
+# ------------------------------------------------------------------------------------------ the run
 
 
 @dataclasses.dataclass
-class Since:
-    """What this process has done since the last line of the log, a loss and files for each step."""
+class Found:
+    """What a run begins with."""
 
-    samples: int  # of the stage, by then
-    seen: int = 0  # samples since the stage was entered, of all processes
-    bad: int = 0  # images among these that could not be read
-    losses: list = dataclasses.field(default_factory=list)
-    tokens: float = 0.0
-    files: list = dataclasses.field(default_factory=list)
-    problems: list = dataclasses.field(default_factory=list)
-    began: float = dataclasses.field(default_factory=time.time)
-
-    def add(self, loss, tokens, micro_batches):
-        self.losses.append(loss)
-        self.tokens += tokens
-        self.files.append([file for micro in micro_batches for file in micro["files"]])
-        for micro in micro_batches:
-            self.problems += [("unreadable image", message) for message in micro["bad"]]
-            self.problems += [("validation image in training", f"{file} looks like {known}") for file, known in micro["twins"].items()]
+    processes: loop.Processes
+    src: hub.Place
+    tgt: hub.Place
+    tok: data.Tokenizer  # the target's
+    shapes: vpgtrans.VisualLLM  # without weights
+    sets: dict = None  # {stage: (data sets, weights or None)}; a dry run may have none
+    val: Pairs = None
 
 
-@dataclasses.dataclass
-class Run:
-    """What the stages of a run share."""
-
-    args: argparse.Namespace
-    processes: prepare.Processes
-    model: vpgtrans.VisualLLM
-    validation: Validation
-    log: runs.Log
-    gate: tuple = None  # the last validation losses, with matched and with shuffled images
-
-    def validate(self, at):
-        """Logs, prints and draws how the model does at a step."""
-        matched, shuffled = self.gate = self.validation.losses(self.model)
-        self.log.add(**at, val_loss=matched, val_loss_shuffled=shuffled)
-        self.processes.say(f"step {at['step']:>6,}  validation loss {matched:.3f}, with shuffled images {shuffled:.3f}")
-        if self.processes.rank == 0:
-            self.processes.say("\n".join(self.validation.examples(self.model, 2)))
-            self.log.draw()
-
-    def report(self, since, optimizer, at, lr, bar):
-        """Looks at what has happened since the last line of the log, and writes the next. -> the Since to go on with"""
-        losses, problems = self.processes.sum(*since.losses), self.processes.gather(since.problems)
-        self.check_loss(losses, since.files, optimizer, at)
-        self.log.report(problems)
-        seconds, samples = time.time() - since.began, at["samples"] - since.samples
-        bad, loss, speed = since.bad + sum(problem == "unreadable image" for problem, _ in problems), sum(losses) / since.tokens, samples / seconds
-        self.log.seconds += seconds
-        self.log.add(**at, loss=loss, lr=lr, samples_per_second=speed, peak_memory=peak_memory(), bad_samples=bad)
-        self.check_images(bad, since.seen + samples)
-        bar.set_postfix(loss=f"{loss:.3f}", samples_per_second=f"{speed:.0f}")
-        if bar.disable:  # what is printed goes into a file
-            left = datetime.timedelta(seconds=round((bar.total - at["step"]) * seconds / len(losses)))
-            self.processes.say(f"{at['stage']} {at['step']:,}/{bar.total:,}  loss {loss:.3f}  rate {lr:.3g}  {speed:,.0f} samples/s  "
-                               f"{peak_memory() / 1e9:.1f} GB  {left} left in this stage")
-        return Since(at["samples"], since.seen + samples, bad)
-
-    def save(self, optimizer, at, name=runs.STATE):
-        """Writes where the run stands, and the weights alone."""
-        if self.processes.rank == 0:
-            parameters = vpgtrans.blip2_names(self.model)
-            state = {**at, "seconds": self.log.seconds, "arguments": prepare.arguments(self.args)}
-            runs.save_state(self.args.out, parameters, optimizer, state, name)
-            if name == runs.STATE:
-                runs.save_model(self.args.out, parameters)
-        self.processes.sum()  # nobody leaves while the first process writes: torchrun would end it
-
-    def fail(self, error):
-        """Ends a run in which all processes have found the same error."""
-        fail(error) if self.processes.rank == 0 else sys.exit(2)
-
-    def check_loss(self, losses, files, optimizer, at):
-        """Stops a run whose loss is no number any more. `losses` and the `files` of this process, a step each, are the last
-        ones before `at`; the optimizer has not moved since the first that is none."""
-        wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if wrong is None:
-            return
-        at, out = {**at, "step": at["step"] - len(losses) + wrong + 1}, self.args.out
-        files = sorted(self.processes.gather(files[wrong]))
-        if self.processes.rank == 0:
-            runs.write(out / "broken.json", lambda file: file.write_text(json.dumps(at | {"loss": str(losses[wrong]), "files": files}, indent=2)))
-        self.save(optimizer, at, name="broken.safetensors")
-        self.fail(f"the loss or its gradient at step {at['step']:,} of stage {at['stage']} is {losses[wrong]}. {out / 'broken.json'} names the samples of "
-                  f"that step, broken.safetensors holds the weights and moments before it. To go on from the weights last saved, with another rate or "
-                  f"precision: --src {out} --no-warm-up --lr ... --precision ... and a new --out")
-
-    def check_images(self, bad, seen):
-        """Stops a run too many of whose images cannot be read."""
-        if bad > self.args.max_bad * max(seen, 1000):
-            self.fail(f"{bad} of {seen} images could not be read, more than --max-bad {self.args.max_bad:g}; {self.log.bad_data} says which")
-
-    def check_gate(self):
-        """Stops a run after the warm-up if its LLM does not look at the images."""
-        matched, shuffled = self.gate or self.validation.losses(self.model)
-        if self.args.gate and not shuffled - matched >= self.args.gate:
-            self.fail(f"after the warm-up, the validation loss is {matched:.3f} with the right images and {shuffled:.3f} with shuffled ones: the LLM does not "
-                      f"use the image (--gate {self.args.gate:g}). Look at whether captions fit their images (python data.py SPEC), at --src, and at "
-                      f"the curves in {self.args.out}; try more --warm-up-steps or another --warm-up-lr in a new --out. The state is saved: the same command "
-                      "with --resume --gate 0 goes on regardless")
+def take_folder(args, processes, held):
+    """Makes sure that this run, and no other, writes in --out, until `held` is closed."""
+    begun = [file for file in (runs.STATE, "model.safetensors") if (args.out / file).exists()]
+    if begun and not args.resume:
+        raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or "
+                              "name another --out")
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    held.enter_context(runs.locked(args.out, command, processes.say))
+    if args.cache:
+        runs.check_writable(args.cache)
 
 
-def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
-    """Forward, backward and update for one batch, of which this process has some micro-batches; `trained` is the model, or
-    DDP around it.
-
-    Each token counts alike, whichever process and micro-batch it is in: -> (their number in all, this process's loss sum, has
-    any process been asked to stop)."""
-    tokens, stop = processes.sum(sum((micro["target_ids"] != -100).sum() for micro in micro_batches), stop_asked.is_set())
-    loss_sum = torch.zeros((), device=processes.device)
-    for i, micro in enumerate(micro_batches):
-        more = i < len(micro_batches) - 1
-        with trained.no_sync() if more and processes.world > 1 else contextlib.nullcontext(), processes.autocast():
-            sees = {key: micro[key].to(processes.device, non_blocking=True) for key in ("images", "queries") if key in micro}
-            if "images" in sees:
-                sees["images"] = data.normalise(sees["images"])
-            targets = micro["target_ids"]
-            if targets.ndim == 2:  # packed ones are laid out on the CPU
-                targets = targets.to(processes.device, non_blocking=True)
-            loss, _ = trained(micro["prompt_ids"], targets, **sees)
-            (loss * (processes.world / tokens)).backward()  # times world: DDP takes the mean over processes
-        loss_sum += loss.detach()
-    # once a gradient is no number, AdamW stands still, as under a GradScaler: nothing waits for that, and nothing is spoilt
-    norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
-    optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
-    if clip:
-        optimizer.grad_scale = (norm / clip).clamp(min=1)  # AdamW divides by it
-    loss_sum += 0 * norm  # the loss of a step whose gradient is no number is none, either
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return tokens, loss_sum, bool(stop)
+def check_disk(out, model):
+    """OSError if there is no room for what a run of this model writes, beside what it has written
+    already."""
+    files = [out / name for name in ("model.safetensors", runs.STATE, runs.PREVIOUS)]
+    there = sum(file.stat().st_size for file in files if file.is_file())
+    need = runs.disk_need(model.saved()) - there
+    free = free_space(out)
+    if need > free:
+        raise OSError(f"{out}: the run needs {estimate.readable_size(need)} more there, and "
+                      f"{estimate.readable_size(free)} are free on that disk; name another --out")
 
 
-def train_stage(run, name, stage, samples, order, steps, resumed=None):
-    """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state, stands."""
-    args, processes, model = run.args, run.processes, run.model
-    processes.say(prepare.describe_stage(name, stage, steps, samples.starts[-1], vpgtrans.enter_stage(model, stage)))
-    if samples.sets[0].cache:
-        prepare.fill_cache(args, samples.sets, model.vpg, processes, stop_asked.is_set)
-    optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=stage.lr, betas=stage.betas, fused=True)
-    optimizer.found_inf = torch.zeros((), device=processes.device)
-    if resumed:
-        runs.restore(vpgtrans.blip2_names(model), optimizer, resumed[1])
-        if processes.rank == 0:  # a kill may have come between the two files of a save
-            runs.save_model(args.out, vpgtrans.blip2_names(model))
-    first = resumed[0]["step"] if resumed else 0
-    trained = nn.parallel.DistributedDataParallel(model, init_sync=False) if processes.world > 1 else model
-    val_every = args.val_every or max(1, steps // 10)
-    at = lambda step: {"stage": name, "step": step, "samples": step * stage.batch_size}
-    if first == 0:
-        run.validate(at(0))
-    since, quiet = Since(at(first)["samples"]), None if processes.rank == 0 else True  # None: where there is no terminal
-    batches = data.load_batches(samples, order, stage.batch_size, args.micro_batch, processes.rank, processes.world, first, args.workers)
-    with contextlib.closing(batches), tqdm(total=steps, initial=first, desc=name, unit="step", disable=quiet) as bar:
-        for step in range(first, steps):
-            micro_batches, lr = next(batches), vpgtrans.learning_rate(stage, step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # dropout is a function of the stage's seed, step and rank, so that a resumed run draws what it would have drawn
-            torch.manual_seed(hash((samples.seed, step, processes.rank)))
-            tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes, args.clip)
-            since.add(loss, tokens, micro_batches)
-            done = at(step + 1)
-            save = done["step"] % args.save_every == 0 or done["step"] == steps or stop
-            if done["step"] % args.log_every == 0 or save:  # no state is saved whose loss was not looked at
-                since = run.report(since, optimizer, done, lr, bar)
-            bar.update()
-            if done["step"] % val_every == 0 or done["step"] == steps:
-                pause = time.time()
-                run.validate(done)
-                since.began += time.time() - pause
-            if save:
-                run.save(optimizer, done)
-            if stop:
-                processes.say(f"stopped at step {done['step']:,} of stage {name}; the same command with --resume continues")
-                sys.exit(130)
+def find(args, stages, held):
+    """Models and data. The first process goes first: it fetches, scans, and takes the run's folder
+    until `held` is closed."""
+    is_dry = args.dry_run is not None
+    processes = loop.Processes.start(args.precision)
+    with processes.first_goes_first():
+        if processes.rank == 0 and not is_dry:
+            take_folder(args, processes, held)
+        tokenizer, tok = transfer.find_tokenizer(args.tgt, args.tgt_tokenizer)
+        if tok.encoder_decoder and args.captions == "packed":
+            raise ValueError(f"--captions packed is not for {args.tgt}: the encoder of a T5 reads "
+                             "a part of each caption; use one or each")
+        src, tgt = transfer.find_models(args.src, args.tgt, tokenizer, shapes_only=is_dry)
+        found = Found(processes, src, tgt, tok, transfer.shape_model(args, src, tgt))
+        if not is_dry:
+            check_disk(args.out, found.shapes)
+        try:
+            found.sets, found.val = find_data(args, stages, processes.say)
+        except FileNotFoundError as error:
+            if args.data or not is_dry:
+                raise
+            said = str(error).splitlines()[0]
+            processes.say(f"{said}: taken are the paper's amounts, each caption a sample of 12 "
+                          "tokens")
+    return found
 
 
-def peak_memory():
-    """Bytes: of the GPU, or without one of this process."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def new_samples(args, found, model, sets, **options):
+    vpg = model.vpg
+    return data.Samples(sets, found.tok, vpg.image_size, vpg.num_query_tokens, args.max_tokens,
+                        **options)
 
 
-def fail(error):
-    """Ends the command with a message for people and exit code 2."""
-    print(f"train.py: {error}", file=sys.stderr)
-    sys.exit(2)
+# Each stage has an order and crops of its own: three times the run's seed, and this.
+SEEDS = {"warm-up": 0, "fine-tune": 1, "from-scratch": 2}
 
 
-def set_up(args, stages):
-    """Everything that can be wrong with arguments, files and folders, before anything long begins.
+def plan_jobs(args, stages, steps, found, model, resumed):
+    """What each stage trains on, in which order, for {stage: steps}. -> [loop.Job]"""
+    known = data.Lookalikes(found.val.files())
+    jobs = []
+    for name, stage in stages.items():
+        sets, weights = found.sets[name]
+        sizes = data.sizes(sets, args.captions)
+        weights, _ = mixture(args.captions, sets, weights)
+        count = steps[name] * stage.batch_size
+        if weights:
+            shares = [weight / sum(weights) for weight in weights]
+            epochs = []
+            for pairs, share, size in zip(sets, shares, sizes):
+                epochs.append(f"{pairs.name} {count * share / size:.2g}")
+            found.processes.say(f"stage {name}: epochs of each data set in its {count:,} samples: "
+                                f"{', '.join(epochs)}")
+        seed = 3 * args.seed + SEEDS[name]
+        if args.cache and name == "warm-up" and not (resumed and resumed[0]["stage"] != name):
+            sets = open_caches(args, sets, model.vpg, found.processes.say)
+        samples = new_samples(args, found, model, sets, captions=args.captions,
+                              augment=args.augment == "crop", known=known, seed=seed)
+        order = data.plan(sizes, count, seed, weights)
+        jobs.append(loop.Job(name, stage, samples, order, steps[name]))
+    return jobs
 
-    -> (the Run, {stage: (samples, order, steps)}, the state to resume from or None)"""
-    if int(os.environ.get("RANK", 0)) == 0:  # before others wait: what the first process alone looks at, fetches and makes
-        if not args.resume and any((args.out / file).exists() for file in ("resume.safetensors", "model.safetensors")):
-            raise FileExistsError(f"{args.out}: already holds a run; continue it with --resume, or name another --out")
-        prepare.find_models(args)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            prepare.find_data(args, stages, lambda _: None)  # a large scan is kept, and the others need not make it
-        for folder in [args.out] + [args.cache] * bool(args.cache):
-            runs.check_writable(folder)
-    processes = prepare.Processes.start(args.precision)
-    src, tgt = prepare.find_models(args)
-    shapes = prepare.shape_model(args, src, tgt)
-    prepare.check_disk(args.out, shapes)
-    sets, val = prepare.find_data(args, stages, processes.say)
-    args.micro_batch = prepare.choose_micro_batch(args, stages, sets, shapes, data.load_tokenizer(tgt.tokenizer), processes)
-    sizes = {name: data.sizes(pairs, args.captions) for name, (pairs, _) in sets.items()}
-    mixtures = {name: prepare.mixture(args, *of_stage) for name, of_stage in sets.items()}  # (shares of samples, captions a sample)
-    steps = {name: prepare.plan_length(args, name, stage, sum(sizes[name]), mixtures[name][1], processes.world) for name, stage in stages.items()}
+
+def begin_log(args, found, model, log):
+    """The files of a new run: its config.json, empty metrics, and what of the data was left out."""
+    config = json.dumps(transfer.run_config(args, found.src, model), indent=2)
+    runs.write(args.out / "config.json", lambda file: file.write_text(config))
+    read = [pairs for sets, _ in found.sets.values() for pairs in sets]
+    once = {id(pairs.left_out): pairs.left_out for pairs in [*read, found.val]}  # stages share them
+    left_out = []
+    for of_set in once.values():
+        for problem, places in of_set.items():
+            left_out += [(problem, where) for where in places]
+    log.begin(left_out)
+
+
+def set_up(args, stages, found, watch):
+    """All that can be wrong with arguments, files and folders, before anything long begins.
+
+    -> (loop.Run, [loop.Job], the state to resume from or None)"""
+    processes = found.processes
+    args.micro_batch = choose_micro_batch(args, stages, found)
+    steps = {}
+    for name, stage in stages.items():
+        sets, weights = found.sets[name]
+        available = sum(data.sizes(sets, args.captions))
+        captions = mixture(args.captions, sets, weights)[1]
+        steps[name] = count_steps(args, name, stage, available, captions, processes.world)
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
-        prepare.check_same_run(args, resumed[0])
-    model, tok = prepare.build_model(args, src, tgt, sets[list(stages)[0]][0], processes, resumed is not None)
-    new_samples = lambda pairs, **options: data.Samples(pairs, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens, **options)
-    validation, log = Validation(new_samples([val], augment=False, split=False), args.micro_batch, processes), runs.Log(args.out, processes.rank)
-    known = data.Lookalikes(val.files())
-    jobs = {}
-    for name, (pairs, _) in sets.items():
-        weights = mixtures[name][0]
-        seed = args.seed * len(STAGES) + list(STAGES).index(name)  # each stage has an order and crops of its own
-        samples = steps[name] * stages[name].batch_size
-        if weights:
-            epochs = (f"{p.name} {samples * weight / sum(weights) / size:.2g}" for p, weight, size in zip(pairs, weights, sizes[name]))
-            processes.say(f"stage {name}: epochs of each data set in its {samples:,} samples: {', '.join(epochs)}")
-        order = data.plan(sizes[name], samples, seed, weights)
-        if args.cache and name == "warm-up" and not (resumed and resumed[0]["stage"] != name):
-            pairs = prepare.open_caches(args, pairs, model.vpg, processes.say)
-        jobs[name] = new_samples(pairs, captions=args.captions, augment=args.augment == "crop", known=known, seed=seed), order, steps[name]
+        check_same_run(args, resumed[0])
+    first_sets, _ = found.sets[next(iter(stages))]
+    model = transfer.build_model(args, found.src, found.tgt, found.tok, first_sets, processes,
+                                 resumed is not None)
+    jobs = plan_jobs(args, stages, steps, found, model, resumed)
+    val_samples = new_samples(args, found, model, [found.val], augment=False, split=False)
+    validation = loop.Validation(val_samples, args.micro_batch, processes)
+    log = runs.Log(args.out, processes.rank)
     if resumed:
         log.continue_from(list(stages), resumed[0])
     elif processes.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        runs.write(args.out / "config.json", lambda file: file.write_text(json.dumps(prepare.run_config(args, src, tgt, model), indent=2)))
-        whole = {id(p.left_out): p for p in [*itertools.chain(*(pairs for pairs, _ in sets.values())), val]}  # what several stages read, once
-        log.begin((problem, where) for p in whole.values() for problem, places in p.left_out.items() for where in places)
+        begin_log(args, found, model, log)
     log.report(processes.gather(validation.bad))
-    return Run(args, processes, model, validation, log), jobs, resumed
+    run = loop.Run(args, transfer.arguments(args), processes, model, validation, log, watch)
+    return run, jobs, resumed
 
 
-def main(argv=None):
-    args = parse_arguments(argv)
-    stages = prepare.plan_stages(args)
-    try:
-        if args.dry_run is not None:
-            return prepare.dry_run(args, stages) if int(os.environ.get("RANK", 0)) == 0 else None
-        run, jobs, resumed = set_up(args, stages)
-    except (OSError, ValueError) as error:
-        fail(error)
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # all layers share it: train and eval, both stages, odd last batches
-        for block in [*run.model.vpg.layers, *run.model.llm.layers]:
-            block.compile()
-    stop_asked.clear()
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for name in list(stages)[list(stages).index(resumed[0]["stage"]) if resumed else 0 :]:
-            train_stage(run, name, stages[name], *jobs[name], resumed)
+def train(run, jobs, resumed):
+    """The stages one after the other, from where a run stands."""
+    if run.args.compile:
+        loop.compile_layers(run.model)
+    names = [job.name for job in jobs]
+    first = names.index(resumed[0]["stage"]) if resumed else 0
+    with loop.stopping_when_asked():
+        for job in jobs[first:]:
+            if job.samples.sets[0].cache:
+                fill_caches(run.args, job.samples.sets, run.model.vpg, run.processes)
+            loop.train_stage(run, job, resumed)
             resumed = None
-            if name == "warm-up" and "fine-tune" in stages:
+            if job.name == "warm-up" and len(jobs) > 1:
                 run.check_gate()
-    except torch.OutOfMemoryError as error:
-        fail(f"GPU memory ran out with --micro-batch {args.micro_batch}: lower it, the result stays the same but for the draws of dropout; with "
-             f"--resume if a state was saved already; --dry-run says what should fit ({error})")
-    except OSError as error:
-        fail(error)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if run.processes.rank == 0:
-        (args.out / runs.PREVIOUS).unlink(missing_ok=True)
-    lengths = ", then ".join(f"{name} {steps:,} steps" for name, (_, _, steps) in jobs.items())
-    run.processes.say(f"\n{args.src} -> {args.tgt}: {lengths}, {run.log.seconds:.0f} s of training.\n"
-                      f"Weights, metrics and curves are in {args.out}/. Try: python sample.py IMAGE --model {args.out}")
-    if run.processes.world > 1:
-        dist.destroy_process_group()
+
+
+def main(argv=None, watch=None):
+    """The command. `watch` is told where the run stands, {"stage", "step", "samples"}, after each
+    line of the log."""
+    # where standard output knows no UTF-8, a caption with an é must not end the run
+    sys.stdout.reconfigure(errors="replace")
+    args = parse_arguments(argv)
+    stages = choose_stages(args)
+    with contextlib.ExitStack() as held:
+        try:
+            found = find(args, stages, held)
+            if args.dry_run is not None:
+                return dry_run(args, stages, found) if found.processes.rank == 0 else None
+            run, jobs, resumed = set_up(args, stages, found, watch)
+        except (OSError, ValueError) as error:
+            loop.end_with(error, "train.py")
+        try:
+            train(run, jobs, resumed)
+        except torch.OutOfMemoryError as error:
+            loop.end_with(f"GPU memory ran out with --micro-batch {args.micro_batch}: lower it, "
+                          "the result stays the same but for the draws of dropout; with --resume "
+                          "if a state was saved already; --dry-run says what should fit "
+                          f"({error})", "train.py")
+        except (OSError, loop.Failure) as error:
+            loop.end_with(error, "train.py")
+        if run.processes.rank == 0:
+            (args.out / runs.PREVIOUS).unlink(missing_ok=True)
+        lengths = ", then ".join(f"{job.name} {job.steps:,} steps" for job in jobs)
+        run.processes.say(f"\n{args.src} -> {args.tgt}: {lengths}, {run.log.seconds:.0f} s of "
+                          f"training.\nWeights, metrics and curves are in {args.out}/. Try: python "
+                          f"sample.py IMAGE --model {args.out}")
+        if run.processes.world > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

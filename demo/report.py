@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-import sample
+import transfer
 from demo.scenes import named
 
 
@@ -28,7 +28,7 @@ def read_scenes(file):
 def caption_all(model, tok, files, batch_size=50):
     """Greedy captions of image files."""
     images = torch.stack([data.resize(data.load_image(file), model.vpg.image_size) for file in files])
-    return [text for batch in images.split(batch_size) for text in sample.answer(model, tok, batch)]
+    return [text for batch in images.split(batch_size) for text in transfer.answer(model, tok, batch)]
 
 
 def share_right(captions, truths):
@@ -94,7 +94,7 @@ def main():
     config = json.loads((args.runs[0] / "config.json").read_text())
     source, target = config["arguments"]["src"], config["arguments"]["tgt"]
     models = {f"source ({source}), as it was": source} | {run.name: run for run in args.runs}
-    captions = {who: caption_all(*sample.load_model(str(name)), files) for who, name in models.items()}
+    captions = {who: caption_all(*transfer.load_model(str(name)), files) for who, name in models.items()}
 
     print(f"\n{'=' * 100}\nThe VPG of {source} was moved to the language model {target}. On {len(files)} held-out images, which no model has seen:\n")
     print(f"  {'loss a caption token':28} {'stage':14} {'steps':>6} {'at first':>9} {'at the end':>11} {'shuffled images':>16} {'seconds':>8}")

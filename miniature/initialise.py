@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import hub
 import llm as language_models
-import prepare
+import transfer
 import qformer
 import runs
 import vpgtrans
@@ -62,16 +62,18 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     src, tgt = hub.resolve(args.src, "source"), hub.resolve(args.tgt, "target")
     projector = qformer.load_projector(src.folder)
-    src_tok, _, src_words, tgt_words, src_ids, tgt_ids = prepare.read_shared_words(projector, src, tgt)
-    counts = data.count_tokens(src_tok, data.read_pairs(args.data).captions, len(src_words))[src_ids].float()
+    words = transfer.read_shared_words(projector, src, tgt)
+    src_words, tgt_words = words.src_words[words.src_ids], words.tgt_words[words.tgt_ids]
+    captions = data.read_pairs(args.data).captions
+    counts = data.count_tokens(words.src_tok, captions, len(words.src_words))[words.src_ids].float()
     began = time.time()
-    projector = vpgtrans.merge(projector, FITS[args.how](src_words[src_ids], tgt_words[tgt_ids], counts))
+    projector = vpgtrans.merge(projector, FITS[args.how](src_words, tgt_words, counts))
     print(f"{args.how}: {time.time() - began:.1f} s")
     model = vpgtrans.VisualLLM(qformer.load_vpg(src.folder, vit_folder=src.vit), projector, language_models.load_llm(tgt.llm))
     args.out.mkdir(parents=True, exist_ok=True)
     options = SimpleNamespace(src=args.src, tgt=args.tgt, tgt_tokenizer=None, cache=None)  # those of train.py that a run's config.json names
-    (args.out / "config.json").write_text(json.dumps(prepare.run_config(options, src, tgt, model), indent=2))
-    runs.save_model(args.out, vpgtrans.blip2_names(model))
+    (args.out / "config.json").write_text(json.dumps(transfer.run_config(options, src, model), indent=2))
+    runs.save_model(args.out, model.saved())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import data
 from demo import scenes
 from llm import ARCHITECTURES
-from qformer import VPG
+from qformer import VPG, normalise as normalise_pixels
 
 IGNORE = -100
 SEEDS = {"train": 1, "val": 2, "test": 8, "tokenizers": 3, "vit": 4, "llms": 5, "stage1": 6, "demo-train": 9, "demo-val": 10}
@@ -250,7 +250,7 @@ TOKENIZERS = {
 
 def normalise(images):
     """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) float"""
-    return data.normalise(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return normalise_pixels(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 def render_many(count, rng):

@@ -146,13 +146,13 @@ def measure(folder, split):
     """What a finished run says about the images of a split: {"captions": [...], shares of the claims that are right, ...}."""
     import torch
 
-    import sample
+    import transfer
     from demo.report import caption_all, read_scenes, share_right
     from demo.scenes import mentioned
 
     torch.set_num_threads(1)
     files, _, truths = read_scenes(ROOT / WORLD / "pairs" / f"{split}.jsonl")
-    captions = caption_all(*sample.load_model(str(folder)), files)
+    captions = caption_all(*transfer.load_model(str(folder)), files)
     right, claims = share_right(captions, truths)
     words = [(word, {w for pair in truth for w in pair}) for caption, truth in zip(captions, truths) for word in mentioned(caption)]
     return {"right": right, "claims": claims, "found": right * claims / sum(map(len, truths)),

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import data
+import train
 from conftest import TEXT, write_pairs
 
 
@@ -624,10 +625,10 @@ def test_the_papers_data_is_found_where_it_lies(tmp_path):
     write(tmp_path / "coco" / "annotations" / "captions_train2014.json", "")
     write(tmp_path / "coco" / "annotations" / "captions_val2017.json", "")
     write(tmp_path / "vg" / "vg_caption.json", "")
-    assert {name: file.name for name, file in data.find_paper_data(tmp_path).items()} == {
+    assert {name: file.name for name, file in train.find_paper_data(tmp_path).items()} == {
         "coco": "captions_train2014.json", "vg": "vg_caption.json", "val": "captions_val2017.json"}
     write(tmp_path / "laion" / "00000.tar", "")
-    assert data.find_paper_data(tmp_path)["laion"] == tmp_path / "laion"
+    assert train.find_paper_data(tmp_path)["laion"] == tmp_path / "laion"
 
 
 # ------------------------------------------------------------------------------------------------------------ shards

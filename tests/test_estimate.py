@@ -5,11 +5,13 @@ import torch
 from torch import nn
 
 import bench
+import data
 import estimate
 import llm as language_models
-import prepare
+import loop
 import qformer
 import train
+import transfer
 import vpgtrans
 from conftest import write_source, write_target
 
@@ -70,7 +72,8 @@ def test_memory_is_weights_gradients_and_moments():
     assert list(estimate.memory(model, step, 10**6).values())[3] == 3 * 2**28  # a block of logits is all there is
 
 
-def test_hours_are_those_of_all_cards():
+def test_hours_are_those_of_all_cards(monkeypatch):
+    monkeypatch.setattr(estimate, "trace", lambda model, step: step)  # batches stand for what they need
     model, step = build("meta"), estimate.Step(operations=2e12, kept=5e6, logits=1e6)
     longer = estimate.Step(operations=9e12, kept=5e6, logits=1e6)
     first, *_ = estimate.report(model, longer, step, samples=36_000_000, machine=("card", None, 1e13), micro_batch=4, world=8)
@@ -116,17 +119,20 @@ def test_a_dry_run_without_data_takes_the_papers_amounts(world, tmp_path, capsys
 
 def test_on_a_gpu_the_micro_batch_follows_from_its_memory(world, monkeypatch):
     args = train.parse_arguments(["--src", str(world[0]), "--tgt", str(world[1]), "--data", str(world[2])])
-    stages, (src, tgt) = prepare.plan_stages(args), prepare.find_models(args)
-    shapes, tok = prepare.shape_model(args, src, tgt), prepare.data.load_tokenizer(tgt.tokenizer)
-    sets = {name: ([prepare.data.read_pairs(str(world[2]))], None) for name in stages}
-    gpu, cpu = (prepare.Processes(0, 1, torch.device(device), "bf16") for device in ("cuda", "cpu"))
-    chosen = lambda processes, size: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size)) or prepare.choose_micro_batch(args, stages, sets, shapes, tok, processes)
+    stages = train.choose_stages(args)
+    folder, tok = transfer.find_tokenizer(args.tgt)
+    src, tgt = transfer.find_models(args.src, args.tgt, folder)
+    sets = {name: ([data.read_pairs(str(world[2]))], None) for name in stages}
+    shapes = transfer.shape_model(args, src, tgt)
+    gpu, cpu = (loop.Processes(0, 1, torch.device(device), "bf16") for device in ("cuda", "cpu"))
+
+    def chosen(processes, size, stages=stages):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size))
+        return train.choose_micro_batch(args, stages, train.Found(processes, src, tgt, tok, shapes, sets))
+
     assert chosen(gpu, 24e9) == 36 == chosen(cpu, 1)
-    both, (warm_up, fine_tune) = chosen(gpu, 6e6), list(stages.items())
-    alone = []
-    for name, stage in (warm_up, fine_tune):
-        stages = {name: stage}
-        alone.append(chosen(gpu, 6e6))
+    both = chosen(gpu, 6e6)
+    alone = [chosen(gpu, 6e6, {name: stage}) for name, stage in stages.items()]
     assert 1 <= both == min(alone) < max(alone)
     args.micro_batch = 5
     assert chosen(gpu, 24e9) == 5

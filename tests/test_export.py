@@ -13,8 +13,10 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2Proc
 import conftest
 import data
 import export
+import qformer
 import sample
 import train
+import transfer
 from test_data import write_kind
 from test_llm import LLAMA, OPT, T5, make_model
 
@@ -68,8 +70,8 @@ def inputs_of(processor, files, text=""):
 
 def test_transformers_computes_the_same_logits(exported):
     run, folder, files = exported
-    (ours, tok), theirs = sample.load_model(str(run), torch.float32), load_theirs(folder)
-    images = data.normalise(torch.stack([data.resize(data.load_image(file), 28) for file in files]))
+    (ours, tok), theirs = transfer.load_model(str(run), torch.float32), load_theirs(folder)
+    images = qformer.normalise(torch.stack([data.resize(data.load_image(file), 28) for file in files]))
     inputs = inputs_of(Blip2Processor.from_pretrained(folder), files)
     assert (inputs["pixel_values"] - images).abs().max() < 0.0151  # a level of 255: Pillow's kernel, torch's kernel
     inputs["pixel_values"] = images
@@ -93,9 +95,9 @@ def test_transformers_computes_the_same_logits(exported):
 def test_transformers_says_the_same(exported, beams, prompt):
     """Greedily and in beams, with and without a prompt, through its own processor, and up to the end that config.json says."""
     run, folder, files = exported
-    ours, tok = sample.load_model(str(run), torch.float32)
+    ours, tok = transfer.load_model(str(run), torch.float32)
     images = torch.stack([data.resize(data.load_image(file), 28) for file in files])
-    says = sample.answer(ours, tok, images, prompt, num_beams=beams, max_new_tokens=12)
+    says = transfer.answer(ours, tok, images, prompt, num_beams=beams, max_new_tokens=12)
     theirs, processor = load_theirs(folder), AutoProcessor.from_pretrained(folder)
     options = dict(num_beams=beams, max_new_tokens=12, do_sample=False)
     inputs = inputs_of(processor, files, prompt)
@@ -112,7 +114,7 @@ def test_transformers_says_the_same(exported, beams, prompt):
 
 def test_the_tokenizer_is_the_same_and_knows_the_image_token(exported):
     run, folder, _ = exported
-    _, tok = sample.load_model(str(run), torch.float32)
+    _, tok = transfer.load_model(str(run), torch.float32)
     processor, config = Blip2Processor.from_pretrained(folder), json.loads((folder / "config.json").read_text())
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == config["image_token_index"] < config["text_config"]["vocab_size"]
     for text in ("a red square", "Two  dogs, one cat!", "naïve 7\n", ""):
@@ -141,7 +143,7 @@ def test_in_bf16_and_in_shards(world, tmp_path, monkeypatch):
 def test_padded_prompts_and_grey_images(exported):
     """Prompts of two lengths in a batch, padded as the processor does, and an image that is not RGB."""
     run, folder, files = exported
-    ours, tok = sample.load_model(str(run), torch.float32)
+    ours, tok = transfer.load_model(str(run), torch.float32)
     theirs, processor = load_theirs(folder), Blip2Processor.from_pretrained(folder)
     images, prompts = [Image.open(files[0]), Image.open(files[1]).convert("L")], ["a red", "a green square on a"]
     inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
@@ -149,7 +151,7 @@ def test_padded_prompts_and_grey_images(exported):
         ids = theirs.generate(**inputs, max_new_tokens=8)
     else:  # image tokens stand before the padding
         ids = theirs.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
-    says = [sample.answer(ours, tok, data.resize(image, 28)[None], prompt, num_beams=1, max_new_tokens=8)[0] for image, prompt in zip(images, prompts)]
+    says = [transfer.answer(ours, tok, data.resize(image, 28)[None], prompt, num_beams=1, max_new_tokens=8)[0] for image, prompt in zip(images, prompts)]
     assert [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)] == says
 
 
@@ -166,7 +168,7 @@ def test_what_is_left_out_of_configs_is_written_down(world, tmp_path):
     scratch = train_a_little(source, world[1], world[2], tmp_path / "scratch", "--from-scratch", "--vit-layers", "2")
     for run in (run, scratch):
         export.main([str(run), str(tmp_path / f"{run.name}-blip2"), "--precision", "fp32"])
-        ours, theirs = sample.load_model(str(run), torch.float32)[0], load_theirs(tmp_path / f"{run.name}-blip2")
+        ours, theirs = transfer.load_model(str(run), torch.float32)[0], load_theirs(tmp_path / f"{run.name}-blip2")
         assert len(theirs.vision_model.encoder.layers) == (2 if run == scratch else 3)
         images = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
         assert conftest.relative_error(theirs.get_image_features(images).pooler_output[0], ours.projector(ours.vpg(images))[0]) < 2e-5
@@ -197,7 +199,7 @@ def test_an_export_is_a_source(exported, world, tmp_path, capsys):
 def test_another_image_size_is_written_into_the_position_embeddings(world, tmp_path):
     run = train_a_little(*world, tmp_path / "run", "--image-size", "42")
     export.main([str(run), str(tmp_path / "blip2"), "--precision", "fp32"])
-    ours, _ = sample.load_model(str(run), torch.float32)
+    ours, _ = transfer.load_model(str(run), torch.float32)
     theirs, processor = load_theirs(tmp_path / "blip2"), Blip2Processor.from_pretrained(tmp_path / "blip2")
     inputs = inputs_of(processor, [world[2].parent / "0.png"])
     assert inputs["pixel_values"].shape == (1, 3, 42, 42)

@@ -10,7 +10,7 @@ from torch.utils._triton import has_triton
 import bench
 import conftest
 import estimate
-import prepare
+import loop
 import train
 import vpgtrans
 from conftest import randomise, relative_error
@@ -105,16 +105,16 @@ def test_captions_are_those_of_the_cpu(llm, options):
 @pytest.mark.parametrize("stage", ["warm-up", "fine-tune"])
 def test_nothing_waits_for_the_gpu_in_a_step(stage):
     """As far as torch's sync debug mode sees it."""
-    model, processes = random_model("opt").to(GPU), prepare.Processes(0, 1, GPU, "bf16")
+    model, processes = random_model("opt").to(GPU), loop.Processes(0, 1, GPU, "bf16")
     vpgtrans.enter_stage(model, vpgtrans.STAGES[stage])
     optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, vpgtrans.STAGES[stage]), lr=1e-3, fused=True)
     optimizer.found_inf = torch.zeros((), device=GPU)
     micro_batches = [{"prompt_ids": PROMPTS, "target_ids": TARGETS, "images": torch.randint(256, IMAGES.shape, dtype=torch.uint8).pin_memory()}] * 2
-    train.optimizer_step(model, micro_batches, optimizer, processes, clip=0.5)  # allocates the moments
+    loop.optimizer_step(model, micro_batches, optimizer, processes, clip=0.5)  # allocates the moments
     try:
         torch.cuda.set_sync_debug_mode("error")
         for _ in range(2):
-            train.optimizer_step(model, micro_batches, optimizer, processes, clip=0.5)
+            loop.optimizer_step(model, micro_batches, optimizer, processes, clip=0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -122,7 +122,7 @@ def test_nothing_waits_for_the_gpu_in_a_step(stage):
 @pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
 def test_a_run_trains_stops_and_resumes(world, tmp_path, compiled):
     command = arguments(world, tmp_path / "run", "--precision", "bf16", compiled, "--lr", "1e-2", "--steps", "40")
-    step, seen = train.optimizer_step, []
+    step, seen = loop.optimizer_step, []
 
     def stop_later(*args):
         seen.append(next(args[0].parameters()).device)
@@ -157,7 +157,7 @@ def test_opt_6_7b_fine_tunes_on_a_card_of_24_gb():
         optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=1e-4, fused=True)
         optimizer.found_inf = torch.zeros((), device=GPU)
         for _ in range(2):
-            tokens, loss, _ = train.optimizer_step(model, [sample(B, "cpu", torch.uint8)] * 2, optimizer, prepare.Processes(0, 1, GPU, "bf16"))
+            tokens, loss, _ = loop.optimizer_step(model, [sample(B, "cpu", torch.uint8)] * 2, optimizer, loop.Processes(0, 1, GPU, "bf16"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert B >= 8 and tokens == 2 * B * T and loss.isfinite() and optimizer.found_inf == 0

@@ -34,7 +34,7 @@ def test_prompts_mean_the_same_in_both_rooms():
     import data
     import vpgtrans
 
-    assert (data.IMAGE, data.HOLE) == (vpgtrans.IMAGE, vpgtrans.HOLE)
+    assert (data.IMAGE, data.PADDING) == (vpgtrans.IMAGE, vpgtrans.PADDING)
 
 
 def readme_commands():

@@ -1,6 +1,7 @@
 """Facts about train.py: the command runs from end to end, resumes, agrees across processes, and refuses bad input untouched."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -17,13 +18,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import cache
 import conftest
 import data
-import prepare
+import loop
 import qformer
 import runs
 import sample
 import train
+import transfer
+import vpgtrans
 from test_data import write_kind, write_shard
 from test_llm import LLAMA, T5, make_model
 
@@ -121,16 +125,16 @@ def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_p
     import hub
 
     source, target = hub.resolve(str(world[0]), "source"), hub.resolve(str(world[1]), "target")
-    projector, vpg, processes = prepare.qformer.load_projector(world[0]), prepare.qformer.load_vpg(world[0], torch.float32), prepare.Processes.start("fp32")
+    projector, vpg, processes = qformer.load_projector(world[0]), qformer.load_vpg(world[0], torch.float32), loop.Processes.start("fp32")
     lines = [json.loads(line) for line in world[2].read_text().splitlines()][:10]
     for line in lines:
         line["image"] = str(world[2].parent / line["image"])
     (tmp_path / "broken.png").write_bytes(b"no image")
     lines += [lines[0] | {"image": str(tmp_path / "broken.png")}]
     read = lambda some: (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some)) and [data.read_pairs(str(tmp_path / "pairs.jsonl"))]
-    fit = lambda some: prepare.refit_projector(projector, vpg, source, target, read(some), 4, processes)
-    match = prepare.match_tokens
-    monkeypatch.setattr(prepare, "match_tokens", lambda ids, *others: match(ids, *others) if len(ids) > 1 else [])
+    fit = lambda some: transfer.refit_projector(projector, vpg, source, target, read(some), 4, processes)
+    match = transfer.match_tokens
+    monkeypatch.setattr(transfer, "match_tokens", lambda ids, *others: match(ids, *others) if len(ids) > 1 else [])
     lines += [lines[0] | {"caption": "?"}]  # one token, as if the target had no such
     fitted, alone = fit(lines), fit(lines[:10])
     assert torch.equal(fitted.weight, alone.weight)
@@ -151,11 +155,11 @@ def test_a_first_word_is_one_word_to_all_tokenizers(world, tmp_path, kind):
     for caption in ("red circle on a table", "a red circle beside a red square"):
         (one, two), (ours, theirs) = [tok.encode(caption) for tok in tokenizers], names
         for here, there, here_names, there_names in ((one, two, ours, theirs), (two, one, theirs, ours), (one, one, ours, ours)):
-            matched = prepare.match_tokens(here, there, here_names, there_names)
+            matched = transfer.match_tokens(here, there, here_names, there_names)
             assert all(here_names[i].strip() == there_names[j].strip() for i, j in matched)
             words = {here_names[i].strip() for i in here} & {there_names[j].strip() for j in there}
             assert {here_names[i].strip() for i, _ in matched} == words and len(words) >= 2
-        assert prepare.match_tokens(one, one, ours, ours) == [(i, i) for i in one]
+        assert transfer.match_tokens(one, one, ours, ours) == [(i, i) for i in one]
 
 
 def test_the_converter_heeds_how_often_captions_use_a_token(world):
@@ -164,7 +168,7 @@ def test_the_converter_heeds_how_often_captions_use_a_token(world):
     import hub
 
     source, target, said = hub.resolve(str(world[0]), "source"), hub.resolve(str(world[1]), "target"), []
-    projectors = [prepare.convert_projector(prepare.qformer.load_projector(world[0]), source, target, captions, said.append)
+    projectors = [transfer.convert_projector(qformer.load_projector(world[0]), source, target, captions, said.append)
                   for captions in (["a red square"], ["a blue circle on a table"])]
     assert not torch.allclose(projectors[0].weight, projectors[1].weight, atol=1e-2)
     used = set(data.caption_ids(data.load_tokenizer(world[0]), "a red square"))
@@ -174,7 +178,7 @@ def test_the_converter_heeds_how_often_captions_use_a_token(world):
 def test_no_validation_image_is_trained_on_in_any_stage(world, tmp_path):
     """Also where the stages name the same file with other weights."""
     args = train.parse_arguments(["--src", "a", "--tgt", "b", "--data", f"{world[2]}:0.5", "--warm-up-data", str(world[2])])
-    sets, val = prepare.find_data(args, prepare.plan_stages(args), lambda text: None)
+    sets, val = train.find_data(args, train.choose_stages(args), lambda text: None)
     assert len(val) == 2 and sets["fine-tune"][1] == [0.5] and sets["warm-up"][1] is None
     for pairs, _ in sets.values():
         assert len(pairs[0]) == 22 and not set(pairs[0].files()) & set(val.files())
@@ -197,7 +201,7 @@ def test_a_run_remembers_how_its_vpg_is_configured(world, tmp_path, capsys):
     (seven / "config.json").write_text(json.dumps(config | {"num_query_tokens": 7}))
     train.main(arguments(world, tmp_path / "run", "--from-scratch", str(seven)))
     sample.main([str(world[2].parent / "0.png"), "--model", str(tmp_path / "run"), "--precision", "fp32"])
-    vpg = sample.load_model(str(tmp_path / "run"))[0].vpg
+    vpg = transfer.load_model(str(tmp_path / "run"))[0].vpg
     assert vpg.num_query_tokens == 7 and vpg.qformer.layernorm.eps == 1e-6
 
 
@@ -214,7 +218,7 @@ def test_from_scratch_on_clip(world, tmp_path, capsys):
     train.main(arguments((tmp_path / "run", tmp_path / "other", world[2]), tmp_path / "chained"))
     for run in ("run", "chained"):
         sample.main([str(world[2].parent / "0.png"), "--model", str(tmp_path / run), "--precision", "fp32"])
-        model, _ = sample.load_model(str(tmp_path / run))
+        model, _ = transfer.load_model(str(tmp_path / run))
         assert model.vpg.image_size == 42 and len(model.vpg.vision_model.encoder["layers"]) == 2
 
 
@@ -224,7 +228,7 @@ def test_another_image_size_is_kept(world, tmp_path, capsys):
     assert stop.value.code == 2 and "40 is not a multiple of the ViT's patch" in capsys.readouterr().err
     train.main(arguments(world, tmp_path / "run", "--image-size", "56"))
     sample.main([str(world[2].parent / "0.png"), "--model", str(tmp_path / "run"), "--precision", "fp32"])
-    model, _ = sample.load_model(str(tmp_path / "run"))
+    model, _ = transfer.load_model(str(tmp_path / "run"))
     assert model.vpg.image_size == 56 and model.vpg.vision_model.embeddings.position_embedding.shape[1] == 17
 
 
@@ -325,19 +329,19 @@ def test_without_data_the_papers_layout_is_used(world, tmp_path, monkeypatch, ca
 # ------------------------------------------------------------------------------------------------------ resume, processes
 
 
-@pytest.mark.parametrize("stage, step, kill, code, init", [("warm-up", 2, "SIGKILL", -9, "converter"), ("fine-tune", 3, "SIGKILL", -9, "random"),
+@pytest.mark.parametrize("stage, step, killed_by, code, init", [("warm-up", 2, "SIGKILL", -9, "converter"), ("fine-tune", 3, "SIGKILL", -9, "random"),
                                                            ("fine-tune", 2, "SIGTERM", 130, "captions")])
-def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, stage, step, kill, code, init):
+def test_a_killed_run_continues_with_the_same_losses(world, tmp_path, stage, step, killed_by, code, init):
     """Killed after a line of the log, with dropout on: a resumed run draws what it would have drawn. The log's last line
     is cut in the middle, as a kill may leave it."""
     conftest.write_source(tmp_path / "source", dropout=0.1)
     world = (tmp_path / "source", *world[1:])
     train.main(arguments(world, tmp_path / "whole", "--save-every", "1", "--init", init))
-    killer = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import train; add = train.runs.Log.add\n"
-              f"def kill(log, **row):\n    add(log, **row)\n    if (row['stage'], row['step']) == ({stage!r}, {step}): os.kill(os.getpid(), signal.{kill})\n"
-              "train.runs.Log.add = kill; train.main(sys.argv[1:])")
-    killed = subprocess.run([sys.executable, "-c", killer, *arguments(world, tmp_path / "killed", "--save-every", "1", "--init", init)], capture_output=True)
-    assert killed.returncode == code
+    def kill(at):
+        if (at["stage"], at["step"]) == (stage, step):
+            os.kill(os.getpid(), getattr(signal, killed_by))
+
+    assert in_a_process(train.main, arguments(world, tmp_path / "killed", "--save-every", "1", "--init", init), kill) == code
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as log:
         log.write('{"stage": "warm-up", "st')
     train.main(arguments(world, tmp_path / "killed", "--save-every", "1", "--init", init, "--resume"))
@@ -350,7 +354,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(world, tmp_path, capsys):
     for damage in (lambda file: file.unlink(), lambda file: os.truncate(file, file.stat().st_size // 2), lambda file: file.write_bytes(b"")):
         out = tmp_path / "run"
         with pytest.raises(SystemExit):
-            stop_at("fine-tune", 4, lambda: train.main(arguments(world, out, "--save-every", "2")))
+            stop_at("fine-tune", 4, arguments(world, out, "--save-every", "2"))
         assert {file.name for file in out.glob("*.safetensors")} == {"model.safetensors", runs.STATE, runs.PREVIOUS}
         damage(out / runs.STATE)
         capsys.readouterr()
@@ -361,24 +365,27 @@ def test_a_damaged_state_gives_way_to_the_one_before(world, tmp_path, capsys):
         assert rows(out, "stage", "step", "loss") == rows(tmp_path / "whole", "stage", "step", "loss")
         shutil.rmtree(out)
     with pytest.raises(SystemExit):
-        stop_at("fine-tune", 4, lambda: train.main(arguments(world, out, "--save-every", "2")))
+        stop_at("fine-tune", 4, arguments(world, out, "--save-every", "2"))
     for file in (runs.STATE, runs.PREVIOUS):
         (out / file).write_bytes(b"no state")
     refused(capsys, arguments(world, out, "--resume"), runs.STATE, runs.PREVIOUS, "damaged")
 
 
-def stop_at(stage, step, command):
-    """Runs a command that is asked to stop after a line of the log."""
-    add = runs.Log.add
+def stop_at(stage, step, argv):
+    """The command, asked to stop after a line of the log."""
+    def watch(at):
+        if (at["stage"], at["step"]) == (stage, step):
+            loop.stop_asked.set()
 
-    def stopping(log, **row):
-        add(log, **row)
-        if (row["stage"], row["step"]) == (stage, step):
-            train.stop_asked.set()
+    train.main(argv, watch)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.Log, "add", stopping)
-        command()
+
+def in_a_process(command, *arguments):
+    """Runs a function in a process of its own. -> its exit code, or less than 0: the signal that killed it"""
+    process = multiprocessing.get_context("fork").Process(target=command, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def test_a_warm_up_after_which_the_llm_does_not_look_stops(world, tmp_path, capsys):
@@ -405,7 +412,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(world, tmp_pa
     """In step 3 of 4 between two lines of the log. What is left is the state before it: the run with one step less ends there."""
     options = ["--no-warm-up", "--log-every", "4", "--val-every", "6", "--augment", "none"]
     train.main(arguments(world, tmp_path / "shorter", *options, "--steps", "6", "--save-every", "2"))
-    forward, calls = train.vpgtrans.VisualLLM.forward, []
+    forward, calls = vpgtrans.VisualLLM.forward, []
 
     def poisoned(model, *inputs, **images):
         loss, tokens = forward(model, *inputs, **images)
@@ -413,15 +420,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(world, tmp_pa
             calls.append(inputs)
         return (loss * float("nan") if len(calls) == 3 else loss), tokens
 
-    monkeypatch.setattr(train.vpgtrans.VisualLLM, "forward", poisoned)
+    monkeypatch.setattr(vpgtrans.VisualLLM, "forward", poisoned)
     saved = {}
-    step = train.optimizer_step
+    step = loop.optimizer_step
 
     def watched(model, *rest):  # before each step
-        saved[len(calls)] = {name: p.detach().clone() for name, p in train.vpgtrans.blip2_names(model).items()}
+        saved[len(calls)] = {name: p.detach().clone() for name, p in model.saved().items()}
         return step(model, *rest)
 
-    monkeypatch.setattr(train, "optimizer_step", watched)
+    monkeypatch.setattr(loop, "optimizer_step", watched)
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(world, tmp_path / "run", *options))
     assert stop.value.code == 2 and "at step 3 of stage fine-tune is nan" in capsys.readouterr().err
@@ -436,16 +443,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_nothing(world, tmp_pa
 @pytest.mark.parametrize("name", ["projector.bias", "vpg.query_tokens"])
 def test_a_gradient_that_is_no_number_stops_the_run_too(world, tmp_path, capsys, monkeypatch, name):
     """The losses are finite, and so are all other gradients."""
-    set_up, before = train.set_up, {}
+    train_stage, before = loop.train_stage, {}
 
-    def poisoned(*arguments):
-        run, jobs, resumed = set_up(*arguments)
+    def poisoned(run, *rest):
         calls, parameter = [], run.model.get_parameter(name).requires_grad_()
         parameter.register_hook(lambda gradient: calls.append(1) or (gradient * float("nan") if len(calls) == 2 else gradient))
         before["parameter"] = parameter
-        return run, jobs, resumed
+        return train_stage(run, *rest)
 
-    monkeypatch.setattr(train, "set_up", poisoned)
+    monkeypatch.setattr(loop, "train_stage", poisoned)
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(world, tmp_path / "run", "--no-warm-up", "--log-every", "100", "--save-every", "2"))
     assert stop.value.code == 2 and "at step 2 of stage fine-tune is nan" in capsys.readouterr().err
@@ -493,7 +499,7 @@ def test_a_kill_between_the_files_of_a_save_is_made_up_for(world, tmp_path, monk
     (out / "metrics.jsonl").unlink()
     (out / "bad_data.jsonl").write_text('{"problem": "x", "where": "y"}\n{"problem": "unr')
     with pytest.raises(SystemExit):
-        stop_at("fine-tune", 2, lambda: train.main(arguments(world, out, "--resume")))
+        stop_at("fine-tune", 2, arguments(world, out, "--resume"))
     assert bad_data(out, "x") == [{"problem": "x", "where": "y"}]
     train.main(arguments(world, out, "--resume"))
     train.main(arguments(world, tmp_path / "whole"))
@@ -503,11 +509,16 @@ def test_a_kill_between_the_files_of_a_save_is_made_up_for(world, tmp_path, monk
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+def shapes_of(args):
+    folder, _ = transfer.find_tokenizer(args.tgt)
+    return transfer.shape_model(args, *transfer.find_models(args.src, args.tgt, folder))
+
+
 def test_a_run_says_beforehand_what_it_takes_on_disk(world, tmp_path):
     train.main(arguments(world, tmp_path / "run"))
     size = {name: (tmp_path / "run" / name).stat().st_size for name in ("model.safetensors", runs.STATE)}
     args = train.parse_arguments(arguments(world, tmp_path / "run"))
-    need = runs.disk_need(train.vpgtrans.blip2_names(prepare.shape_model(args, *prepare.find_models(args))))
+    need = runs.disk_need(shapes_of(args).saved())
     assert 0.8 < need / (size["model.safetensors"] + 3 * size[runs.STATE]) < 1
 
 
@@ -515,7 +526,7 @@ def test_memory_that_runs_out_says_what_to_change(world, tmp_path, monkeypatch, 
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(train, "optimizer_step", out_of_memory)
+    monkeypatch.setattr(loop, "optimizer_step", out_of_memory)
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(world, tmp_path / "run", "--micro-batch", "7"))
     assert stop.value.code == 2 and "--micro-batch 7" in capsys.readouterr().err
@@ -529,7 +540,7 @@ def test_a_disk_without_room_is_refused_first(world, tmp_path, monkeypatch, caps
 def test_a_run_goes_on_with_another_number_of_processes(world, tmp_path):
     train.main(arguments(world, tmp_path / "whole"))
     with pytest.raises(SystemExit):
-        stop_at("fine-tune", 2, lambda: train.main(arguments(world, tmp_path / "run")))
+        stop_at("fine-tune", 2, arguments(world, tmp_path / "run"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
                *arguments(world, tmp_path / "run", "--resume")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -539,11 +550,7 @@ def test_a_run_goes_on_with_another_number_of_processes(world, tmp_path):
 
 
 def test_an_error_in_one_process_ends_all_of_them(world, tmp_path):
-    script = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train; step = train.optimizer_step\n"
-              "def failing(*rest):\n    if os.environ['RANK'] == '1': raise RuntimeError('this card is broken')\n    return step(*rest)\n"
-              "train.optimizer_step = failing; train.main(sys.argv[1:])")
-    (tmp_path / "failing.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "failing.py"), *arguments(world, tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(__file__).parent / "failing_train.py"), *arguments(world, tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
     assert done.returncode != 0 and "this card is broken" in done.stderr
 
@@ -612,18 +619,22 @@ def test_stage_2_behind_the_cache_sees_pixels(world, tmp_path):
         assert a[:2] == b[:2] and abs(a[2] - b[2]) < 1e-5
 
 
-def test_a_killed_cache_goes_on(world, tmp_path):
+def test_a_killed_cache_goes_on(world, tmp_path, monkeypatch):
     """SIGTERM while it is computed: nothing of the run is there yet, and the same command goes on."""
-    killer = (f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import cache, train; write = cache.FeatureCache.write; cache.SHARD = 6\n"
-              "def kill(file, save):\n    write(file, save)\n    if '00001' in str(file): os.kill(os.getpid(), signal.SIGTERM)\n"
-              "cache.FeatureCache.write = staticmethod(kill); train.main(sys.argv[1:])")
-    command = [sys.executable, "-c", killer, *arguments(world, tmp_path / "run", "--cache", str(tmp_path / "cache"), "--micro-batch", "2")]
-    killed = subprocess.run(command, capture_output=True, text=True)
-    assert killed.returncode == 130 and "goes on with it" in killed.stdout, killed.stderr
+    write, argv = cache.FeatureCache.write, arguments(world, tmp_path / "run", "--cache", str(tmp_path / "cache"), "--micro-batch", "2")
+    monkeypatch.setattr(cache, "SHARD", 6)
+
+    def kill(file, save):
+        write(file, save)
+        if "00001" in str(file):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(cache.FeatureCache, "write", staticmethod(kill))
+    assert in_a_process(train.main, argv) == 130
     shards = lambda: {file.name for file in (tmp_path / "cache" / "pairs").glob("*.safetensors")}
     assert shards() == {"00000.safetensors", "00001.safetensors"}
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and len(shards()) == 4, done.stderr
+    monkeypatch.setattr(cache.FeatureCache, "write", staticmethod(write))
+    assert in_a_process(train.main, argv) == 0 and len(shards()) == 4
 
 
 def test_a_cache_of_another_vpg_or_data_set_is_refused(world, tmp_path, capsys, monkeypatch):
@@ -791,7 +802,7 @@ def test_bad_data_of_all_processes_and_of_a_resumed_run_is_written_down_once(wor
         file.write_bytes(b"<html>")
     argv = arguments((*world[:2], pairs), tmp_path / "run", "--val", str(val))
     with pytest.raises(SystemExit):
-        stop_at("fine-tune", 2, lambda: train.main(argv))
+        stop_at("fine-tune", 2, argv)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *argv, "--resume"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -808,11 +819,11 @@ def test_bad_data_of_all_processes_and_of_a_resumed_run_is_written_down_once(wor
 def test_weights_are_shares_of_captions_where_these_are_packed():
     pairs = lambda images, captions: data.Pairs("x", "/", data.Strings.of(map(str, range(images))), data.Strings.of(["a"] * images * captions),
                                                 np.repeat(np.arange(images), captions))
-    sets, args = [pairs(10, 5), pairs(40, 1), pairs(2, 50)], lambda captions: train.argparse.Namespace(captions=captions)
-    assert prepare.mixture(args("each"), sets, [0.1, 0.7, 0.2]) == ([0.1, 0.7, 0.2], 1)
-    shares, captions = prepare.mixture(args("packed"), sets, [0.1, 0.7, 0.2])
+    sets = [pairs(10, 5), pairs(40, 1), pairs(2, 50)]
+    assert train.mixture("each", sets, [0.1, 0.7, 0.2]) == ([0.1, 0.7, 0.2], 1)
+    shares, captions = train.mixture("packed", sets, [0.1, 0.7, 0.2])
     assert np.allclose(shares, [0.02, 0.7, 0.0125]) and np.isclose(captions, 1 / 0.7325)  # 16 of 50 are packed
-    assert prepare.mixture(args("packed"), sets[:2], None) == (None, 90 / 50)
+    assert train.mixture("packed", sets[:2], None) == (None, 90 / 50)
 
 
 def bad_data(out, problem):
@@ -913,14 +924,14 @@ def test_clipped_gradients_are_those_of_torch(clip):
     torch.manual_seed(0)
     ours, plain = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
     plain.load_state_dict(ours.state_dict())
-    images, processes = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), prepare.Processes.start("fp32")
-    loss_of = lambda layer, x, size: size * layer(x.mean((2, 3))).pow(2).sum()
+    images, processes = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), loop.Processes.start("fp32")
+    loss_of = lambda layer, x, size: size * layer(x.float().mean((2, 3)) / 255).pow(2).sum()
     mine, reference = (torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True) for layer in (ours, plain))
     mine.found_inf = torch.zeros(())
     for size in (1.0, 300.0, 0.01):
         batch = dict(prompt_ids=torch.zeros(2, 1), target_ids=torch.zeros(2, 5), images=images)
-        train.optimizer_step(lambda prompts, targets, images: (loss_of(ours, images, size), 10), [batch], mine, processes, clip)
-        (loss_of(plain, data.normalise(images), size) / 10).backward()
+        loop.optimizer_step(lambda prompts, targets, images: (loss_of(ours, images, size), 10), [batch], mine, processes, clip)
+        (loss_of(plain, images.float(), size) / 10).backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
         reference.step()

@@ -9,12 +9,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 
-import vpgtrans
 from conftest import make_blip2, relative_error
 from llm import load_llm
 from qformer import load_projector, load_vpg
 from test_llm import LLAMA, OPT, T5
-from vpgtrans import HOLE, IMAGE, STAGES, VisualLLM, enter_stage, fit_to_captions, fit_word_converter, learning_rate, merge, parameter_groups, shared_tokens
+from vpgtrans import PADDING, IMAGE, STAGES, VisualLLM, enter_stage, fit_to_captions, fit_word_converter, learning_rate, merge, parameter_groups, shared_tokens
 
 
 def random(*shape, seed=0):
@@ -117,7 +116,7 @@ def test_loss_and_gradients_equal_transformers_blip2(options, tmp_path):
     save_file({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(theirs.config.to_dict() | {"text_config": options}))
     ours = VisualLLM(load_vpg(tmp_path, dtype=torch.float32), load_projector(tmp_path), load_llm(tmp_path, dtype=torch.float32))
-    trained = vpgtrans.blip2_names(ours)
+    trained = ours.saved()
     for parameter in trained.values():
         parameter.requires_grad_()
 
@@ -154,7 +153,7 @@ def test_soft_prompts_may_stand_anywhere_and_holes_change_nothing(model):
     """[BOS, 9, IMAGE x 5, 8] with holes strewn in gives what it gives without them."""
     images, target = random(1, 3, 28, 28), torch.tensor([[5, 6, 7]])
     plain = model(torch.tensor([[2, 9] + [IMAGE] * 5 + [8]]), target, images=images)[0]
-    holes = model(torch.tensor([[HOLE, 2, 9, HOLE] + [IMAGE] * 3 + [HOLE] + [IMAGE] * 2 + [8, HOLE]]), target, images=images)[0]
+    holes = model(torch.tensor([[PADDING, 2, 9, PADDING] + [IMAGE] * 3 + [PADDING] + [IMAGE] * 2 + [8, PADDING]]), target, images=images)[0]
     elsewhere = model(torch.tensor([[IMAGE] * 5 + [2, 9, 8]]), target, images=images)[0]
     assert relative_error(holes, plain) < 1e-5 < relative_error(elsewhere, plain)
 
@@ -162,7 +161,7 @@ def test_soft_prompts_may_stand_anywhere_and_holes_change_nothing(model):
 def test_a_step_reads_nothing_that_a_gpu_computes(model):
     """On a GPU every read waits for all that it was given before. Here, each shows in a profile; prompts are on the CPU there, too."""
     enter_stage(model, STAGES["fine-tune"])
-    loss, _ = model(torch.tensor([[HOLE] + [IMAGE] * 5 + [2]] * 2), torch.tensor([[5, 6], [7, -100]]), images=random(2, 3, 28, 28))
+    loss, _ = model(torch.tensor([[PADDING] + [IMAGE] * 5 + [2]] * 2), torch.tensor([[5, 6], [7, -100]]), images=random(2, 3, 28, 28))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         loss.backward()
     done = {event.name for event in profile.events()}
@@ -231,4 +230,4 @@ def test_saved_names_are_those_of_blip2(model, world):
 
     with safe_open(world[0] / "model.safetensors", framework="pt") as source:
         blip2 = {n for n in source.keys() if not n.startswith("language_model.") and (not n.startswith("vision_model.") or "post_layernorm" in n)}
-    assert set(vpgtrans.blip2_names(model)) == blip2
+    assert set(model.saved()) == blip2

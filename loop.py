@@ -1,0 +1,522 @@
+"""The training loop: any model and its samples, to optimizer steps and a folder from which a killed
+run goes on.
+
+    processes = Processes.start("bf16")                      # one a GPU under torchrun
+    run = Run(args, processes, model, Validation(...), log)
+    for job in jobs:
+        train_stage(run, job)
+
+What trains, on which samples, for how long is a `Job`. Of a model the loop asks this much, and
+VisualLLM of vpgtrans.py has it:
+
+    model(prompt_ids, target_ids, **sees)     -> (loss sum, tokens); sees: images=... or queries=...
+    model.see(images)                         -> {name: (B,...)}, computed once to be looked at twice
+    model.generate(prompt_ids, **sees, ...)   -> lists of ids
+    model.parts, model.saved()                -> {part: beginning of its names}, {name: parameter}
+    model.layers                              -> the blocks that repeat, to be compiled
+
+The file goes from the outside in and back: processes, stopping, validation, one optimizer step, one
+run, one stage.
+"""
+
+import argparse
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import data
+import runs
+import vpgtrans
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers: one a GPU under torchrun, else a single one."""
+
+    rank: int
+    world: int
+    device: torch.device
+    precision: str
+
+    @classmethod
+    def start(cls, precision):
+        rank = int(os.environ.get("RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        if world > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        return cls(rank, world, device, precision)
+
+    def say(self, text):
+        """Prints on the first process only."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+
+    def sum(self, *numbers):
+        """The sums of some numbers over all processes, as floats; on the CPU, so that no GPU is
+        waited for."""
+        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, things):
+        """The lists of all processes, one behind the other."""
+        lists = [things] * self.world
+        if self.world > 1:
+            dist.all_gather_object(lists, things)
+        return list(itertools.chain.from_iterable(lists))
+
+    @contextlib.contextmanager
+    def first_goes_first(self):
+        """What follows is done by the first process, and then by the others: it fetches files and
+        scans data sets, and they find them made. Where it fails the others end without a word,
+        since it says why."""
+        if self.rank == 0:
+            failed = True
+            try:
+                yield
+                failed = False
+            finally:
+                self.sum(failed)
+        else:
+            (failed,) = self.sum(False)
+            if failed:
+                end_silently()
+            yield
+
+    def autocast(self):
+        """bf16 arithmetic around float32 trained weights; torch keeps losses and norms in
+        float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+# ----------------------------------------------------------------------------------------- stopping
+
+stop_asked = threading.Event()
+
+
+def ask_to_stop(number, _):
+    """On SIGTERM or SIGINT: the run is saved after the next step; a second Ctrl-C ends it at once.
+    SIGTERM comes several times where a scheduler and torchrun both send it."""
+    stop_asked.set()
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def stopping_when_asked():
+    """Within this, SIGTERM and SIGINT ask the loop to save and stop."""
+    stop_asked.clear()
+    before = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def must_stop():
+    """Has this process been asked to stop? A torchrun that was killed alone asks nobody: its
+    processes, which would go on beside the run's successor, notice that they have another
+    parent."""
+    return stop_asked.is_set() or LAUNCHER not in (None, os.getppid())
+
+
+class Failure(Exception):
+    """Ends the command with a message for people."""
+
+
+def end_with(message, command):
+    """Ends `command` with a message for people and exit code 2. Under torchrun, whose own report
+    comes last on the screen, that report names the message as the cause."""
+    print(f"{command}: {message}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": f"{command}: {message}"}))
+    sys.exit(2)
+
+
+def end_silently():
+    """Ends a process whose first peer says why all of them end. torchrun ends the others as soon as
+    one has ended, so that one is given time to speak."""
+    time.sleep(2)
+    sys.exit(2)
+
+
+# --------------------------------------------------------------------------------------- validation
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode, and afterwards the modes that were."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def swap_neighbours(rows):
+    """(B,...) -> the same rows, each in the place of its neighbour: 1, 0, 3, 2, ..."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+class Validation:
+    """The loss on held-out pairs with their own and with other pairs' images: the difference is
+    what the LLM sees."""
+
+    def __init__(self, samples, micro_batch, processes):
+        self.tok = samples.tok
+        self.processes = processes
+        count = int(samples.starts[-1]) // 2 * 2
+        if count < 2:
+            raise ValueError("validation needs at least two images; see --val")
+        # neighbours lend each other their images, so no chunk separates two, whatever its size and
+        # rank
+        chunks = torch.arange(count).view(-1, 2).tensor_split(-(-count // max(2, micro_batch)))
+        mine = chunks[processes.rank :: processes.world]
+        rows = [chunk.flatten().tolist() for chunk in mine if len(chunk)]
+        self.batches = [samples.collate([samples[i, i] for i in some]) for some in rows]
+        bad = [message for batch in self.batches for message in batch["bad"]]
+        self.bad = [("validation image left out", message) for message in bad]
+
+    @torch.no_grad()
+    def losses(self, model):
+        """-> cross-entropy a token with matched images, and with shuffled ones."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        device = self.processes.device
+        for batch in self.batches:
+            prompts, targets = batch["prompt_ids"], batch["target_ids"].to(device)
+            with evaluating(model), self.processes.autocast():
+                sees = model.see(batch["images"].to(device))
+                matched, tokens = model(prompts, targets, **sees)
+                others = {name: swap_neighbours(x) for name, x in sees.items()}
+                shuffled, _ = model(prompts, targets, **others)
+            sums += torch.stack([matched, shuffled, tokens]).double().cpu()
+        matched, shuffled, tokens = self.processes.sum(*sums)
+        return matched / tokens, shuffled / tokens
+
+    def examples(self, model, count):
+        """Lines with captions of the first validation images, as people wrote them and as the model
+        does."""
+        batch = self.batches[0]
+        images = batch["images"][:count].to(self.processes.device)
+        stop = ((self.tok.end_id,), (self.tok.eos_id,))
+        # a few steps are too short to compile for
+        with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
+            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=stop)
+        for file, truth, answer in zip(batch["files"], batch["target_ids"].tolist(), answers):
+            truth = self.tok.decode(i for i in truth if i >= 0).strip()
+            yield f"    {Path(file).name}: {self.tok.decode(answer).strip()}  (people: {truth})"
+
+
+# ------------------------------------------------------------------------------- one optimizer step
+
+
+def new_optimizer(model, stage):
+    """AdamW for what trains in a stage. found_inf is what a GradScaler would give it: once it is 1,
+    AdamW stands still."""
+    groups = vpgtrans.parameter_groups(model, stage)
+    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, fused=True)
+    optimizer.found_inf = torch.zeros((), device=groups[0]["params"][0].device)
+    return optimizer
+
+
+def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
+    """Forward, backward and update for one batch, of which this process has some micro-batches;
+    `trained` is the model, or DDP around it.
+
+    Each token counts alike, whichever process and micro-batch it is in: -> (their number in all,
+    this process's loss sum, has any process been asked to stop)."""
+    own_tokens = sum((micro["target_ids"] != -100).sum() for micro in micro_batches)
+    tokens, stop = processes.sum(own_tokens, must_stop())
+    loss_sum = torch.zeros((), device=processes.device)
+    for i, micro in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        no_sync = contextlib.nullcontext() if last or processes.world == 1 else trained.no_sync()
+        with no_sync, processes.autocast():
+            kinds = [kind for kind in ("images", "queries") if kind in micro]
+            sees = {kind: micro[kind].to(processes.device, non_blocking=True) for kind in kinds}
+            targets = micro["target_ids"]
+            if targets.ndim == 2:  # packed ones are laid out on the CPU
+                targets = targets.to(processes.device, non_blocking=True)
+            loss, _ = trained(micro["prompt_ids"], targets, **sees)
+            # times world, since DDP takes the mean over processes
+            (loss * (processes.world / tokens)).backward()
+        loss_sum += loss.detach()
+    # a gradient that is NaN or infinite stops AdamW by found_inf: nothing waits for the GPU, and
+    # nothing is spoilt
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm(gradients)
+    optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
+    if clip:
+        optimizer.grad_scale = (norm / clip).clamp(min=1)  # AdamW divides by it
+    loss_sum += 0 * norm  # so that the step's loss is NaN, too, and the log finds it
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return tokens, loss_sum, bool(stop)
+
+
+# ------------------------------------------------------------------------------------------ one run
+
+
+@dataclass
+class Job:
+    """One stage of a run: what trains, on which samples, in which order, for how many optimizer
+    steps."""
+
+    name: str
+    stage: vpgtrans.Stage
+    samples: data.Samples
+    order: np.ndarray  # of data.plan
+    steps: int
+
+    def at(self, step):
+        """Where a run stands after so many steps of this stage."""
+        return {"stage": self.name, "step": step, "samples": step * self.stage.batch_size}
+
+
+@dataclass
+class Since:
+    """What this process has done since the last line of the log, a loss and files for each step."""
+
+    samples: int  # of the stage, by then
+    seen: int = 0  # samples since the stage was entered, of all processes
+    bad: int = 0  # images among these that could not be read
+    losses: list = field(default_factory=list)
+    tokens: float = 0.0
+    files: list = field(default_factory=list)
+    problems: list = field(default_factory=list)
+    began: float = field(default_factory=time.time)
+
+    def add(self, loss, tokens, micro_batches):
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.files.append([file for micro in micro_batches for file in micro["files"]])
+        for micro in micro_batches:
+            self.problems += [("unreadable image", message) for message in micro["bad"]]
+            for file, known in micro["twins"].items():
+                self.problems.append(("validation image in training", f"{file} looks like {known}"))
+
+
+def peak_memory():
+    """Bytes: of the GPU, or without one of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass
+class Run:
+    """What the stages of a run share: what is logged, saved and checked along the way."""
+
+    args: argparse.Namespace  # of the command: out, micro_batch, workers, clip, gate, ..._every
+    arguments: dict  # all of them as JSON has them, saved with the state
+    processes: Processes
+    model: nn.Module
+    validation: Validation
+    log: runs.Log
+    watch: Callable = None  # is told where the run stands, after each line of the log
+    last_validation: tuple = None  # losses with matched and with shuffled images
+
+    def write(self, at, **row):
+        self.log.add(**at, **row)
+        if self.watch:
+            self.watch(at)
+
+    def validate(self, at):
+        """Logs, prints and draws how the model does at a step."""
+        matched, shuffled = self.last_validation = self.validation.losses(self.model)
+        self.write(at, val_loss=matched, val_loss_shuffled=shuffled)
+        self.processes.say(f"step {at['step']:>6,}  validation loss {matched:.3f}, "
+                           f"with shuffled images {shuffled:.3f}")
+        if self.processes.rank == 0:
+            self.processes.say("\n".join(self.validation.examples(self.model, 2)))
+            self.log.draw()
+
+    def report(self, since, optimizer, at, lr, bar):
+        """Looks at what has happened since the last line of the log, and writes the next. -> the
+        Since to go on with"""
+        losses = self.processes.sum(*since.losses)
+        problems = self.processes.gather(since.problems)
+        self.check_loss(losses, since.files, optimizer, at)
+        self.log.report(problems)
+        seconds = time.time() - since.began
+        samples = at["samples"] - since.samples
+        bad = since.bad + sum(problem == "unreadable image" for problem, _ in problems)
+        loss = sum(losses) / since.tokens
+        speed = samples / seconds
+        memory = peak_memory()
+        self.log.seconds += seconds
+        self.write(at, loss=loss, lr=lr, samples_per_second=speed, peak_memory=memory,
+                   bad_samples=bad)
+        self.check_images(bad, since.seen + samples)
+        bar.set_postfix(loss=f"{loss:.3f}", samples_per_second=f"{speed:.0f}")
+        if bar.disable:  # what is printed goes into a file
+            seconds_left = (bar.total - at["step"]) * seconds / len(losses)
+            left = datetime.timedelta(seconds=round(seconds_left))
+            self.processes.say(f"{at['stage']} {at['step']:,}/{bar.total:,}  loss {loss:.3f}  "
+                               f"rate {lr:.3g}  {speed:,.0f} samples/s  {memory / 1e9:.1f} GB  "
+                               f"{left} left in this stage")
+        return Since(at["samples"], since.seen + samples, bad)
+
+    def save(self, optimizer, at, name=runs.STATE):
+        """Writes where the run stands, and the weights alone."""
+        if self.processes.rank == 0:
+            parameters = self.model.saved()
+            state = {**at, "seconds": self.log.seconds, "arguments": self.arguments}
+            runs.save_state(self.args.out, parameters, optimizer, state, name)
+            if name == runs.STATE:
+                runs.save_model(self.args.out, parameters)
+        self.processes.sum()  # nobody leaves while the first process writes: torchrun would end it
+
+    def fail(self, message):
+        """Ends a run in which all processes have found the same: the first one says what."""
+        if self.processes.rank:
+            end_silently()
+        raise Failure(message)
+
+    def check_loss(self, losses, files, optimizer, at):
+        """Stops a run whose loss is NaN or infinite. `losses` and the `files` of this process, a
+        step each, are the last ones before `at`; the optimizer has not moved since the first such
+        loss."""
+        wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if wrong is None:
+            return
+        at = {**at, "step": at["step"] - len(losses) + wrong + 1}
+        report = self.args.out / "broken.json"
+        files = sorted(self.processes.gather(files[wrong]))
+        if self.processes.rank == 0:
+            text = json.dumps(at | {"loss": str(losses[wrong]), "files": files}, indent=2)
+            runs.write(report, lambda file: file.write_text(text))
+        self.save(optimizer, at, name="broken.safetensors")
+        self.fail(f"the loss or its gradient at step {at['step']:,} of stage {at['stage']} is "
+                  f"{losses[wrong]}. {report} names the samples of that step, broken.safetensors holds "
+                  "the weights and moments before it. To go on from the weights last saved, with another "
+                  f"rate or precision: --src {self.args.out} --no-warm-up --lr ... --precision ... and a "
+                  "new --out")
+
+    def check_images(self, bad, seen):
+        """Stops a run too many of whose images cannot be read."""
+        if bad > self.args.max_bad * max(seen, 1000):
+            self.fail(f"{bad} of {seen} images could not be read, more than --max-bad "
+                      f"{self.args.max_bad:g}; {self.log.bad_data} says which")
+
+    def check_gate(self):
+        """Stops a run after the warm-up if its LLM does not look at the images."""
+        matched, shuffled = self.last_validation or self.validation.losses(self.model)
+        if self.args.gate and not shuffled - matched >= self.args.gate:
+            self.fail(f"after the warm-up, the validation loss is {matched:.3f} with the right images "
+                      f"and {shuffled:.3f} with shuffled ones: the LLM does not use the image (--gate "
+                      f"{self.args.gate:g}). Look at whether captions fit their images (python data.py "
+                      f"SPEC), at --src, and at the curves in {self.args.out}; try more --warm-up-steps or "
+                      "another --warm-up-lr in a new --out. The state is saved: the same command with "
+                      "--resume --gate 0 goes on regardless")
+
+
+# ---------------------------------------------------------------------------------------- one stage
+
+
+def describe_stage(name, stage, steps, available, table):
+    """What is printed on entering a stage over so many available samples: its length and rate, and
+    the table of what trains."""
+    samples = steps * stage.batch_size
+    yield (f"\nstage {name}: {steps:,} steps of {stage.batch_size:,} = {samples:,} samples, "
+           f"{samples / available:.2g} epochs; rate {stage.lr:g} -> {stage.final_lr:g}")
+    yield f"  {'part':24} {'parameters':>14} {'trainable':>14}  mode"
+    for part, total, trainable, mode in table:
+        yield f"  {part:24} {total:14,} {trainable:14,}  {mode}"
+
+
+def compile_layers(model):
+    """torch.compile of the repeated blocks. All layers of a kind share one limit of recompilations:
+    train and eval, several stages, odd last batches."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.layers:
+        block.compile()
+
+
+def train_stage(run, job, resumed=None):
+    """One stage from its first step, or from where `resumed`, the (state,
+    tensors) of load_state, stands."""
+    args, processes, model, stage = run.args, run.processes, run.model, job.stage
+    table = vpgtrans.enter_stage(model, stage)
+    processes.say("\n".join(describe_stage(job.name, stage, job.steps, job.samples.starts[-1], table)))
+    optimizer = new_optimizer(model, stage)
+    first = 0
+    if resumed:
+        state, tensors = resumed
+        first = state["step"]
+        runs.restore(model.saved(), optimizer, tensors)
+        if processes.rank == 0:  # a kill may have come between the two files of a save
+            runs.save_model(args.out, model.saved())
+    trained = model
+    if processes.world > 1:
+        trained = nn.parallel.DistributedDataParallel(model, init_sync=False)
+    val_every = args.val_every or max(1, job.steps // 10)
+    if first == 0:
+        run.validate(job.at(0))
+    since = Since(job.at(first)["samples"])
+    batches = data.load_batches(job.samples, job.order, stage.batch_size, args.micro_batch,
+                                processes.rank, processes.world, first, args.workers)
+    hidden = None if processes.rank == 0 else True  # None: where there is no terminal
+    bar = tqdm(total=job.steps, initial=first, desc=job.name, unit="step", disable=hidden)
+    with contextlib.closing(batches), bar:
+        for step in range(first, job.steps):
+            micro_batches = next(batches)
+            lr = vpgtrans.learning_rate(stage, step, job.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # dropout is a function of seed, step and rank, so that a resumed run draws what it
+            # would have drawn
+            torch.manual_seed(hash((job.samples.seed, step, processes.rank)))
+            tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes,
+                                                args.clip)
+            since.add(loss, tokens, micro_batches)
+
+            at = job.at(step + 1)
+            last = step + 1 == job.steps
+            save = last or stop or (step + 1) % args.save_every == 0
+            # no state is saved whose loss was not looked at
+            if save or (step + 1) % args.log_every == 0:
+                since = run.report(since, optimizer, at, lr, bar)
+            bar.update()
+            if last or (step + 1) % val_every == 0:
+                pause = time.time()
+                run.validate(at)
+                since.began += time.time() - pause
+            if save:
+                run.save(optimizer, at)
+            if stop:
+                processes.say(f"stopped at step {step + 1:,} of stage {job.name}; the same command with "
+                              "--resume continues")
+                sys.exit(130)

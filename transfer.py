@@ -1,0 +1,324 @@
+"""Composes the rooms: source and target to the model before its first step; a run or checkpoint to
+a model that answers.
+
+    src, tgt = find_models("opt-2.7b", "opt-6.7b", tokenizer)
+    model = build_model(args, src, tgt, tok, sets, processes)          # stage 1 begins with it
+    model, tok = load_model("out/opt-2.7b-to-opt-6.7b")
+    answer(model, tok, images)                                       # (B,3,H,W) uint8 -> B captions
+
+A transfer goes: find both models; build the source's VPG around the target's LLM; between them put
+the source's projector in the target's words, by the word converter or by what its soft prompts mean
+in captions.
+
+Functions raise OSError and ValueError that say what is wrong and what to do, before anything long
+begins.
+
+Dq Q-Former width, Ds and Dt LLM widths of source and target, N shared tokens, V vocabulary.
+"""
+
+import dataclasses
+import json
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import data
+import hub
+import llm as language_models
+import qformer
+import vpgtrans
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of frozen weights, by --precision
+
+
+# --------------------------------------------------------------------------------------------- find
+
+
+def find_tokenizer(tgt, tgt_tokenizer=None):
+    """Names of the target and of where its tokenizer is, if elsewhere -> (the tokenizer's folder,
+    the Tokenizer), after a look at the target's config.json: gigabytes for a target that cannot be
+    used are not fetched."""
+    folder = hub.resolve(tgt, "tokenizer").tokenizer
+    language_models.read_llm_config(folder)
+    if tgt_tokenizer:
+        folder = hub.resolve(tgt_tokenizer, "tokenizer").tokenizer
+    return folder, data.load_tokenizer(folder)
+
+
+def find_models(src, tgt, tokenizer, shapes_only=False):
+    """Names of source and target, and the target's tokenizer folder -> hub.Place of both. With
+    shapes_only no weights are fetched."""
+    src = hub.resolve(src, "shapes" if shapes_only else "source")
+    tgt = hub.resolve(tgt, "tokenizer" if shapes_only else "target")
+    return src, dataclasses.replace(tgt, tokenizer=tokenizer)
+
+
+# -------------------------------------------------------------- the projector in the target's words
+
+
+@dataclasses.dataclass
+class SharedWords:
+    """What two language models have in common: tokenizers, word embeddings, and the tokens that
+    both know."""
+
+    src_tok: data.Tokenizer
+    tgt_tok: data.Tokenizer
+    src_words: torch.Tensor  # (V, Ds)
+    tgt_words: torch.Tensor  # (V, Dt)
+    src_ids: torch.Tensor  # (N,)
+    tgt_ids: torch.Tensor  # (N,)
+
+
+def read_shared_words(projector, src, tgt):
+    """The source's projector, and where source and target lie -> SharedWords."""
+    src_tok = data.load_tokenizer(src.tokenizer)
+    tgt_tok = data.load_tokenizer(tgt.tokenizer)
+    src_ids, tgt_ids = vpgtrans.shared_tokens(src_tok.vocab(), tgt_tok.vocab())
+    src_words = language_models.read_word_embeddings(src.llm)
+    tgt_words = language_models.read_word_embeddings(tgt.llm)
+    Ds, Dt = src_words.shape[1], tgt_words.shape[1]
+    if projector.out_features != Ds:
+        raise ValueError(f"{src.folder}: the projector's output is {projector.out_features} wide, but the "
+                         f"word embeddings of its LLM ({src.llm}) are {Ds} wide, and the target's {Dt}; it "
+                         "belongs to another LLM")
+    if len(src_ids) == 0:
+        raise ValueError(f"the tokenizers of {src.llm} and {tgt.llm} share no token; use --init random")
+    return SharedWords(src_tok, tgt_tok, src_words, tgt_words, src_ids, tgt_ids)
+
+
+def convert_projector(projector, src, tgt, captions, say):
+    """--init converter: the source's projector, then the word converter. -> nn.Linear(Dq, Dt)"""
+    words = read_shared_words(projector, src, tgt)
+    src_words = words.src_words[words.src_ids]
+    tgt_words = words.tgt_words[words.tgt_ids]
+    size = max(words.src_tok.vocab().values()) + 1
+    counts = data.count_tokens(words.src_tok, captions, size)[words.src_ids]
+    began = time.time()
+    weights = vpgtrans.token_weights(counts)
+    converter = vpgtrans.fit_word_converter(src_words, tgt_words, weights)
+    error = weighted_variance(tgt_words - converter(src_words), counts)
+    explained = 1 - error / weighted_variance(tgt_words, counts)
+    say(f"word converter: {converter.in_features} -> {converter.out_features}, fitted on {len(counts):,} "
+        f"shared tokens, {(counts > 0).sum():,} of them in the captions; explains {explained:.1%} of the "
+        f"target embeddings' variance there ({time.time() - began:.1f} s)")
+    return vpgtrans.merge(projector, converter)
+
+
+def weighted_variance(x, counts):
+    """(N,D), (N,) -> the variance of the rows, each as often as it counts, up to a factor."""
+    counts = counts.float()
+    mean = counts @ x / counts.sum()
+    return (counts @ (x - mean) ** 2).sum()
+
+
+def match_tokens(src_ids, tgt_ids, src_names, tgt_names):
+    """Where two tokenizers spell parts of one caption alike: ids of both -> [(source id, target
+    id)]; names are {id: bytes}.
+
+    The same bytes match first; else a space before them does not count, which some tokenizers write
+    before the first word."""
+    named = [(tgt_names[id], id) for id in tgt_ids if id in tgt_names]
+    there = {name.strip(): id for name, id in named} | dict(named)
+    matched = []
+    for id in src_ids:
+        name = src_names.get(id)
+        if name in there or name and name.strip() in there:
+            matched.append((id, there[name if name in there else name.strip()]))
+    return matched
+
+
+def read_captioned_images(sets, words, image_size, images):
+    """At most `images` images, as many of each data set, with what both LLMs call the words of
+    their captions.
+
+    -> ([(pixels (3,H,W), ids in the source, ids in the target)], why others cannot be read, how
+    many captions have not one word in both LLMs)"""
+    src_names = {id: token for token, id in words.src_tok.vocab().items()}
+    tgt_names = {id: token for token, id in words.tgt_tok.vocab().items()}
+    read, unreadable, wordless = [], [], 0
+    for pairs in sets:
+        every = -(-len(pairs) * len(sets) // images)
+        for i in range(0, len(pairs), every):
+            src_ids = words.src_tok.encode(pairs.captions[i])
+            tgt_ids = words.tgt_tok.encode(pairs.captions[i])
+            matched = match_tokens(src_ids, tgt_ids, src_names, tgt_names)
+            if not matched:
+                wordless += 1
+                continue
+            try:
+                pixels = data.read_image(pairs.file(i), image_size)
+            except OSError as error:
+                unreadable.append(str(error))
+                continue
+            read.append((pixels, *map(list, zip(*matched))))
+    return read, unreadable, wordless
+
+
+def refit_projector(projector, vpg, src, tgt, sets, batch_size, processes, images=1000):
+    """--init captions: the source's projector fitted anew to words of the target. -> nn.Linear(Dq,
+    Dt)
+
+    Images that cannot be read, or whose caption has not one token in both tokenizers, are passed
+    over and counted."""
+    words = read_shared_words(projector, src, tgt)
+    began = time.time()
+    read, unreadable, wordless = read_captioned_images(sets, words, vpg.image_size, images)
+    if not read:
+        raise ValueError(f"no image could be read whose caption has a word that {src.llm} and {tgt.llm} "
+                         "share; use --init converter or random")
+    pixels, src_ids, tgt_ids = zip(*read)
+    queries = []
+    with torch.no_grad(), processes.autocast():
+        for batch in torch.stack(pixels).split(batch_size):
+            queries.append(vpg(batch.to(processes.device)).float().cpu())
+    src_captions = [words.src_words[ids] for ids in src_ids]
+    tgt_captions = [words.tgt_words[ids] for ids in tgt_ids]
+    projector = vpgtrans.fit_to_captions(torch.cat(queries), projector, src_captions, tgt_captions)
+    said = f"projector: fitted to the captions of {len(read):,} images ({time.time() - began:.1f} s)"
+    if wordless:
+        said += f"; without {wordless:,} whose captions have no word in both LLMs"
+    if unreadable:
+        said += f"; without {len(unreadable):,} that cannot be read, the first: {unreadable[0]}"
+    processes.say(said)
+    return projector
+
+
+# ------------------------------------------------------------------ the model before its first step
+
+
+def shape_model(args, src, tgt):
+    """The model of a run without weights, on the meta device: what is computed beforehand needs
+    shapes alone."""
+    folder = hub.resolve(args.q_former, "shapes").folder if args.q_former else src.folder
+    is_clip = str(hub.read_config(folder).get("model_type")).startswith("clip")
+    if is_clip and not args.from_scratch:
+        raise ValueError(f"{folder}: holds no Q-Former; a ViT alone is a source for training "
+                         "--from-scratch only")
+    vpg = qformer.empty_vpg(folder, args.image_size, args.vit_layers)
+    llm = language_models.empty_llm(tgt.llm)
+    model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm)
+    return model.to("meta", DTYPES[args.precision])
+
+
+def example_batch(model, tok, tokens):
+    """A batch of two for the model of shape_model, with captions of so many tokens, on the meta
+    device."""
+    prompt = data.prompt_ids(tok, model.vpg.num_query_tokens)
+    size = model.vpg.image_size
+    return {
+        "prompt_ids": torch.tensor([prompt] * 2),
+        "target_ids": torch.zeros(2, tokens, dtype=torch.long, device="meta"),
+        "images": torch.empty(2, 3, size, size, dtype=model.projector.weight.dtype, device="meta"),
+    }
+
+
+def build_model(args, src, tgt, tok, sets, processes, resumed=False):
+    """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the
+    target's LLM.
+
+    `tok` is the target's tokenizer, `sets` are the pairs that help to start the projector, unless
+    the run is `resumed` with a projector that was saved."""
+    dtype = DTYPES[args.precision]
+    device = processes.device
+    reads_q_former = not args.from_scratch or args.q_former is not None
+    q_former = hub.resolve(args.q_former, "vpg") if args.q_former else src
+    vpg = qformer.load_vpg(q_former.folder, dtype, device, vit_folder=src.vit, q_former=reads_q_former,
+                           image_size=args.image_size, vit_layers=args.vit_layers)
+    hub.check_belongs(src, vit=vpg.frozen_parameters())
+    llm = language_models.load_llm(tgt.llm, dtype=dtype, device=device)
+    last_id = max(tok.vocab().values())
+    if last_id >= llm.vocab_size:
+        raise ValueError(f"the tokenizer in {tgt.tokenizer} has ids up to {last_id}, the vocabulary of "
+                         f"{tgt.llm} only up to {llm.vocab_size - 1}: it belongs to another LLM (see "
+                         "--tgt-tokenizer)")
+    torch.manual_seed(args.seed)
+    projector = nn.Linear(vpg.dim, llm.dim)
+    if args.from_scratch:
+        if not reads_q_former:
+            vpg.reset()
+        source = f"Q-Former of {args.q_former}" if reads_q_former else "random Q-Former"
+        processes.say(f"from scratch: {source}, random projector")
+    elif resumed:
+        processes.say("projector: as it was saved")
+    else:
+        projector = start_projector(args, projector, vpg, src, tgt, sets, processes)
+    model = vpgtrans.VisualLLM(vpg, projector.to(device), llm)
+    if processes.world > 1:  # the first process alone fits a projector
+        for parameter in model.saved().values():
+            dist.broadcast(parameter.data, src=0)
+    return model
+
+
+def start_projector(args, projector, vpg, src, tgt, sets, processes):
+    """The projector that a transfer begins with, by --init; `projector` is a random one of the
+    right shape."""
+    if args.init == "random":
+        processes.say("projector: random")
+        return projector
+    if src.llm.resolve() == tgt.llm.resolve():
+        processes.say("source and target are the same LLM: the projector stays as it is")
+        return qformer.load_projector(src.folder)
+    if processes.rank:
+        return projector  # the first process sends its own
+    projector = qformer.load_projector(src.folder)
+    if args.init == "captions":
+        return refit_projector(projector, vpg, src, tgt, sets, args.micro_batch, processes)
+    captions = (caption for pairs in sets for caption in pairs.captions)
+    return convert_projector(projector, src, tgt, captions, processes.say)
+
+
+# ------------------------------------------------------------------------ what a run says of itself
+
+
+def arguments(args):
+    """A command's arguments as JSON has them; where a cache lies does not matter, but whether there
+    is one."""
+    return json.loads(json.dumps(vars(args) | {"cache": bool(args.cache) or None}, default=str))
+
+
+def run_config(args, src, model):
+    """config.json of a run: how its VPG is built, which ViT and LLM belong to its weights, and its
+    arguments."""
+    source = hub.read_config(src.folder)
+    is_run = source.get("model_type") == "vpgtrans"
+    vit = {
+        "name": source["vit"]["name"] if is_run else hub.lasting_name(args.src),
+        "fingerprint": hub.fingerprint(model.vpg.frozen_parameters()),
+    }
+    llm = {
+        "name": hub.lasting_name(args.tgt),
+        "fingerprint": hub.fingerprint(dict(model.llm.named_parameters())),
+        "tokenizer": args.tgt_tokenizer and hub.lasting_name(args.tgt_tokenizer),
+    }
+    belongs = {"vit": vit, "llm": llm, "arguments": arguments(args)}
+    return {"model_type": "vpgtrans", **model.vpg.config, **belongs}
+
+
+# ----------------------------------------------------------------------------- a model that answers
+
+
+def load_model(name, dtype=torch.bfloat16, device="cpu"):
+    """A run of ours, a BLIP-2 folder or its Hub id -> (VisualLLM in eval mode, its tokenizer)."""
+    place = hub.resolve(name, "model")
+    vpg = qformer.load_vpg(place.folder, dtype=dtype, device=device, vit_folder=place.vit)
+    llm = language_models.load_llm(place.llm, dtype=dtype, device=device)
+    hub.check_belongs(place, vit=vpg.frozen_parameters(), llm=dict(llm.named_parameters()))
+    projector = qformer.load_projector(place.folder).to(device)
+    return vpgtrans.VisualLLM(vpg, projector, llm).eval(), data.load_tokenizer(place.tokenizer)
+
+
+def answer(model, tok, images, prompt="", **options):
+    """What the model says about images (B,3,H,W) uint8 behind a prompt: a caption where that is
+    empty. -> B texts
+
+    A blank at the end of the prompt is taken off: byte-level BPEs write it as the beginning of the
+    next word, so that a model which reads it alone answers nonsense. `options` are those of the
+    LLM's generate."""
+    ids = data.prompt_ids(tok, model.vpg.num_query_tokens, prompt.rstrip(" "))
+    prompts = torch.tensor([ids]).expand(len(images), -1)
+    images = images.to(model.projector.weight.device)
+    stop = ((tok.end_id,), (tok.eos_id,))
+    answers = model.generate(prompts, images=images, stop=stop, **options)
+    return [tok.decode(row).strip() for row in answers]
