@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo study test lint clean
+.PHONY: demo study check test lint clean
 
 # The main job on the embedded default: small models, 2,400 pairs, a laptop's CPU.
 # Beside it, the same number of steps from scratch.
@@ -27,6 +27,10 @@ study: .venv/run
 # One thread a process, and processes side by side: OpenMP's threads spin while they wait.
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+# What trains nothing and starts no process, and the linter: an answer within a minute.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
 """A world small enough for tests: a random BLIP-2, a random OPT, tokenizers trained on a few sentences, image-text pairs."""
 
 import json
+import multiprocessing
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -111,3 +113,16 @@ def on_the_cpu():
 def scans(tmp_path_factory):
     """Scans of data sets are kept in a folder of the tests' own."""
     os.environ["VPGTRANS_CACHE"] = str(tmp_path_factory.mktemp("scans"))
+
+
+def refuse(*_, **__):
+    raise AssertionError("this test trains or starts a process: mark it @pytest.mark.slow")
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """`make check` runs what is not marked slow: such a test takes no optimizer step and starts no process."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+        monkeypatch.setattr(torch.optim.AdamW, "step", refuse)

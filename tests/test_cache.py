@@ -60,6 +60,7 @@ def test_processes_share_the_work(tmp_path):
     assert new_cache(tmp_path).to_do() == {1: [2]} and sorted(f.name for f in tmp_path.iterdir()) == [f"{i:05d}.safetensors" for i in range(5)] + ["index.json"]
 
 
+@pytest.mark.slow
 def test_workers_give_the_same(tmp_path):
     one, two = new_cache(tmp_path / "one"), new_cache(tmp_path / "two")
     fill(one), two.fill(number_of, features_of, batch_size=3, workers=2)

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import data
+import qformer
 import train
 from conftest import TEXT, write_pairs
 
@@ -371,8 +372,8 @@ def test_evaluation_images_equal_transformers(tmp_path, kind, options):
     photograph().convert(kind).save(tmp_path / "photo.jpg", **options)
     theirs = BlipImageProcessorPil(size={"height": 224, "width": 224})(Image.open(tmp_path / "photo.jpg"))["pixel_values"][0]
     with data.open_image(tmp_path / "photo.jpg") as image:
-        ours = data.normalise(data.resize(image, 224)[None])[0]
-    apart = (ours - torch.as_tensor(theirs)).abs() * 255 * torch.tensor(data.STD).view(3, 1, 1)  # in levels
+        ours = qformer.normalise(data.resize(image, 224)[None])[0]
+    apart = (ours - torch.as_tensor(theirs)).abs() * 255 * torch.tensor(qformer.STD).view(3, 1, 1)  # in levels
     assert apart.max() < 1.001 and (apart > 1e-3).float().mean() < 0.01
 
 
@@ -975,6 +976,7 @@ def test_micro_batches_hold_captions_of_like_length(samples, captions):
             assert len(micros) == 3 and all(max(a) <= min(b) for a, b in zip(letters, letters[1:]))
 
 
+@pytest.mark.slow
 def test_starting_at_a_step_gives_what_would_have_come(samples):
     order = data.plan([40], 40, seed=0)
     whole, rest = list(data.load_batches(samples, order, 8, 4)), list(data.load_batches(samples, order, 8, 4, first_step=3, workers=1))

@@ -30,6 +30,7 @@ def demo(tmp_path_factory):
     return out, printed
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_sums_up(demo):
     out, printed = demo
     assert (out / "demo" / "captions.png").stat().st_size > 10_000 and (out / "demo" / "curves.png").exists()
@@ -37,6 +38,7 @@ def test_the_demo_runs_and_sums_up(demo):
         assert text in printed
 
 
+@pytest.mark.slow
 def test_the_source_sees_and_its_captions_are_no_chance(demo):
     """The embedded VPG with its own language model: 64 pairs of colour and shape there are."""
     line = next(line for line in demo[1].splitlines() if "as it was" in line and "%" in line)
@@ -44,6 +46,7 @@ def test_the_source_sees_and_its_captions_are_no_chance(demo):
     assert float(right[:-1]) > 80 and float(chance[:-1]) < 10 and int(claims) > 300
 
 
+@pytest.mark.slow
 def test_warmed_up_soft_prompts_depend_on_the_image(demo):
     rows = [row for row in map(json.loads, (demo[0] / "demo" / "metrics.jsonl").read_text().splitlines()) if "val_loss" in row]
     assert rows[-1]["val_loss"] < rows[-1]["val_loss_shuffled"] - 0.1

@@ -20,6 +20,8 @@ import transfer
 from test_data import write_kind
 from test_llm import LLAMA, OPT, T5, make_model
 
+pytestmark = pytest.mark.slow
+
 # kind of tokenizer and LLM; the vocabulary ends with the tokenizer's last id (no room for the image token) or goes on behind it
 FAMILIES = {"opt": ("GPT-2", OPT | dict(vocab_size=600)), "llama": ("LLaMA, pre-tokenizer", LLAMA | dict(pad_token_id=None)), "llama, tied": ("LLaMA, normalizer", LLAMA | dict(
                 tie_word_embeddings=True, num_key_value_heads=2)),

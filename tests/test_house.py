@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ["vpgtrans.py", "llm.py", "qformer.py", "data.py", "hub.py", "cache.py", "runs.py", "estimate.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_alone_in_an_empty_folder(room, tmp_path):
     shutil.copy(ROOT / room, tmp_path)
@@ -49,6 +50,7 @@ def test_the_readme_has_the_two_commands():
     assert {"demo", "test"} <= set(made) <= set(targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in readme_commands() if ".py" in c])
 def test_the_readmes_python_commands_parse(command):
     """The script exists, and knows every option that the README gives it."""

@@ -80,6 +80,7 @@ def calls(folder, name):
     return (folder / study.RUNS / name / "calls").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_runs_are_recorded_with_their_command_and_not_done_again(workplace, capsys):
     folder, results = workplace
     runs = {run.name: run for run in (fake_run(folder, "a"), fake_run(folder, "b", needs=["a"]))}
@@ -90,6 +91,7 @@ def test_runs_are_recorded_with_their_command_and_not_done_again(workplace, caps
     assert capsys.readouterr().out.count("$ python") == 2
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_with_its_log_and_stops_what_needs_it(workplace):
     folder, results = workplace
     runs = {run.name: run for run in (fake_run(folder, "a", code=1), fake_run(folder, "b", needs=["a"]), fake_run(folder, "c"))}
@@ -199,6 +201,7 @@ def test_the_cosine_converter_finds_a_linear_map():
     assert torch.cosine_similarity(converter(src), tgt, dim=1).mean() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", initialise.FITS)
 def test_what_initialise_leaves_is_a_source_whose_projector_fits_the_target(how, tmp_path, capsys):
     """With the demo's models: other projectors than the word converter of train.py makes, and train.py leaves them alone."""
@@ -344,6 +347,7 @@ def test_the_language_models_of_the_world_can_be_built_and_read_both_corpora(nam
     assert count == (5 if name.startswith("t5") else 4) and 7 < total / count < 9.5
 
 
+@pytest.mark.slow
 def test_the_first_stage_learns_all_three_of_its_tasks():
     """On eight fixed pairs: contrast, matching and captioning all fall far below what guessing gives."""
     torch.manual_seed(0)

@@ -31,6 +31,8 @@ import vpgtrans
 from test_data import write_kind, write_shard
 from test_llm import LLAMA, T5, make_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(train.__file__).parent
 
 

@@ -183,6 +183,7 @@ def test_a_projector_of_another_width_is_refused(model):
 EXPECTED = {"warm-up": r"projector\.", "fine-tune": r"projector\.|vpg\.query_tokens|vpg\.qformer\.|vpg\.vision_model\.post_layernorm\."}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_exactly_the_intended_parameters_train(model, name):
     """In the table, in the optimizer, and by what really changes in a step."""
