@@ -77,12 +77,18 @@ def test_a_lock_dies_with_its_process_however_that_ends(held):
 
 @pytest.mark.slow
 def test_processes_that_a_run_starts_do_not_hold_its_lock(tmp_path):
-    with runs.locked(tmp_path / "run", "first"):
-        child = subprocess.Popen(["sleep", "60"], close_fds=False)
-    with runs.locked(tmp_path / "run", "second"):
-        pass
-    child.kill()
-    child.wait()
+    """As those that read images: forked while the lock is held, and perhaps there after their run is gone."""
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / runs.LOCK
+    opened = runs.take_lock(file, "first", print)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        opened.close()
+        runs.take_lock(file, "second", print).close()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_where_there_are_no_locks_the_run_says_so_and_goes_on(tmp_path, monkeypatch):
