@@ -25,7 +25,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import cache
 import data
@@ -326,11 +325,9 @@ def find_data(args, stages, say):
     """-> ({stage: (data sets, weights or None)}, validation Pairs); says what was found and what is
     left out."""
     specs, val_spec = name_data(args, stages, say)
-    sets = {}
-    for spec in itertools.chain.from_iterable(specs.values()):
-        if place(spec) not in sets:
-            # a crop of Visual Genome's regions would lose what their captions describe
-            sets[place(spec)] = read_pairs(spec, crop=not spec.startswith("vg="))
+    once = {place(spec): spec for spec in itertools.chain.from_iterable(specs.values())}
+    # a crop of Visual Genome's regions would lose what their captions describe
+    sets = {key: read_pairs(spec, crop=not spec.startswith("vg=")) for key, spec in once.items()}
     val = read_pairs(val_spec) if val_spec else None
     for pairs in [*sets.values(), *([val] if val else [])]:
         check_left_out(pairs, args.max_bad, say)
@@ -749,9 +746,7 @@ def main(argv=None, watch=None):
         run.processes.say(f"\n{args.src} -> {args.tgt}: {lengths}, {run.log.seconds:.0f} s of "
                           f"training.\nWeights, metrics and curves are in {args.out}/. Try: python "
                           f"sample.py IMAGE --model {args.out}")
-        if run.processes.world > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    loop.run_command(main)

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train  # noqa: E402
+import loop
+import train
 
 
 def fail(at):
@@ -13,4 +14,4 @@ def fail(at):
         raise RuntimeError("this card is broken")
 
 
-train.main(watch=fail)
+loop.run_command(lambda: train.main(watch=fail))

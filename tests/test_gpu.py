@@ -17,7 +17,7 @@ from conftest import randomise, relative_error
 from test_estimate import LLMS, build
 from test_train import arguments, rows
 
-pytestmark = pytest.mark.skipif(not conftest.HAS_GPU, reason="torch sees no GPU")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not conftest.HAS_GPU, reason="torch sees no GPU")]
 GPU = torch.device("cuda", 0)
 PROMPTS = torch.tensor([vpgtrans.IMAGE] * 32 + [2]).expand(4, -1)
 TARGETS = torch.tensor([[5, 6, 7, 8, 2], [5, 9, 2, -100, -100], [11, 2, -100, -100, -100], [7, 7, 7, 7, 2]])
@@ -127,11 +127,11 @@ def test_a_run_trains_stops_and_resumes(world, tmp_path, compiled):
     def stop_later(*args):
         seen.append(next(args[0].parameters()).device)
         if len(seen) == 20:
-            train.stop_asked.set()
+            loop.stop_asked.set()
         return step(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "optimizer_step", stop_later)
+        patch.setattr(loop, "optimizer_step", stop_later)
         train.main(command)
     train.main([*command, "--resume"])
     losses = [loss for loss, in rows(tmp_path / "run", "loss")]
