@@ -13,9 +13,55 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import data
 from llm import ARCHITECTURES
 from study import scenes
-from study.world import IGNORE, LLMS, SEEDS, batches, glosses, initialise, optimise, save_bf16, write_json
+from study.world import IGNORE, SEEDS, batches, glosses, initialise, optimise, save_bf16, write_json
 
 GENERAL, ABOUT = 60_000, 100_000  # glosses and documents that a language model reads
+
+
+def opt_config(dim, layers, heads):
+    return dict(
+        model_type="opt", architectures=["OPTForCausalLM"],
+        vocab_size=4032, max_position_embeddings=256,
+        hidden_size=dim, word_embed_proj_dim=dim, ffn_dim=4 * dim,
+        num_hidden_layers=layers, num_attention_heads=heads,
+        activation_function="relu", enable_bias=True,
+        do_layer_norm_before=True, _remove_final_layer_norm=False, layer_norm_elementwise_affine=True,
+        dropout=0.1, attention_dropout=0.0, layerdrop=0.0, init_std=0.02,
+        bos_token_id=2, eos_token_id=2, pad_token_id=1, prefix="</s>",
+        tie_word_embeddings=True, torch_dtype="bfloat16")
+
+
+def llama_config(dim, layers, heads):
+    return dict(
+        model_type="llama", architectures=["LlamaForCausalLM"],
+        vocab_size=3000, max_position_embeddings=256, rope_theta=10000.0,
+        hidden_size=dim, intermediate_size=8 * dim // 3 // 8 * 8,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        hidden_act="silu", rms_norm_eps=1e-5,
+        bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False, torch_dtype="bfloat16")
+
+
+def t5_config(dim, layers, heads):
+    return dict(
+        model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True,
+        vocab_size=3000, relative_attention_num_buckets=32, relative_attention_max_distance=128,
+        d_model=dim, d_kv=dim // heads, d_ff=2 * dim,
+        num_layers=layers, num_decoder_layers=layers, num_heads=heads,
+        feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6,
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        tie_word_embeddings=False, torch_dtype="bfloat16")
+
+
+LLMS = {
+    "opt-64": opt_config(64, 3, 2),
+    "opt-128": opt_config(128, 4, 4),
+    "opt-192": opt_config(192, 4, 4),
+    "opt-256": opt_config(256, 5, 4),
+    "llama-128": llama_config(128, 4, 4),
+    "llama-256": llama_config(256, 5, 4),
+    "t5-128": t5_config(128, 3, 4),
+    "t5-256": t5_config(256, 3, 4)}
 
 # ------------------------------------------------------------------------------------- tokenizers
 

@@ -25,11 +25,14 @@ import torch
 from PIL import Image
 
 from study import scenes
-from study.languages import make_llms, make_tokenizers
+from study.languages import LLMS, make_llms, make_tokenizers
 from study.sight import make_stage1, make_vit
-from study.world import LLMS, PAIRS, SEEDS, SHARES, STEPS
+from study.world import SEEDS
 
 ROOT = Path(__file__).resolve().parent.parent
+PAIRS = dict(train=20000, val=500, test=1000)
+SHARES = {"5": 0.05, "10.7": 0.107, "25": 0.25}  # parts of the training images: how many are needed?
+STEPS = dict(vit=2000, stage1=1500) | {name: 1600 if "256" in name else 1000 for name in LLMS}
 DEMO_PAIRS = dict(train=2400, val=300)
 SAMPLES = 12  # of the held-out pairs of the demo, to look at
 

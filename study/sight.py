@@ -20,11 +20,25 @@ from llm import ARCHITECTURES
 from qformer import VPG
 from qformer import normalise as normalise_pixels
 from study import scenes
-from study.world import (
-    IGNORE, LLMS, QFORMER, SEEDS, VISION, VPG_CONFIG, batches, initialise, opt_config, optimise, save_bf16,
-    write_json)
+from study.languages import LLMS, opt_config
+from study.world import IGNORE, SEEDS, batches, initialise, optimise, save_bf16, write_json
 
-PATCHES = VISION["image_size"] // VISION["patch_size"]  # a side
+VISION = dict(
+    hidden_size=128, intermediate_size=512,
+    num_hidden_layers=4, num_attention_heads=4,
+    image_size=64, patch_size=8,
+    hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True)
+QFORMER = dict(
+    vocab_size=30523, hidden_size=128, intermediate_size=512,
+    num_hidden_layers=4, num_attention_heads=4,
+    cross_attention_frequency=2, encoder_hidden_size=128,
+    hidden_act="gelu", layer_norm_eps=1e-12,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+VPG_CONFIG = dict(
+    model_type="blip-2", num_query_tokens=12,
+    vision_config=dict(model_type="blip_2_vision_model", **VISION),
+    qformer_config=dict(model_type="blip_2_qformer", **QFORMER))
+PATCHES = (VISION["image_size"] // VISION["patch_size"]) ** 2
 LABELS = ("colour", "shape", "size", "place")
 
 
@@ -51,7 +65,7 @@ def patch_labels(drawn, owners):
     colours = list(scenes.COLOURS)
     shapes = list(scenes.SHAPES)
     sizes = list(scenes.SIZES)
-    labels = np.full((len(drawn), len(LABELS), PATCHES**2), IGNORE, dtype=np.int64)
+    labels = np.full((len(drawn), len(LABELS), PATCHES), IGNORE, dtype=np.int64)
     patches = owners.reshape(-1, 8, 8, 8, 8).transpose(0, 1, 3, 2, 4)
     patches = patches.reshape(len(drawn), 64, 64)  # (B, patches, pixels of a patch)
     for i, scene in enumerate(drawn):
@@ -124,8 +138,9 @@ def make_vit(args):
 
     optimise("vit", model, steps, step_loss, evaluate)
     tensors = model.vpg.state_dict()
+    vit = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
     write_json(folder / "config.json", VPG_CONFIG)
-    save_bf16(folder / "model.safetensors", {n: t for n, t in tensors.items() if n.startswith("vision_model.")})
+    save_bf16(folder / "model.safetensors", vit)
 
 
 # -------------------------------------------------------------------------------- the first stage

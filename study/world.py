@@ -1,6 +1,4 @@
-"""The small world of the study as data: its seeds, sizes and configurations; and how its models are
-trained and written.
-"""
+"""What the parts of the study's small world share: its seeds, and how a model is trained and written."""
 
 import json
 import math
@@ -16,60 +14,6 @@ from torch import nn
 IGNORE = -100
 SEEDS = {"train": 1, "val": 2, "test": 8, "tokenizers": 3, "vit": 4, "llms": 5, "stage1": 6,
          "demo-train": 9, "demo-val": 10}
-PAIRS = dict(train=20000, val=500, test=1000)
-SHARES = {"5": 0.05, "10.7": 0.107, "25": 0.25}  # parts of the training images: how many are needed?
-
-# --------------------------------------------------------------------------------- configurations
-
-VISION = dict(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    image_size=64, patch_size=8, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True)
-QFORMER = dict(
-    vocab_size=30523, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-    num_attention_heads=4, hidden_act="gelu", layer_norm_eps=1e-12, hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0, cross_attention_frequency=2, encoder_hidden_size=128)
-VPG_CONFIG = dict(
-    model_type="blip-2", num_query_tokens=12,
-    vision_config=dict(model_type="blip_2_vision_model", **VISION),
-    qformer_config=dict(model_type="blip_2_qformer", **QFORMER))
-
-
-def opt_config(dim, layers, heads):
-    return dict(
-        model_type="opt", architectures=["OPTForCausalLM"], vocab_size=4032,
-        hidden_size=dim, word_embed_proj_dim=dim, ffn_dim=4 * dim, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=256, activation_function="relu",
-        do_layer_norm_before=True, _remove_final_layer_norm=False, enable_bias=True,
-        layer_norm_elementwise_affine=True, dropout=0.1, attention_dropout=0.0, layerdrop=0.0,
-        init_std=0.02, bos_token_id=2, eos_token_id=2, pad_token_id=1, prefix="</s>",
-        tie_word_embeddings=True, torch_dtype="bfloat16")
-
-
-def llama_config(dim, layers, heads):
-    return dict(
-        model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=3000,
-        hidden_size=dim, intermediate_size=8 * dim // 3 // 8 * 8, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, hidden_act="silu", rms_norm_eps=1e-5,
-        max_position_embeddings=256, rope_theta=10000.0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False, torch_dtype="bfloat16")
-
-
-def t5_config(dim, layers, heads):
-    return dict(
-        model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True,
-        vocab_size=3000, d_model=dim, d_kv=dim // heads, d_ff=2 * dim, num_layers=layers,
-        num_decoder_layers=layers, num_heads=heads, feed_forward_proj="gated-gelu",
-        relative_attention_num_buckets=32, relative_attention_max_distance=128,
-        layer_norm_epsilon=1e-6, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-        tie_word_embeddings=False, torch_dtype="bfloat16")
-
-
-LLMS = {
-    "opt-64": opt_config(64, 3, 2), "opt-128": opt_config(128, 4, 4),
-    "opt-192": opt_config(192, 4, 4), "opt-256": opt_config(256, 5, 4),
-    "llama-128": llama_config(128, 4, 4), "llama-256": llama_config(256, 5, 4),
-    "t5-128": t5_config(128, 3, 4), "t5-256": t5_config(256, 3, 4)}
-STEPS = dict(vit=2000, stage1=1500) | {name: 1600 if "256" in name else 1000 for name in LLMS}
 
 # ------------------------------------------------------------------------------------------ files
 
@@ -126,8 +70,8 @@ def initialise(module):
 
 def inner_matrices(model):
     """The trained weights of linear layers, but for heads: those that Muon is for."""
-    layers = [part for name, part in model.named_modules() if isinstance(part, nn.Linear) and "head" not in name]
-    return [layer.weight for layer in layers if layer.weight.requires_grad]
+    parts = [part for name, part in model.named_modules() if "head" not in name]
+    return [part.weight for part in parts if isinstance(part, nn.Linear) and part.weight.requires_grad]
 
 
 def optimise(name, model, steps, step_loss, evaluate=None, muon=0.02, adam=2e-3, every=100, warm=100):
