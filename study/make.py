@@ -34,7 +34,7 @@ PAIRS = dict(train=20000, val=500, test=1000)
 SHARES = {"5": 0.05, "10.7": 0.107, "25": 0.25}  # parts of the training images: how many are needed?
 STEPS = dict(vit=2000, stage1=1500) | {name: 1600 if "256" in name else 1000 for name in LLMS}
 DEMO_PAIRS = dict(train=2400, val=300)
-SAMPLES = 12  # of the held-out pairs of the demo, to look at
+SAMPLES = 6  # of the held-out pairs of the demo, to look at
 
 
 def draw_pairs(split, count):

@@ -40,10 +40,11 @@ def add(folder, name, record):
 
 def curve(rows):
     """Rows of a run's metrics -> [(optimizer steps, warm-up counted; validation loss)]"""
+    rows = [row for row in rows if "val_loss" in row]
     points = []
     before = 0  # steps of the stages that have ended
     for stage in dict.fromkeys(row["stage"] for row in rows):
-        of_stage = [row for row in rows if row["stage"] == stage and "val_loss" in row]
+        of_stage = [row for row in rows if row["stage"] == stage]
         points += [(before + row["step"], row["val_loss"]) for row in of_stage]
         before += of_stage[-1]["step"]
     return points
