@@ -6,7 +6,6 @@
 The metrics are the rows of the run's metrics.jsonl. Runs that train nothing have none.
 """
 
-import contextlib
 import json
 
 from study.experiments import SEEDS
@@ -18,14 +17,17 @@ def file_of(folder, name):
 
 
 def read(folder):
-    """-> {name of a run: its record}"""
+    """-> {name of a run: its record}; ValueError where lines are something else"""
     records = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
-            # A line that a kill has cut is no record: its run is made again.
-            with contextlib.suppress(ValueError):
+            try:
                 record = json.loads(line)
-                records[record.pop("name")] = record
+            except ValueError:  # a kill has cut it: its run is made again
+                continue
+            if "name" not in record:
+                raise ValueError(f"{file}: no records of runs, which name them; move {folder} away")
+            records[record.pop("name")] = record
     return records
 
 
@@ -72,6 +74,10 @@ class Results:
     def finals(self, name):
         """The losses at the end, of all seeds."""
         return [self.final(run) for run in self.seeds(name)]
+
+    def losses(self, names):
+        """{anything: name of one run} -> {the same: its loss at the end}, of those that are recorded"""
+        return {key: self.final(name) for key, name in names.items() if name in self.rows}
 
     def first_below(self, name, loss):
         """Optimizer steps after which a run first has at most this loss, or None"""
