@@ -17,7 +17,7 @@ def file_of(folder, name):
 
 
 def read(folder):
-    """-> {name of a run: its record}; ValueError where lines are something else"""
+    """-> {name of a run: its record}"""
     records = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -26,7 +26,7 @@ def read(folder):
             except ValueError:  # a kill has cut it: its run is made again
                 continue
             if "name" not in record:
-                raise ValueError(f"{file}: no records of runs, which name them; move {folder} away")
+                raise SystemExit(f"{file}: no records of runs, which name them; move {folder} away")
             records[record.pop("name")] = record
     return records
 
