@@ -9,7 +9,8 @@ TRAIN = $(BIN)/python train.py --src demo/source --tgt demo/target \
 	--data demo/pairs/train.tar --val demo/pairs/val.tar \
 	--batch-size 32 --micro-batch 32 --clip 0.5 --augment none --workers 0
 
-# On the CPU, also where there is a GPU: its figures are the README's, and what is so small would wait for kernels to compile.
+# On the CPU, also where there is a GPU: its figures are the README's, and what is so small would wait for
+# kernels to compile.
 demo study: export CUDA_VISIBLE_DEVICES =
 
 demo: .venv/run
@@ -18,7 +19,8 @@ demo: .venv/run
 	$(TRAIN) --from-scratch --steps 300 --lr 2e-3 --out out/demo-from-scratch
 	$(BIN)/python -m demo.report out/demo out/demo-from-scratch
 
-# The paper in miniature, docs/miniature.md: hours, resumable. Tables and pictures of what comes out lie in out/study/.
+# The paper in miniature, docs/miniature.md: hours, resumable. Tables and pictures of what comes out lie in
+# out/study/.
 study: .venv/run
 	$(BIN)/python -m study.make all
 	$(BIN)/python -m study.runs
