@@ -1,6 +1,7 @@
 """Facts about the study: its commands are real, what is recorded is what they say, and its parts do
 what they are named for."""
 
+import ast
 import itertools
 import json
 import os
@@ -27,6 +28,23 @@ from study.world import initialise as initialise_weights
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "study" / "results"
 EVERY = experiments.all_runs()
+
+
+def imported(file):
+    """The names of all that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "study").glob("*.py")), ids=lambda file: file.stem)
+def test_the_study_stands_without_the_demo_and_is_found_without_a_patched_path(file):
+    """demo/ takes the world of shapes from study/, which takes nothing of demo/."""
+    assert not any(name.split(".")[0] == "demo" for name in imported(file))
+    assert "sys.path" not in file.read_text()
+
 
 # --------------------------------------------------------------------------------- the experiments
 
