@@ -13,14 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import nn
-
-import loop
-import runs
-import train
-import vpgtrans
 from conftest import (
     ROOT,
     arguments,
@@ -39,6 +31,14 @@ from conftest import (
     write_pairs,
     write_source,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import loop
+import runs
+import train
+import vpgtrans
 
 # ------------------------------------------------------------------------------------------- one step
 

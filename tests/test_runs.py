@@ -7,11 +7,11 @@ import signal
 import time
 
 import pytest
+from conftest import arguments
 
 import runs
 import train
 import transfer
-from conftest import arguments
 
 # ------------------------------------------------------------------------------------------- the lock
 

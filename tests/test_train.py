@@ -8,17 +8,9 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
-
-import cache
-import data
-import qformer
-import runs
-import train
-import transfer
 from conftest import (
+    LLAMA_CONFIG,
+    T5_CONFIG,
     arguments,
     assert_same_losses,
     bad_data,
@@ -26,6 +18,7 @@ from conftest import (
     demo_world,
     edited,
     in_a_process,
+    make_model,
     read_lines,
     rows,
     train_in,
@@ -33,8 +26,17 @@ from conftest import (
     write_pairs,
     write_source,
 )
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from test_data import write_kind, write_shard
-from test_llm import LLAMA, T5, make_model
+
+import cache
+import data
+import qformer
+import runs
+import train
+import transfer
 
 # ---------------------------------------------------------------------------------------- end to end
 
@@ -330,7 +332,7 @@ def test_packed_captions_count_as_one_sample(world, tmp_path, capsys):
 
 def test_captions_are_not_packed_for_t5(world, tmp_path, refused):
     target = write_kind(tmp_path / "t5", "Unigram")
-    make_model(target, T5 | dict(vocab_size=800))
+    make_model(target, T5_CONFIG | dict(vocab_size=800))
     argv = arguments((world[0], target, world[2]), tmp_path / "run", "--captions", "packed")
     refused(train.main, argv, "--captions packed", "T5")
 
@@ -338,7 +340,7 @@ def test_captions_are_not_packed_for_t5(world, tmp_path, refused):
 @pytest.mark.slow
 def test_captions_are_packed_for_llamas(world, tmp_path):
     target = write_kind(tmp_path / "llama", "LLaMA, pre-tokenizer")
-    make_model(target, LLAMA | dict(vocab_size=800))
+    make_model(target, LLAMA_CONFIG | dict(vocab_size=800))
     train.main(arguments((world[0], target, world[2]), tmp_path / "run", "--captions", "packed"))
     assert len(values(tmp_path / "run", "loss")) == 9
 

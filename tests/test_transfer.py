@@ -6,7 +6,23 @@ import shutil
 
 import pytest
 import torch
+from conftest import (
+    LLAMA_CONFIG,
+    ROOT,
+    T5_CONFIG,
+    arguments,
+    copy_checkpoint,
+    edited,
+    make_model,
+    picture,
+    python,
+    values,
+    write_clip,
+    write_source,
+    write_target,
+)
 from safetensors.torch import load_file
+from test_data import write_kind
 
 import data
 import hub
@@ -15,20 +31,6 @@ import qformer
 import sample
 import train
 import transfer
-from conftest import (
-    ROOT,
-    arguments,
-    copy_checkpoint,
-    edited,
-    picture,
-    python,
-    values,
-    write_clip,
-    write_source,
-    write_target,
-)
-from test_data import write_kind
-from test_llm import LLAMA, T5, make_model
 
 # ---------------------------------------------------------------- the projector in the target's words
 
@@ -194,7 +196,7 @@ def other_family(request, world, tmp_path_factory):
     """A run from the OPT source towards a LLaMA or a T5: (target, run, what it printed)."""
     folder = tmp_path_factory.mktemp("family")
     target = write_kind(folder / "target", request.param)
-    make_model(target, (T5 if request.param == "Unigram" else LLAMA) | dict(vocab_size=800))
+    make_model(target, (T5_CONFIG if request.param == "Unigram" else LLAMA_CONFIG) | dict(vocab_size=800))
     argv = arguments((world[0], target, world[2]), folder / "run", "--steps", "20")
     done = python(ROOT / "train.py", *argv)
     assert done.returncode == 0, done.stderr
