@@ -116,6 +116,13 @@ def write_clip(folder):
     return model
 
 
+@pytest.fixture
+def small_q_former(monkeypatch):
+    """A Q-Former that begins at random, on a ViT alone, has 93M parameters otherwise: BERT's."""
+    small = {key: size for key, size in QFORMER.items() if key in qformer.VPG.QFORMER}
+    monkeypatch.setattr(qformer.VPG, "QFORMER", qformer.VPG.QFORMER | small)
+
+
 def write_target(folder, seed=1):
     """A random OPT, 32 wide, whose tokenizer shares most but not all tokens with the source's."""
     folder.mkdir(parents=True, exist_ok=True)

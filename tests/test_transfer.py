@@ -155,11 +155,9 @@ def test_a_run_remembers_how_its_vpg_is_configured(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_scratch_on_clip(world, tmp_path, monkeypatch, refused):
-    """CLIP's ViT alone, cut behind a block, carries a random Q-Former, here a small one; the run captions,
-    and is a source for another LLM."""
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
-    monkeypatch.setattr(qformer.VPG, "QFORMER", qformer.VPG.QFORMER | small)
+def test_from_scratch_on_clip(world, tmp_path, small_q_former, refused):
+    """CLIP's ViT alone, cut behind a block, carries a random Q-Former; the run captions, and is a source
+    for another LLM."""
     write_clip(tmp_path / "clip")
     argv = arguments((tmp_path / "clip", *world[1:]), tmp_path / "run")
     refused(train.main, argv, "--from-scratch")
