@@ -22,6 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
+import pairs
 import hub
 import llm as language_models
 import transfer
@@ -64,7 +65,7 @@ def main(argv=None):
     projector = qformer.load_projector(src.folder)
     words = transfer.read_shared_words(projector, src, tgt)
     src_words, tgt_words = words.src_words[words.src_ids], words.tgt_words[words.tgt_ids]
-    captions = data.read_pairs(args.data).captions
+    captions = pairs.read_pairs(args.data).captions
     counts = data.count_tokens(words.src_tok, captions, len(words.src_words))[words.src_ids].float()
     began = time.time()
     projector = vpgtrans.merge(projector, FITS[args.how](src_words, tgt_words, counts))

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
+import pairs
 from demo import scenes
 from llm import ARCHITECTURES
 from qformer import VPG, normalise as normalise_pixels
@@ -484,7 +485,7 @@ def make_stage1(args):
     nn.init.normal_(vpg.query_tokens, std=0.5)  # apart from each other
     model = FirstStage(vpg, LLMS["opt-128"]["vocab_size"])
     rows = [json.loads(line) for line in (args.out / "pairs" / "train.jsonl").read_text().splitlines()]
-    captions = tok.encode_all([data.clean_caption(row["caption"]) for row in rows])
+    captions = tok.encode_all([pairs.clean_caption(row["caption"]) for row in rows])
     images = [np.asarray(Image.open(args.out / "pairs" / row["image"])) for row in rows]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         features = torch.cat([vpg.features(normalise(np.stack(images[i : i + 250]))).bfloat16() for i in range(0, len(images), 250)])
