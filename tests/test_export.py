@@ -17,7 +17,7 @@ import qformer
 import sample
 import train
 import transfer
-from test_data import write_kind
+from conftest import write_kind
 from test_llm import LLAMA, OPT, T5, make_model
 
 pytestmark = pytest.mark.slow

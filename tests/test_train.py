@@ -28,7 +28,8 @@ import sample
 import train
 import transfer
 import vpgtrans
-from test_data import write_kind, write_shard
+from conftest import write_kind, write_shard
+from pairs import Pairs, Strings, read_pairs
 from test_llm import LLAMA, T5, make_model
 
 pytestmark = pytest.mark.slow
@@ -133,7 +134,7 @@ def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_p
         line["image"] = str(world[2].parent / line["image"])
     (tmp_path / "broken.png").write_bytes(b"no image")
     lines += [lines[0] | {"image": str(tmp_path / "broken.png")}]
-    read = lambda some: (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some)) and [data.read_pairs(str(tmp_path / "pairs.jsonl"))]
+    read = lambda some: (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some)) and [read_pairs(str(tmp_path / "pairs.jsonl"))]
     fit = lambda some: transfer.refit_projector(projector, vpg, source, target, read(some), 4, processes)
     match = transfer.match_tokens
     monkeypatch.setattr(transfer, "match_tokens", lambda ids, *others: match(ids, *others) if len(ids) > 1 else [])
@@ -819,7 +820,7 @@ def test_bad_data_of_all_processes_and_of_a_resumed_run_is_written_down_once(wor
 
 
 def test_weights_are_shares_of_captions_where_these_are_packed():
-    pairs = lambda images, captions: data.Pairs("x", "/", data.Strings.of(map(str, range(images))), data.Strings.of(["a"] * images * captions),
+    pairs = lambda images, captions: Pairs("x", "/", Strings.of(map(str, range(images))), Strings.of(["a"] * images * captions),
                                                 np.repeat(np.arange(images), captions))
     sets = [pairs(10, 5), pairs(40, 1), pairs(2, 50)]
     assert train.mixture("each", sets, [0.1, 0.7, 0.2]) == ([0.1, 0.7, 0.2], 1)
