@@ -6,18 +6,10 @@ import random
 import re
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter
-from tokenizers import Tokenizer, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-
-import data
-import qformer
 from conftest import (
     CORPUS,
     KINDS,
@@ -30,6 +22,13 @@ from conftest import (
     write_kind,
     write_pairs,
 )
+from PIL import Image, ImageDraw, ImageFilter
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+import data
+import qformer
 from pairs import Pairs, Strings, clean_caption, read_pairs
 
 
