@@ -34,7 +34,7 @@ import loop
 import runs
 import transfer
 import vpgtrans
-from data import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs
+from pairs import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs
 from vpgtrans import STAGES
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -86,7 +86,7 @@ def add_data(parser):
                        help="image-text pairs: .jsonl, .json, .csv or .tsv of image and caption, "
                             "COCO captions, a folder of images with .txt beside them, or shards "
                             "(laion/{00000..01299}.tar); may be given several times, and is mixed "
-                            "by WEIGHT where that is given. python data.py SOURCE shows what is "
+                            "by WEIGHT where that is given. python pairs.py SOURCE shows what is "
                             "in it")
     pairs.add_argument("--warm-up-data", action="append", metavar=SPEC,
                        help="other pairs for stage 1 (default: as --data)")

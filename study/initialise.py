@@ -21,6 +21,7 @@ from torch import nn
 import data
 import hub
 import llm as language_models
+import pairs
 import qformer
 import runs
 import transfer
@@ -75,7 +76,7 @@ def main(argv=None):
     tgt = hub.resolve(args.tgt, "target")
     projector = qformer.load_projector(src.folder)
     words = transfer.read_shared_words(projector, src, tgt)
-    captions = data.read_pairs(args.data).captions
+    captions = pairs.read_pairs(args.data).captions
     counts = data.count_tokens(words.src_tok, captions, len(words.src_words))[words.src_ids].float()
     began = time.time()
     converter = FITS[args.how](words.src_words[words.src_ids], words.tgt_words[words.tgt_ids], counts)

@@ -5,9 +5,9 @@ import torch
 from conftest import FAMILIES, make_visual_llm, write_source, write_target
 
 import bench
-import data
 import estimate
 import loop
+import pairs
 import train
 import transfer
 import vpgtrans
@@ -147,7 +147,7 @@ def test_on_a_gpu_the_micro_batch_follows_from_its_memory(world, monkeypatch):
     tokenizer, tok = transfer.find_tokenizer(args.tgt)
     src, tgt = transfer.find_models(args.src, args.tgt, tokenizer)
     shapes = transfer.shape_model(args, src, tgt)
-    sets = {name: ([data.read_pairs(str(world[2]))], None) for name in stages}
+    sets = {name: ([pairs.read_pairs(str(world[2]))], None) for name in stages}
 
     def chosen(size, device="cuda", stages=stages):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size))

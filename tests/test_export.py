@@ -16,10 +16,10 @@ from conftest import (
     picture,
     relative_error,
     write_clip,
+    write_kind,
 )
 from PIL import Image
 from safetensors.torch import load_file
-from test_data import write_kind
 from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2Processor
 
 import data

@@ -23,20 +23,21 @@ from conftest import (
     rows,
     train_in,
     values,
+    write_kind,
     write_pairs,
+    write_shard,
     write_source,
 )
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_data import write_kind, write_shard
 
 import cache
-import data
 import qformer
 import runs
 import train
 import transfer
+from pairs import Pairs, Strings
 
 # ---------------------------------------------------------------------------------------- end to end
 
@@ -291,9 +292,9 @@ def test_data_that_do_not_fill_a_batch_are_refused(world, tmp_path, refused):
 
 def pairs_of(images, captions):
     """So many images with so many captions each."""
-    files = data.Strings.of(map(str, range(images)))
-    texts = data.Strings.of(["a"] * images * captions)
-    return data.Pairs("x", "/", files, texts, np.repeat(np.arange(images), captions))
+    files = Strings.of(map(str, range(images)))
+    texts = Strings.of(["a"] * images * captions)
+    return Pairs("x", "/", files, texts, np.repeat(np.arange(images), captions))
 
 
 def test_weights_are_shares_of_captions_where_these_are_packed():

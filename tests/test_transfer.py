@@ -18,15 +18,16 @@ from conftest import (
     python,
     values,
     write_clip,
+    write_kind,
     write_source,
     write_target,
 )
 from safetensors.torch import load_file
-from test_data import write_kind
 
 import data
 import hub
 import loop
+import pairs
 import qformer
 import sample
 import train
@@ -90,10 +91,10 @@ def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_p
     def nothing_of_one(ids, *others):
         return match(ids, *others) if len(ids) > 1 else []
 
-    def fit(pairs):
+    def fit(lines):
         file = tmp_path / "pairs.jsonl"
-        file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        sets = [data.read_pairs(str(file))]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sets = [pairs.read_pairs(str(file))]
         return transfer.refit_projector(projector, vpg, source, target, sets, 4, processes)
 
     monkeypatch.setattr(transfer, "match_tokens", nothing_of_one)
