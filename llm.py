@@ -157,7 +157,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         V = len(weight)
         block = max(1, FrozenHeadLoss.BLOCK[device] // (weight.element_size() * V))  # rows
         few = max(1, FrozenHeadLoss.SLICE[device] // (4 * V))  # rows
-        blocks = math.ceil(len(x) / block)
+        blocks = max(1, math.ceil(len(x) / block))
         differentiate = ctx.needs_input_grad[0]
         loss = torch.zeros((), device=x.device)
         gradient = torch.empty_like(x)
@@ -181,14 +181,18 @@ class FrozenHeadLoss(torch.autograd.Function):
         return gradient * upstream, None, None
 
 
-def caption_loss(head, x, target_ids):
+def caption_loss(head, x, target_ids, scored=None):
     """Hidden states (B,T,D), targets (B,T) -> (sum of cross-entropies in float32, number of
     tokens); -100 does not count.
 
     A sum and a count, so that ranks and micro-batches can be normalised by the global number of
-    tokens."""
+    tokens. Where scored (B,T) is False nothing counts, and the head reads nothing."""
     x = x.flatten(0, 1)  # (B * T, D)
     ids = target_ids.flatten()
+    if scored is not None:
+        rows = scored.flatten().nonzero()[:, 0]
+        x = x[rows.to(x.device, non_blocking=True)]
+        ids = ids[rows.to(ids.device, non_blocking=True)]
     if head.weight.requires_grad:
         loss = F.cross_entropy(head(x).float(), ids, ignore_index=-100, reduction="sum")
     else:
@@ -219,6 +223,17 @@ def check_ids(ids, vocab_size):
     if looked_at and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"ids from {ids.min()} to {ids.max()}: this LLM's vocabulary has 0 to "
                          f"{vocab_size - 1}; is it its tokenizer?")
+
+
+def check_scored(scored, target_ids):
+    if scored is None:
+        return
+    if target_ids.ndim != 2:
+        raise ValueError(f"scored is for targets (B,T), not {tuple(target_ids.shape)}: captions packed behind "
+                         "one prefix all count")
+    if scored.dtype != torch.bool or scored.shape != target_ids.shape:
+        raise ValueError(f"scored must be {tuple(target_ids.shape)} of torch.bool, as the targets, not "
+                         f"{tuple(scored.shape)} of {scored.dtype}")
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -421,11 +436,15 @@ class LanguageModel(nn.Module):
         real targets."""
         return word_scores(self.lm_head, self.hidden_states(prefix, target_ids, prefix_mask))
 
-    def loss(self, prefix, target_ids, prefix_mask=None):
+    def loss(self, prefix, target_ids, prefix_mask=None, scored=None):
         """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not
-        count."""
+        count.
+
+        scored (B,T) bool: the targets that count (a conversation's answers), of which alone the
+        head reads. Leave it on the CPU, and no GPU has to wait."""
+        check_scored(scored, target_ids)
         x = self.hidden_states(prefix, target_ids, prefix_mask)
-        return caption_loss(self.lm_head, x, target_ids)
+        return caption_loss(self.lm_head, x, target_ids, scored)
 
     def check_targets(self, target_ids):
         if target_ids.ndim != 2:
@@ -504,15 +523,19 @@ class DecoderOnly(LanguageModel):
         x = self.read(x, positions, mask)
         return x[:, prefix.shape[1] - 1 :]
 
-    def loss(self, prefix, target_ids, prefix_mask=None):
+    def loss(self, prefix, target_ids, prefix_mask=None, scored=None):
         """(B,P,D), (B,T) or (B,K,T), (B,P) bool -> (sum of cross-entropies in float32, number of
         tokens); -100 does not count.
+
+        scored (B,T) bool: the targets that count, of which alone the head reads; see `loss` of
+        LanguageModel.
 
         K captions share one prefix, which is read once: each sees the prefix and itself, and its
         positions go on from the prefix's, so that the loss is the sum of what they give alone.
         Leave their ids on the CPU, and no GPU has to wait."""
+        check_scored(scored, target_ids)
         if target_ids.ndim == 2:
-            return super().loss(prefix, target_ids, prefix_mask)
+            return super().loss(prefix, target_ids, prefix_mask, scored)
         return self.packed_loss(prefix, target_ids, prefix_mask)
 
     def packed_loss(self, prefix, target_ids, prefix_mask):
