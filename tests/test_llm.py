@@ -188,7 +188,9 @@ def test_scored_targets_alone_count(llm_pair, frozen_head):
     ours.lm_head.weight.requires_grad_(not frozen_head)
     target = random_ids(3, 7)
     target[0, 4:] = -100
-    scored = torch.tensor([[0, 1, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    scored = torch.zeros(3, 7, dtype=torch.bool)
+    scored[0, [1, 3, 5, 6]] = True
+    scored[1, [0, 6]] = True
     a = random_prefix(3, 6).double().requires_grad_()
     b = random_prefix(3, 6).double().requires_grad_()
     loss, tokens = ours.loss(a, target, scored=scored)
@@ -488,7 +490,8 @@ LEFT_OUT = {
             "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings"],
     "llama-1": ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "hidden_act",
                 "attention_bias", "mlp_bias", "tie_word_embeddings", "pretraining_tp"],
-    "flan-t5": ["dense_act_fn", "is_gated_act", "decoder_start_token_id", "layer_norm_epsilon"]}
+    "flan-t5": ["dense_act_fn", "is_gated_act", "decoder_start_token_id", "layer_norm_epsilon"],
+    "t5 v1.0": ["feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings"]}
 
 
 @pytest.mark.parametrize("variant", LEFT_OUT)
@@ -505,6 +508,7 @@ def test_fields_left_out_of_the_config_have_defaults(tmp_path, variant):
     dict(model_type="mistral"),
     dict(model_type="qwen2"),
     dict(model_type="qwen3", hidden_size=1024),
+    dict(model_type="t5"),
     dict(model_type="t5", feed_forward_proj="gated-gelu")])
 def test_defaults_are_transformers_defaults(said):
     """A config.json that says hardly more than its type gives transformers' shapes, on the meta device."""
@@ -529,9 +533,11 @@ def test_defaults_are_transformers_defaults(said):
     ("llama-1", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
     ("llama-1", "partial_rotary_factor", 0.5),
     ("llama-1", "quantization_config", {"bits": 4}),
-    ("flan-t5", "feed_forward_proj", "relu"),
+    ("flan-t5", "feed_forward_proj", "gated-silu"),
     ("flan-t5", "dense_act_fn", "silu"),
-    ("flan-t5", "is_gated_act", False)])
+    ("flan-t5", "is_gated_act", False),
+    ("t5 v1.0", "dense_act_fn", "silu"),
+    ("t5 v1.0", "is_gated_act", True)])
 def test_what_is_not_implemented_is_refused_by_name(tmp_path, variant, key, value):
     _, _, folder = make_llm_pair(tmp_path, variant)
     edit_config(folder, drop=["rope_parameters"] if key != "rope_parameters" else [], **{key: value})
