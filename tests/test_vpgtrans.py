@@ -224,6 +224,19 @@ def test_images_features_and_queries_give_one_loss(model):
     assert loss == model(prompt, target, queries=queries)[0]
 
 
+def test_of_a_models_targets_those_scored_count(model):
+    images = random(2, 3, 28, 28)
+    target = torch.tensor([[5, 6, 7], [8, 9, -100]])
+    scored = torch.tensor([[False, True, True], [True, False, False]])
+    prompt = torch.tensor([[IMAGE] * 5 + [2]] * 2)
+    loss, tokens = model(prompt, target, scored, images=images)
+    prefix, mask = model.prefix(prompt, images=images)
+    log_p = model.llm(prefix, target, mask).log_softmax(-1)
+    expected = -(log_p[0, 1, 6] + log_p[0, 2, 7] + log_p[1, 0, 8])
+    assert tokens == 3
+    assert relative_error(loss, expected) < 1e-5
+
+
 def test_soft_prompts_may_stand_anywhere_and_padding_changes_nothing(model):
     images = random(1, 3, 28, 28)
     target = torch.tensor([[5, 6, 7]])
