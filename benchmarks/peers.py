@@ -41,21 +41,13 @@ def shape(**sizes):
 
 EVA = shape(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16)
 SIZES = {  # ViT, Q-Former, OPT
-    "small": (
-        shape(hidden_size=384, intermediate_size=1536, num_attention_heads=6),
-        shape(num_hidden_layers=6),
-        shape(hidden_size=768, ffn_dim=3072, num_attention_heads=12),
-    ),
-    "opt-2.7b": (
-        EVA,
-        shape(),
-        shape(hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32),
-    ),
-    "opt-6.7b": (
-        EVA,
-        shape(),
-        shape(hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32),
-    ),
+    "small": (shape(hidden_size=384, intermediate_size=1536, num_attention_heads=6),
+              shape(num_hidden_layers=6),
+              shape(hidden_size=768, ffn_dim=3072, num_attention_heads=12)),
+    "opt-2.7b": (EVA, shape(), shape(hidden_size=2560, ffn_dim=10240,
+                                     num_hidden_layers=32, num_attention_heads=32)),
+    "opt-6.7b": (EVA, shape(), shape(hidden_size=4096, ffn_dim=16384,
+                                     num_hidden_layers=32, num_attention_heads=32)),
 }
 SMOLLM2 = dict(
     model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
@@ -157,8 +149,7 @@ def build_llms(name, dtype, device):
     Ours is frozen, as load_llm leaves it.
     """
     sizes = LLMS[name]
-    config = transformers.AutoConfig.for_model(
-        **sizes, use_cache=False, decoder_start_token_id=0)
+    config = transformers.AutoConfig.for_model(**sizes, use_cache=False, decoder_start_token_id=0)
     kind = transformers.AutoModelForCausalLM
     if config.is_encoder_decoder:
         kind = transformers.AutoModelForSeq2SeqLM
@@ -198,8 +189,8 @@ def enter_stage(models, stage):
     ours = models["ours"]
     vpgtrans.enter_stage(ours, stage)
     trained = {name for name, parameter in ours.saved().items() if parameter.requires_grad}
-    for name, peer in models.items():
-        if name == "ours":
+    for peer in models.values():
+        if peer is ours:
             continue
         peer.eval()
         peer.qformer.train(ours.vpg.qformer.training)

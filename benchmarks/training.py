@@ -334,21 +334,16 @@ def random_captions(B, K, T, device):
 
 
 def compare_packed(args):
-    """Training on K captions of each of B images: packed behind one prefix, or each alone.
-
-    ValueError unless the losses of the two ways agree.
-    """
+    """Training on K captions of each of B images: packed behind one prefix, or each alone."""
     B = args.batch_size
     K = args.captions
-    device = args.device
-    autocast = peers.autocast_to(args.dtype, device)
-    model = peers.build_models(args.size, args.dtype, device)["ours"]
+    autocast = peers.autocast_to(args.dtype, args.device)
+    model = peers.build_models(args.size, args.dtype, args.device)["ours"]
     if args.compile:
         peers.compile_all([*model.vpg.layers, *model.llm.layers])
-    images = peers.random_images(model, B, device)
+    images = peers.random_images(model, B, args.device)
     prompt = peers.image_prompt(model, vpgtrans.IMAGE, B)
-    targets = random_captions(B, K, args.target_tokens, device)
-    tokens = (targets >= 0).sum().item()
+    targets = random_captions(B, K, args.target_tokens, args.device)
     ways = {"each alone": targets.unbind(1), "packed": [targets]}
 
     def losses(way):
@@ -364,6 +359,7 @@ def compare_packed(args):
         optimizer.zero_grad(set_to_none=True)
 
     model.eval()
+    tokens = (targets >= 0).sum().item()
     with torch.no_grad(), autocast():
         alone, packed = (sum(losses(way)).item() / tokens for way in ways)
     if not abs(alone - packed) <= peers.TOLERANCE[args.precision][0]:
