@@ -115,11 +115,11 @@ def load_once(who, folder, dtype):
     return [float(figure) for figure in run.stdout.split()[-3:]]
 
 
-def compare_loading(args, name="2 GB"):
+def compare_loading(args, argv, name="2 GB"):
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(folder, name)
         what = f"{size / 1e9:.2f} GB in bf16, in the page cache, medians of {args.repeats}"
-        peers.print_heading("benchmarks.generation", args.argv, what, torch.device("cpu"))
+        peers.print_heading("benchmarks.generation", argv, what, torch.device("cpu"))
         rows = []
         for dtype in ("bfloat16", "float32"):
             runs = {"ours": [], "transformers": []}
@@ -146,15 +146,13 @@ def parse_arguments(argv):
     peers.add_model_arguments(parser)
     parser.add_argument("--batch-size", type=peers.at_least_one, default=8,
                         help="captions generated at a time (default: %(default)s)")
-    args = peers.parse(parser, argv)
-    args.argv = argv
-    return args
+    return peers.parse(parser, argv)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     if args.loading:
-        return compare_loading(args)
+        return compare_loading(args, argv)
     what = (f"{args.llm or args.size}, {args.precision}, batch {args.batch_size}, "
             f"medians of {args.repeats}")
     peers.print_heading("benchmarks.generation", argv, what, args.device)
