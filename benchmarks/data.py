@@ -280,6 +280,8 @@ def main(argv=None):
     both = args.images == args.pairs
     if args.images or both:
         compare_images(args.repeats, argv)
+    if both:
+        print()
     if args.pairs or both:
         compare_pairs(args.repeats, argv)
 
