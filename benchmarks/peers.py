@@ -291,10 +291,12 @@ def check_agreement(losses, weights, autocast, tolerance):
         values.append(loss.item())
         gradients.append(weight.grad)
         weight.grad = None
-    of_losses = max(abs(value - values[0]) for value in values)
-    of_gradients = max(relative_distance(gradient, gradients[0]) for gradient in gradients)
+    # torch's max passes NaN on, which Python's can lose: NaN is no agreement
+    of_losses = torch.tensor([abs(value - values[0]) for value in values]).max().item()
+    of_gradients = [relative_distance(gradient, gradients[0]) for gradient in gradients]
+    of_gradients = torch.tensor(of_gradients).max().item()
     agree = of_losses <= tolerance[0] and of_gradients <= tolerance[1]
-    if not agree:  # NaN, too, is no agreement
+    if not agree:
         raise ValueError(
             f"ours and transformers compute different things: losses {values}, gradients "
             f"{of_gradients:.2g} apart (relative); at most {tolerance[0]:g} and {tolerance[1]:g} "
@@ -330,18 +332,16 @@ def take_turns(functions, repeats, device):
 
 
 def matrix_product_speed(dtype, device):
-    """FLOP/s of one large matrix product, the best of a dozen."""
+    """FLOP/s of one large matrix product, the best of a dozen.
+
+    On a CPU it comes before what is timed: glibc keeps the memory of tensors as large as one that
+    has been freed, 17 MB here, as in a run that has gone on for a while. In a fresh process a step's
+    large tensors would be given back to the kernel, and their pages faulted in again.
+    """
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds = take_turns({"product": lambda: a @ b}, 12, device)
     return 2 * size**3 / min(seconds["product"])
-
-
-def free_large_tensor():
-    """Lets glibc keep what is freed from now on, up to 31 MB a tensor, as in a run that has gone on
-    for a while. In a fresh process each large tensor of a step would be given back to the kernel,
-    and its pages faulted in again."""
-    torch.empty(31 * 10**6, dtype=torch.uint8)
 
 
 # -------------------------------------------------------------------------------------------- report

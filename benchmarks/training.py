@@ -264,7 +264,6 @@ def compare_blip2(args):
     if args.compile:
         for name, model in models.items():
             peers.compile_all(blip2_blocks(name, model))
-    peers.free_large_tensor()
     speed = peers.matrix_product_speed(args.dtype, args.device)
     forward = list(forward_rows(models, autocast, speed, args))
     losses = peers.mean_losses(models, args.batch_size, args.target_tokens, args.device)
@@ -298,7 +297,6 @@ def compare_llm(args):
         llm.requires_grad_(False)
         if args.compile:
             peers.compile_all(peers.blocks_of(llm))
-    peers.free_large_tensor()
     losses, soft_prompts = peers.mean_llm_losses(llms, B, T, args.device)
     of_losses, of_gradients = peers.check_agreement(
         losses, dict.fromkeys(llms, soft_prompts), contextlib.nullcontext,

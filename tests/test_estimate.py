@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-import bench
 import data
 import estimate
 import llm as language_models
@@ -13,6 +12,7 @@ import qformer
 import train
 import transfer
 import vpgtrans
+from benchmarks import training
 from conftest import write_source, write_target
 
 
@@ -37,11 +37,11 @@ def inputs(model, device, B=2, T=14):
 
 @pytest.mark.parametrize("name", vpgtrans.STAGES)
 def test_operations_are_those_of_the_formulas(name):
-    """bench.py counts them by hand, from parameters and tokens."""
+    """benchmarks/training.py counts them by hand, from parameters and tokens."""
     model, stage = build("meta"), vpgtrans.STAGES[name]
     vpgtrans.enter_stage(model, stage)
     step = estimate.trace(model, inputs(model, "meta"))
-    assert abs(step.operations / (bench.step_flops(model, stage, 2, 14) / 2) - 1) < 0.04  # they count half of a causal attention
+    assert abs(step.operations / (training.step_flops(model, stage, 2, 14) / 2) - 1) < 0.04  # they count half of a causal attention
     assert step.logits == 4 * 1000 * 14
 
 

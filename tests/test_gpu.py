@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils._triton import has_triton
 
-import bench
 import conftest
 import estimate
 import loop
 import train
 import vpgtrans
+from benchmarks import peers
 from conftest import randomise, relative_error
 from test_estimate import LLMS, build
 from test_train import arguments, rows
@@ -145,14 +145,14 @@ def test_opt_6_7b_fine_tunes_on_a_card_of_24_gb():
     if free < card:
         pytest.skip(f"{free / 1e9:.1f} GB of GPU memory are free, 24 are needed")
     stage, T = vpgtrans.STAGES["fine-tune"], 32
-    shapes = bench.build_models("opt-6.7b", torch.bfloat16, torch.device("meta"))["ours"].bfloat16()
+    shapes = peers.build_models("opt-6.7b", torch.bfloat16, torch.device("meta"))["ours"].bfloat16()
     vpgtrans.enter_stage(shapes, stage)
     sample = lambda B, device, dtype: {"prompt_ids": PROMPTS[:1].expand(B, -1), "target_ids": torch.full((B, T), 7, device=device),
                                        "images": torch.zeros(B, 3, 224, 224, dtype=dtype, device=device)}
     B = estimate.largest_micro_batch(shapes, estimate.trace(shapes, sample(2, "meta", torch.bfloat16)), card)
     torch.cuda.set_per_process_memory_fraction(card / total)
     try:
-        model = bench.build_models("opt-6.7b", torch.bfloat16, GPU)["ours"]
+        model = peers.build_models("opt-6.7b", torch.bfloat16, GPU)["ours"]
         vpgtrans.enter_stage(model, stage)
         optimizer = torch.optim.AdamW(vpgtrans.parameter_groups(model, stage), lr=1e-4, fused=True)
         optimizer.found_inf = torch.zeros((), device=GPU)
