@@ -80,15 +80,15 @@ def build(args):
 
 def compare_generation(args):
     llms = build(args)
+    B = args.batch_size
     exact = args.precision == "fp32"
     rows = []
     for beams in (1, 5):
-        seconds, equal = time_generation(
-            llms, args.batch_size, beams, args.repeats, args.device, exact)
+        seconds, equal = time_generation(llms, B, beams, args.repeats, args.device, exact)
         what = "greedy" if beams == 1 else f"{beams} beams"
         more = {name: [f"{equal:.1%}"] for name in seconds}
-        rows += peers.rows_beside(what, seconds, args.batch_size, more)
-    what = f"{NEW_TOKENS} tokens, batch {args.batch_size}"
+        rows += peers.rows_beside(what, seconds, B, more)
+    what = f"{NEW_TOKENS} tokens, batch {B}"
     columns = ["implementation", "ms", "min - max", "captions/s", "ratio", "equal ids"]
     peers.print_table([what, *columns], rows)
 
@@ -141,8 +141,7 @@ def parse_arguments(argv):
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--llm", choices=peers.LLMS,
                          help="a language model of these shapes, in the place of a BLIP-2's")
-    instead.add_argument("--loading", action="store_true",
-                         help="instead: the loading of a checkpoint")
+    instead.add_argument("--loading", action="store_true", help="instead: the loading of a checkpoint")
     peers.add_model_arguments(parser)
     parser.add_argument("--batch-size", type=peers.at_least_one, default=8,
                         help="captions generated at a time (default: %(default)s)")

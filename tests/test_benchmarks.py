@@ -2,6 +2,7 @@
 
 import contextlib
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,8 +114,8 @@ def test_nan_is_no_agreement():
     weight = torch.ones(2, requires_grad=True)
     losses = {"ours": lambda: weight.sum(), "theirs": lambda: weight.sum() * torch.nan}
     with pytest.raises(ValueError, match="compute different things"):
-        peers.check_agreement(
-            losses, dict.fromkeys(losses, weight), contextlib.nullcontext, (1.0, 1.0))
+        weights = dict.fromkeys(losses, weight)
+        peers.check_agreement(losses, weights, contextlib.nullcontext, (1.0, 1.0))
 
 
 @pytest.mark.parametrize("stage", vpgtrans.STAGES)
@@ -138,13 +139,13 @@ def test_without_a_technique_a_step_computes_the_same():
     del ways["without micro-batches of like lengths"]  # other captions of an image
     found = {}
 
-    class Look:
-        """In the place of an optimizer, which would change the weights."""
-        def step(self):
-            found[name] = torch.cat([p.grad.flatten() for p in model.projector.parameters()])
+    def remember(name):
+        found[name] = torch.cat([p.grad.flatten() for p in model.projector.parameters()])
 
     for name, way in ways.items():
-        techniques.step(way, Look(), contextlib.nullcontext)
+        # in the place of an optimizer, which would change the weights
+        look = SimpleNamespace(step=partial(remember, name))
+        techniques.step(way, look, contextlib.nullcontext)
     usual = found.pop("as it is")
     assert len(found) == 5
     for name, gradient in found.items():
