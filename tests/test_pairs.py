@@ -226,8 +226,10 @@ def test_a_folder_of_images_with_texts_beside_them(tmp_path):
 
 
 def test_a_spec_names_source_images_and_weight(tmp_path):
-    assert parse_spec("a/b.jsonl@c") == ("a", Path("a/b.jsonl"), Path("c"), None)
-    assert parse_spec("n=x/y.json@images:0.5") == ("n", Path("x/y.json"), Path("images"), 0.5)
+    assert parse_spec("a/b.jsonl@c") == ("a", Path("a/b.jsonl"), Path("c"), None, None)
+    whole = ("n", Path("x/y.json"), Path("images"), 0.5, "train+restval")
+    assert parse_spec("n=x/y.json#train+restval@images:0.5") == whole
+    assert parse_spec("x/y.json#val:2") == ("x", Path("x/y.json"), None, 2.0, "val")
     assert parse_spec("x.jsonl")[0] == "x"
     assert parse_spec("coco/x.jsonl")[0] == "coco"
 
@@ -235,9 +237,9 @@ def test_a_spec_names_source_images_and_weight(tmp_path):
 def test_paths_with_signs_in_them_are_read_as_they_are(tmp_path):
     folder = tmp_path / "we@ird=x" / "a:5"
     file = write_pairs(folder, 4)
-    assert parse_spec(str(file)) == ("a:5", file, None, None)
+    assert parse_spec(str(file)) == ("a:5", file, None, None, None)
     assert len(read_pairs(str(file))) == 4
-    assert parse_spec(str(folder)) == ("a:5", folder, None, None)
+    assert parse_spec(str(folder)) == ("a:5", folder, None, None, None)
 
 
 def test_the_papers_data_is_found_where_it_lies(tmp_path):
@@ -752,7 +754,7 @@ def test_the_command_says_in_a_line_why_not(tmp_path, capsys):
 @pytest.mark.parametrize("sheet", ["missing/sheet.png", "sheet", "sheet.txt"])
 def test_a_sheet_that_cannot_be_written_is_refused_before_anything_is_read(
         tmp_path, monkeypatch, capsys, sheet):
-    monkeypatch.setattr(pairs_module, "read_pairs", None)
+    monkeypatch.setattr(pairs_module, "read", None)
     with pytest.raises(SystemExit) as stop:
         main([str(write_pairs(tmp_path, 2)), "--sheet", str(tmp_path / sheet)])
     assert stop.value.code == 2
