@@ -1,7 +1,7 @@
 """Move the visual prompt generator of one vision-language model to another language model.
 
     torchrun --nproc-per-node 8 train.py --src opt-2.7b --tgt opt-6.7b
-    python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --steps 240
+    python train.py --src demo/source --tgt demo/target --data demo/pairs/train.tar --steps 240
 
 and the paper's baselines with the same loop: --init random (no word converter), --no-warm-up --init
 random (VPG inheritance alone), --from-scratch (TFS).
