@@ -1,7 +1,7 @@
 """Move the visual prompt generator of one vision-language model to another language model.
 
     torchrun --nproc-per-node 8 train.py --src opt-2.7b --tgt opt-6.7b
-    python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --steps 240
+    python train.py --src demo/source --tgt demo/target --data demo/pairs/train.tar --steps 240
 
 and the paper's baselines with the same loop: --init random (no word converter), --no-warm-up --init
 random (VPG inheritance alone), --from-scratch (TFS).
@@ -34,12 +34,12 @@ import loop
 import runs
 import transfer
 import vpgtrans
-from data import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs
+from pairs import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs
 from vpgtrans import STAGES
 
 # ---------------------------------------------------------------------------------------- arguments
 
-SPEC = "[NAME=]SOURCE[@IMAGES][:WEIGHT]"
+SPEC = "[NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]"
 
 
 def add_models(parser):
@@ -86,7 +86,7 @@ def add_data(parser):
                        help="image-text pairs: .jsonl, .json, .csv or .tsv of image and caption, "
                             "COCO captions, a folder of images with .txt beside them, or shards "
                             "(laion/{00000..01299}.tar); may be given several times, and is mixed "
-                            "by WEIGHT where that is given. python data.py SOURCE shows what is "
+                            "by WEIGHT where that is given. python pairs.py SOURCE shows what is "
                             "in it")
     pairs.add_argument("--warm-up-data", action="append", metavar=SPEC,
                        help="other pairs for stage 1 (default: as --data)")
@@ -317,8 +317,9 @@ def name_data(args, stages, say):
 
 
 def place(spec):
-    """(source, images) of a spec: what several stages weight differently is read once."""
-    return parse_spec(spec)[1:3]
+    """(source, images, split) of a spec: what several stages weight differently is read once."""
+    spec = parse_spec(spec)
+    return spec.source, spec.images, spec.split
 
 
 def find_data(args, stages, say):
@@ -338,13 +339,13 @@ def find_data(args, stages, say):
         val = whole.without(held, instead=True)
         sets = {key: pairs.without(held) for key, pairs in sets.items()}
         say(f"validation: {len(held)} images of {whole.name} held out")
-    for (file, _), pairs in sets.items():
+    for (file, *_), pairs in sets.items():
         say(f"data: {pairs.name}, {len(pairs):,} pairs, {len(pairs.images):,} images ({file})")
         if not len(pairs):
             raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
     of_stages = {}
     for name in stages:
-        weights = [parse_spec(spec)[3] for spec in specs[name]]
+        weights = [parse_spec(spec).weight for spec in specs[name]]
         if any(weights) and not all(weights):
             raise ValueError(f"give each of {', '.join(specs[name])} a :WEIGHT above 0, or none of "
                              "them")

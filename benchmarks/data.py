@@ -29,6 +29,7 @@ from PIL import Image
 import data
 import qformer
 from benchmarks import peers
+from pairs import clean_caption, read_pairs
 
 SIZE = 224  # pixels, of what the ViT sees
 LEVEL = 1 / 255 / min(qformer.STD)  # a level of 255 in the most stretched channel, normalised
@@ -165,7 +166,7 @@ def write_pairs(folder, count, rng):
 
 def our_way(tok, source, batch, **options):
     """(the samples of a source, a function that reads them all, in batches)"""
-    samples = data.Samples([data.read_pairs(str(source))], tok, SIZE, 32, **options)
+    samples = data.Samples([read_pairs(str(source))], tok, SIZE, 32, **options)
     count = len(samples.sets[0])
 
     def read():
@@ -206,7 +207,7 @@ def webdataset_way(shard, tok, samples, batch, rng, decoded):
         if not decoded:
             image = Image.open(io.BytesIO(image))
             caption = caption.decode()
-        target = data.caption_ids(tok, data.clean_caption(caption))
+        target = data.caption_ids(tok, clean_caption(caption))
         return {"image": data.random_crop(image, SIZE, rng), "prompt": samples.prompt, "file": "",
                 "bad": [], "twin": None, "targets": [target]}
 
