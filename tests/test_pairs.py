@@ -26,6 +26,7 @@ from pairs import (
     main,
     one_caption_an_image,
     parse_spec,
+    read_conversations,
     read_pairs,
     read_pictures,
     read_questions,
@@ -484,6 +485,292 @@ def test_a_folder_of_images_without_texts_is_a_data_set_of_images(tmp_path):
 def test_what_is_read_otherwise_or_not_at_all_is_said(tmp_path, name, text, says):
     with pytest.raises(ValueError, match=f"{name}.*{says}"):
         read_pairs(str(write(tmp_path / name, text)))
+
+
+# ------------------------------------------------------------------------ conversations and questions
+
+
+def items_of(items):
+    """All items, each with the name of its image alone."""
+    found = []
+    for i in range(len(items)):
+        item = items[i]
+        item["image"] = item["image"] and Path(item["image"]).name
+        found.append(item)
+    return found
+
+
+def say(*texts, names=("human", "gpt")):
+    return [{"from": names[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+# llava_instruct_150k.json, llava_v1_5_mix665k.json (haotian-liu/LLaVA): the mark of the image before
+# or behind the text; ShareGPT's conversations, without an image, begin with an answer at times
+LLAVA = [
+    {"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": say(
+        "<image>\nWhat are the colors of the bus?", "White and red.", "Where is it?", "On a street.")},
+    {"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": say(
+        "Describe it.\n<image>", "A bus.")},
+    {"id": "wgByO4Y_0", "model": "", "conversations": say("Hi", "Hello!")},
+    {"id": "wgByO4Y_1", "conversations": say("and so on", "More?", "Yes.", names=("gpt", "human"))}]
+
+
+def test_llavas_conversations_are_questions_and_answers(tmp_path):
+    show(tmp_path, "coco/train2017/000000033471.jpg")
+    items = read_conversations(str(write_object(tmp_path / "llava.json", LLAVA)))
+    bus = "000000033471.jpg"
+    assert items_of(items) == [
+        {"id": "000000033471", "image": bus, "turns": [
+            ["What are the colors of the bus?", "White and red."], ["Where is it?", "On a street."]]},
+        {"id": "000000033471", "image": bus, "turns": [["Describe it.", "A bus."]]},
+        {"id": "wgByO4Y_0", "image": None, "turns": [["Hi", "Hello!"]]},
+        {"id": "wgByO4Y_1", "image": None, "turns": [["More?", "Yes."]]}]
+    assert items.image.tolist() == [0, 0, -1, -1]
+    assert len(items.files()) == 1
+    assert not items.left_out and not items.crop
+
+
+# transformers' and TRL's: contents are texts or parts, images beside them or in a part
+MESSAGES = [
+    {"messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}], "images": ["1.png"]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "And"},
+                                               {"type": "image", "path": "1.png"}]},
+                  {"role": "assistant", "content": "A dog."}]},
+    {"messages": [{"role": "user", "content": "<image>Who?"}, {"role": "assistant", "content": "I."}],
+     "images": [{"path": "1.png"}]},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello "}]}]
+
+
+@pytest.mark.parametrize("name", ["messages.json", "messages.jsonl"])
+def test_messages_are_questions_and_answers(tmp_path, name):
+    show(tmp_path, "1.png")
+    text = json.dumps(MESSAGES)
+    if name.endswith("l"):
+        text = "\n".join(map(json.dumps, MESSAGES))
+    items = read_conversations(str(write(tmp_path / name, text)))
+    assert items_of(items) == [
+        {"id": None, "image": "1.png", "system": "Be brief.", "turns": [["What is it?", "A cat."]]},
+        {"id": None, "image": "1.png", "turns": [["And", "A dog."]]},
+        {"id": None, "image": "1.png", "turns": [["Who?", "I."]]},
+        {"id": None, "image": None, "turns": [["Hi", " Hello "]]}]
+
+
+def test_cc_sbu_align_is_one_turn_whose_instruction_is_to_be_drawn(tmp_path):
+    """Its captions are not cleaned."""
+    show(tmp_path, "image/2.jpg")
+    for content in (ALIGNED, {"annotations": ALIGNED}):
+        items = read_conversations(str(write_object(tmp_path / "filter_cap.json", content)))
+        assert items_of(items) == [
+            {"id": "2", "image": "2.jpg", "turns": [[None, "The image shows a man."]]},
+            {"id": "3", "image": "3.jpg", "turns": [[None, "A boat."]]}]
+
+
+@pytest.mark.parametrize("row, problem", [
+    ({"conversations": say("a", "b", "c")}, "turns that do not alternate"),
+    ({"conversations": say("a", "b", names=("human", "human"))}, "turns that do not alternate"),
+    ({"conversations": say("a", "b", names=("gpt", "gpt"))}, "turns that do not alternate"),
+    ({"conversations": []}, "turns that do not alternate"),
+    ({"conversations": say("a", " ")}, "an empty answer"),
+    ({"conversations": say("a", "b", "<image>c", "d"), "image": "1.png"}, "an image in a later turn"),
+    ({"conversations": say("<image><image>a", "b"), "image": "1.png"}, "several images"),
+    ({"conversations": say("<image>a", "b"), "image": ["1.png", "2.png"]}, "several images"),
+    ({"conversations": say("<image>a", "b")}, "no image"),
+    ({"conversations": say("<image>a", "b"), "image": 7}, "no image"),
+    ({"conversations": say("a", "b"), "video": "1.mp4"}, "a video"),
+    ({"conversations": say("a", "b", names=("human", "tool"))}, "a turn of 'tool'"),
+    ({"conversations": [{"from": "human"}]}, "no value"),
+    ({"conversations": say(1, 2)}, "an annotation of another layout"),
+    ({"conversations": "a"}, "an annotation of another layout"),
+    ({"conversations": None}, "an annotation of another layout"),
+    ({"conversations": say("\ud800", "b")}, "broken Unicode"),
+    ({"text": "b"}, "no conversations"),
+    ([], "no object with image and caption")])
+def test_conversations_that_cannot_be_used_are_named(tmp_path, row, problem):
+    show(tmp_path, "1.png")
+    whole = {"id": "1", "image": "1.png", "conversations": say("a", "b")}
+    file = write_object(tmp_path / "x.json", [whole, row])
+    items = read_conversations(str(file))
+    assert len(items) == 1
+    assert items.left_out == {problem: [f"{file}, annotation 2"]}
+
+
+def test_messages_with_parts_of_another_kind_are_named(tmp_path):
+    row = {"messages": [{"role": "user", "content": [{"type": "audio"}]},
+                        {"role": "assistant", "content": "x"}]}
+    items = read_conversations(str(write_object(tmp_path / "x.json", [MESSAGES[3], row])))
+    assert items.left_out.keys() == {"a part of the kind audio"}
+
+
+VQA_QUESTIONS = {
+    "info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": "val2014", "questions": [
+        {"image_id": 262148, "question": "Where is he looking?", "question_id": 262148000},
+        {"image_id": 262148, "question": "Is it day?", "question_id": 262148001}]}
+
+
+def vqa_note(id, answer, kind):
+    answers = [{"answer": answer, "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)]
+    return {"question_id": id, "image_id": 262148, "question_type": "where", "answer_type": kind,
+            "multiple_choice_answer": answer, "answers": answers}
+
+
+# visualqa.org, okvqa.allenai.org: two files, the names of which differ by what they hold
+VQA_NOTES = {"annotations": [vqa_note(262148000, "down", "other"), vqa_note(262148001, "yes", "yes/no")]}
+
+
+@pytest.mark.parametrize("questions, notes", [
+    ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
+    ("OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json")])
+def test_vqas_questions_find_their_answers(tmp_path, questions, notes):
+    show(tmp_path, "val2014/COCO_val2014_000000262148.jpg")
+    file = write_object(tmp_path / questions, VQA_QUESTIONS)
+    write_object(tmp_path / notes, VQA_NOTES)
+    image = "COCO_val2014_000000262148.jpg"
+    assert items_of(read_questions(str(file))) == [
+        {"id": 262148000, "image": image, "question": "Where is he looking?", "answers": ["down"] * 10,
+         "answer": "down", "group": "other"},
+        {"id": 262148001, "image": image, "question": "Is it day?", "answers": ["yes"] * 10,
+         "answer": "yes", "group": "yes/no"}]
+    strangers = VQA_NOTES["annotations"][:1] + [vqa_note(5, "no", "other")]
+    note_file = write_object(tmp_path / notes, {"annotations": strangers})
+    items = read_questions(str(file))
+    assert len(items) == 1
+    assert items.left_out == {
+        "no answers": [f"{file}, annotation 2"],
+        "answers to a question that is not asked": [f"{note_file}, annotation 2"]}
+    write(note_file, "{}")
+    with pytest.raises(ValueError, match=f"{notes}: holds no annotations"):
+        read_questions(str(file))
+
+
+def test_questions_of_test_splits_have_no_answers(tmp_path):
+    show(tmp_path, "test2015/COCO_test2015_000000262148.jpg")
+    content = VQA_QUESTIONS | {"data_subtype": "test2015"}
+    file = write_object(tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json", content)
+    items = read_questions(f"{file}@{tmp_path / 'test2015'}")
+    assert [item["answers"] for item in items_of(items)] == [[], []]
+    assert items.file(0).endswith("test2015/COCO_test2015_000000262148.jpg")
+
+
+# GQA: cs.stanford.edu/people/dorarad/gqa, and LAVIS's file of the same name; LAVIS's for VQAv2 joins
+# questions and answers. COCO's references: LAVIS's two files; NoCaps: nocaps.org's, and LAVIS's
+GQA = {"201307251": {"semantic": [], "imageId": "n161313", "question": "Is it overcast?", "answer": "no",
+                     "types": {"detailed": "weatherVerify", "semantic": "global", "structural": "verify"},
+                     "isBalanced": True, "fullAnswer": "No, it is sunny."}}
+NOCAPS = {
+    "licenses": [], "info": {}, "images": [
+        {"license": 0, "file_name": "0013ea2087020901.jpg", "open_images_id": "0013ea2087020901", "id": 0,
+         "coco_url": "https://s3.amazonaws.com/nocaps/val/0013ea2087020901.jpg", "domain": "near-domain"},
+        {"file_name": "00.jpg", "id": 1, "domain": "out-domain"}],
+    "annotations": [{"image_id": 0, "id": 0, "caption": "A baby."}, {"image_id": 0, "id": 1, "caption": "B"},
+                    {"image_id": 7, "id": 2, "caption": "C"}]}
+QUESTIONS = {
+    "GQA": ("testdev_balanced_questions.json", GQA, "images/n161313.jpg", [
+        {"id": "201307251", "image": "n161313.jpg", "question": "Is it overcast?", "answers": ["no"],
+         "group": "verify"}], {}),
+    "LAVIS, GQA": (
+        "testdev_balanced_questions.json",
+        [{"image": "n161313.jpg", "question": "Is it?", "question_id": "201", "answer": "no"}],
+        "n161313.jpg",
+        [{"id": "201", "image": "n161313.jpg", "question": "Is it?", "answers": ["no"]}], {}),
+    "LAVIS, VQAv2": (
+        "vqa_val_eval.json",
+        [{"question_id": 1, "question": "What?", "answer": ["a"] * 10, "image": "val2014/1.jpg"}],
+        "coco/val2014/1.jpg", None, {}),
+    "LAVIS, COCO": (
+        "coco_karpathy_test.json",
+        [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["A man.", "A rider"]}],
+        "images/val2014/COCO_val2014_000000391895.jpg",
+        [{"id": 391895, "image": "COCO_val2014_000000391895.jpg", "question": None,
+          "answers": ["A man.", "A rider"]}], {}),
+    "LAVIS, COCO's references": (
+        "coco_karpathy_test_gt.json",
+        {"images": [{"id": 391895}], "annotations": [{"image_id": 391895, "id": 1, "caption": "A man."}]},
+        "val2014/COCO_val2014_000000391895.jpg",
+        [{"id": 391895, "image": "COCO_val2014_000000391895.jpg", "question": None,
+          "answers": ["A man."]}], {}),
+    "NoCaps": (
+        "nocaps_val_4500_captions.json", NOCAPS, "images/0013ea2087020901.jpg",
+        [{"id": 0, "image": "0013ea2087020901.jpg", "question": None, "answers": ["A baby.", "B"],
+          "group": "near-domain"}],
+        {"no caption": 1, "captions of an image that is not listed": 1}),
+    "LAVIS, NoCaps": (
+        "nocaps_val.json", [{"image": "val/0013ea2087020901.jpg", "img_id": 0}],
+        "val/0013ea2087020901.jpg",
+        [{"id": 0, "image": "0013ea2087020901.jpg", "question": None, "answers": []}], {}),
+    "TextCaps": (
+        "TextCaps_0.1_val.json", TEXTCAPS, "train_images/0054c91397f2fe05.jpg",
+        [{"id": "0054c91397f2fe05", "image": "0054c91397f2fe05.jpg", "question": None,
+          "answers": ["The front of a phone.", "a Nokia"]}], {}),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_keep_all_references_and_what_scores_are_split_by(tmp_path, name):
+    file, content, image, expected, left_out = QUESTIONS[name]
+    show(tmp_path, image)
+    file = write_object(tmp_path / file, content)
+    if expected is None:  # the images are elsewhere
+        with pytest.raises(FileNotFoundError, match=f"{file.name}@FOLDER"):
+            read_questions(str(file))
+        file = f"{file}@{tmp_path / 'coco'}"
+        expected = [{"id": 1, "image": "1.jpg", "question": "What?", "answers": ["a"] * 10}]
+    items = read_questions(str(file))
+    assert items_of(items) == expected
+    assert Path(items.file(0)).is_file()
+    assert {problem: len(places) for problem, places in items.left_out.items()} == left_out
+
+
+def test_a_question_that_is_there_twice_counts_once(tmp_path):
+    show(tmp_path, "n161313.jpg")
+    row = {"image": "n161313.jpg", "question": "Is it?", "question_id": "201", "answer": "no"}
+    file = write_object(tmp_path / "x.json", [row, row])
+    items = read_questions(str(file))
+    assert len(items) == 1
+    assert items.left_out == {"an id for the second time": [f"{file}, annotation 2"]}
+
+
+# problems.json, pid_splits.json, captions.json (lupantech/ScienceQA), images/SPLIT/ID/image.png
+def problem(split, answer=1, image="image.png", **more):
+    return {"question": "Which?", "choices": ["Ohio", "Iowa"], "answer": answer, "hint": "", "image": image,
+            "task": "closed choice", "grade": "grade2", "subject": "social science", "topic": "geography",
+            "category": "Geography", "skill": "Read a map", "lecture": "Maps.", "solution": "See.",
+            "split": split, **more}
+
+
+def test_scienceqas_problems_are_read_by_split(tmp_path):
+    show(tmp_path, "images/test/1/image.png", "images/train/2/image.png")
+    problems = {"1": problem("test"), "2": problem("train", 0), "3": problem("test", image=None),
+                "4": problem("test", answer=2), "5": problem("val"), "6": 7}
+    file = write_object(tmp_path / "problems.json", problems)
+    write_object(tmp_path / "pid_splits.json", {"minitest": ["3", "1", "9"]})
+    write_object(tmp_path / "captions.json", {"captions": {"1": "a map"}})
+    items = read_questions(str(file))
+    first, second = items_of(items)
+    told = {key: value for key, value in problem("test").items() if key != "image"}
+    assert first == told | {"id": "1", "image": "image.png", "answers": ["Iowa"], "caption": "a map"}
+    assert second == told | {"id": "3", "image": None, "answers": ["Iowa"]}
+    assert items.file(0) == str(tmp_path / "images" / "test" / "1" / "image.png")
+    assert items.left_out == {"an answer that is none of the choices": [f"{file}, question 4"]}
+    mini = read_questions(f"{file}#minitest")
+    assert [item["id"] for item in items_of(mini)] == ["3", "1"]
+    assert mini.left_out == {"a question that is not there": [f"{file}, question 9"]}
+    both = items_of(read_questions(f"{file}#train+test"))
+    assert [item["id"] for item in both] == ["2", "1", "3"]
+    with pytest.raises(ValueError, match="problems.json: nothing is of the split minival.*pid_splits"):
+        read_questions(f"{file}#minival")
+
+
+def test_items_can_be_held_out_by_image(tmp_path):
+    show(tmp_path, "coco/train2017/000000033471.jpg")
+    items = read_conversations(str(write_object(tmp_path / "llava.json", LLAVA)))
+    rest = items.without(set(items.files()))
+    assert [item["id"] for item in items_of(rest)] == ["wgByO4Y_0", "wgByO4Y_1"]
+    assert rest.files() == []
+    held = items.without(set(items.files()), instead=True)
+    assert [item["image"] for item in items_of(held)] == ["000000033471.jpg"] * 2
 
 
 # --------------------------------------------------------------------------------------------- specs
@@ -1070,6 +1357,30 @@ def test_the_command_shows_what_is_in_a_data_set(tmp_path, capsys):
     assert "::3.jpg@" in said
     assert "images: 40 x 30 pixels" in said
     assert Image.open(sheet).size == (8 * 40 + 8, 2 * 76 + 8)
+
+
+@pytest.mark.parametrize("content, says", [
+    (LLAVA, ["4 items, 1 images; 2 items without one", "turns: 1.25 a conversation",
+             "answers: 2.0 words", "questions: 2.8 words"]),
+    (NOCAPS, ["1 items", "references: 2 an item", "groups: near-domain 1"]),
+    ({"1": problem("test"), "2": problem("test", image=None)}, ["2 items", "references: 1 an item"])])
+def test_the_command_shows_conversations_and_questions(tmp_path, capsys, content, says):
+    show(tmp_path, "coco/train2017/000000033471.jpg", "0013ea2087020901.jpg", "test/1/image.png")
+    file = write_object(tmp_path / "x.json", content)
+    sheet = tmp_path / "sheet.png"
+    kind = ["--as", "questions"] if content is NOCAPS else []
+    main([str(file), "--sheet", str(sheet), "--image-size", "60", *kind])
+    said = capsys.readouterr().out
+    assert all(words in said for words in says), said
+    assert "cannot be read: 0 of 1 images" in said
+    assert Image.open(sheet).size == (8 * 68 + 8, 60 + 8 + 96 + 8)
+    assert np.asarray(Image.open(sheet).convert("L"))[70:].min() < 100  # something is written there
+
+
+def test_the_command_shows_a_folder_of_images_without_texts(tmp_path, capsys):
+    show(tmp_path, "1.png", "2.png")
+    main([str(tmp_path), "--sheet", str(tmp_path / "sheet.png"), "--image-size", "32"])
+    assert "2 items, 2 images" in capsys.readouterr().out
 
 
 def test_the_command_says_in_a_line_why_not(tmp_path, capsys):
