@@ -121,6 +121,18 @@ class Items:
         counts = np.bincount(self.image, minlength=len(self.images))
         return np.argsort(self.image, kind="stable"), np.cumsum([0, *counts])
 
+    def each_answer(self):
+        """Of conversations: each answer as an item of its own, the last of its turns, with all turns
+        before it. So an encoder-decoder has them: its encoder reads what was said before."""
+        texts, image = [], []
+        for number, text in zip(self.image, self.texts):
+            item = json.loads(text)
+            for i in range(len(item["turns"])):
+                part = item | {"turns": item["turns"][: i + 1]}
+                texts.append(json.dumps(part, ensure_ascii=False))
+                image.append(number)
+        return replace(self, texts=Strings.of(texts), image=np.array(image, np.int64))
+
     def subset(self, indices):
         image = self.image[indices]
         has_one = image >= 0

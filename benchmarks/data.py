@@ -209,7 +209,7 @@ def webdataset_way(shard, tok, samples, batch, rng, decoded):
             caption = caption.decode()
         target = data.caption_ids(tok, clean_caption(caption))
         return {"image": data.random_crop(image, SIZE, rng), "prompt": samples.prompt, "file": "",
-                "bad": [], "twin": None, "targets": [target]}
+                "bad": [], "twin": None, "targets": [target], "scored": None}
 
     def read():
         pairs = webdataset.WebDataset(str(shard), shardshuffle=False)

@@ -763,6 +763,17 @@ def test_scienceqas_problems_are_read_by_split(tmp_path):
         read_questions(f"{file}#minival")
 
 
+def test_for_an_encoder_each_answer_is_an_item_with_all_turns_before_it(tmp_path):
+    show(tmp_path, "coco/train2017/000000033471.jpg")
+    items = read_conversations(str(write_object(tmp_path / "llava.json", LLAVA))).each_answer()
+    first = ["What are the colors of the bus?", "White and red."]
+    found = items_of(items)
+    assert [item["turns"] for item in found[:3]] == [
+        [first], [first, ["Where is it?", "On a street."]], [["Describe it.", "A bus."]]]
+    assert items.image.tolist() == [0, 0, 0, -1, -1]
+    assert len(items.files()) == 1
+
+
 def test_items_can_be_held_out_by_image(tmp_path):
     show(tmp_path, "coco/train2017/000000033471.jpg")
     items = read_conversations(str(write_object(tmp_path / "llava.json", LLAVA)))
