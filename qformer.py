@@ -3,7 +3,8 @@
 queries it.
 
     vpg = load_vpg("folder of Salesforce/blip2-opt-2.7b")
-    queries = vpg(images)                       # (B,3,224,224) -> (B,32,768); = vpg.query(vpg.features(images))
+    queries = vpg(images)                           # (B,3,224,224) -> (B,32,768)
+    queries = vpg.query(vpg.features(images))       # the same in two steps, of which the first is frozen
     soft_prompts = load_projector(folder)(queries)
 
 Q learned query tokens look at each other (self-attention) and, in every second layer, at the image
@@ -26,12 +27,19 @@ from torch import nn
 def attention(q, k, v, dropout=0.0):
     """Softmax attention over (B,H,S,hd); nothing is masked: every query may look at everything."""
     if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.requires_grad):
-        # on CPUs these lines beat scaled_dot_product_attention in bf16, and in its backward
-        # (docs/notes.md)
+        # faster on CPUs than torch's own attention in bf16, and in its backward pass (docs/notes.md)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Sq, Sk)
-        weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout)
-        return weights @ v
+        weights = scores.softmax(-1).to(v.dtype)
+        return F.dropout(weights, dropout) @ v
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+def split_heads(x, heads):
+    return rearrange(x, "b s (h d) -> b h s d", h=heads)
+
+
+def merge_heads(x):
+    return rearrange(x, "b h s d -> b s (h d)")
 
 
 # ----------------------------- ViTs, of pre-norm blocks: EVA ViT-g/14 (BLIP-2's), and CLIP ViT-L/14
@@ -53,7 +61,8 @@ def interpolate_positions(positions, h, w):
         return positions
     grid = rearrange(positions[:, 1:].float(), "one (h w) d -> one d h w", h=side)
     grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], rearrange(grid, "one d h w -> one (h w) d").to(positions.dtype)], dim=1)
+    patches = rearrange(grid, "one d h w -> one (h w) d").to(positions.dtype)
+    return torch.cat([positions[:, :1], patches], dim=1)
 
 
 def embed_patches(images, patch_embedding, class_embedding, positions):
@@ -62,13 +71,16 @@ def embed_patches(images, patch_embedding, class_embedding, positions):
 
     Images may have another size than the ViT's: its position embeddings are interpolated."""
     patch = patch_embedding.kernel_size[0]
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch or images.shape[3] % patch:
-        raise ValueError("this ViT reads images (B, 3, H, W) whose sides are multiples of its "
-                         f"patch, {patch} pixels; not {tuple(images.shape)}")
+    are_images = images.ndim == 4 and images.shape[1] == 3
+    if not are_images or images.shape[2] % patch or images.shape[3] % patch:
+        raise ValueError("this ViT reads images (B, 3, H, W) whose sides are multiples of its patch, "
+                         f"{patch} pixels; not {tuple(images.shape)}")
     patches = patch_embedding(images.to(patch_embedding.weight.dtype))  # (B, Dv, h, w)
-    positions = interpolate_positions(positions, *patches.shape[2:])
+    h, w = patches.shape[2:]
+    patches = rearrange(patches, "b d h w -> b (h w) d")
     class_token = class_embedding.expand(len(images), -1, -1)
-    return torch.cat([class_token, rearrange(patches, "b d h w -> b (h w) d")], dim=1) + positions
+    x = torch.cat([class_token, patches], dim=1)  # (B, 1 + h * w, Dv)
+    return x + interpolate_positions(positions, h, w)
 
 
 class EVAAttention(nn.Module):
@@ -81,7 +93,7 @@ class EVAAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        return self.projection(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+        return self.projection(merge_heads(attention(q, k, v)))
 
 
 class CLIPAttention(nn.Module):
@@ -89,25 +101,39 @@ class CLIPAttention(nn.Module):
         super().__init__()
         dim = config["hidden_size"]
         self.heads = config["num_attention_heads"]
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = (rearrange(proj(x), "b n (h d) -> b h n d", h=self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+        q = split_heads(self.q_proj(x), self.heads)
+        k = split_heads(self.k_proj(x), self.heads)
+        v = split_heads(self.v_proj(x), self.heads)
+        return self.out_proj(merge_heads(attention(q, k, v)))
 
 
 class ViTLayer(nn.Module):
     def __init__(self, config, self_attn):
         super().__init__()
-        dim, eps = config["hidden_size"], config["layer_norm_eps"]
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
-        self.self_attn, self.activation = self_attn, ACTIVATIONS[config["hidden_act"]]
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, config["intermediate_size"]),
-                                  "fc2": nn.Linear(config["intermediate_size"], dim)})
+        dim = config["hidden_size"]
+        hidden = config["intermediate_size"]
+        self.layer_norm1 = nn.LayerNorm(dim, config["layer_norm_eps"])
+        self.layer_norm2 = nn.LayerNorm(dim, config["layer_norm_eps"])
+        self.self_attn = self_attn
+        self.activation = ACTIVATIONS[config["hidden_act"]]
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
+        hidden = self.activation(self.mlp["fc1"](self.layer_norm2(x)))
+        return x + self.mlp["fc2"](hidden)
+
+
+def vit_layers(config, attention_class):
+    """The repeated blocks, under the checkpoints' names."""
+    layers = [ViTLayer(config, attention_class(config)) for _ in range(config["num_hidden_layers"])]
+    return nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which EVA and BLIP-2 share
@@ -126,23 +152,24 @@ class EVA(nn.Module):
     """The ViT of BLIP-2. `post_layernorm` belongs to it by name but to the Q-Former by training:
     VPGTrans fine-tunes it."""
 
-    DEFAULTS = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16, image_size=224,
-                    patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True)
+    DEFAULTS = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16,
+                    image_size=224, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True)
 
     def __init__(self, config):
         super().__init__()
-        dim, patch = config["hidden_size"], config["patch_size"]
+        dim = config["hidden_size"]
+        patch = config["patch_size"]
+        N = (config["image_size"] // patch) ** 2 + 1
         self.embeddings = nn.Module()
         self.embeddings.class_embedding = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.embeddings.position_embedding = nn.Parameter(torch.randn(1, (config["image_size"] // patch) ** 2 + 1, dim) * 0.02)
+        self.embeddings.position_embedding = nn.Parameter(torch.randn(1, N, dim) * 0.02)
         self.embeddings.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
-            ViTLayer(config, EVAAttention(config)) for _ in range(config["num_hidden_layers"]))})
+        self.encoder = vit_layers(config, EVAAttention)
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
     def forward(self, images):
-        e = self.embeddings
-        x = embed_patches(images, e.patch_embedding, e.class_embedding, e.position_embedding)
+        at = self.embeddings
+        x = embed_patches(images, at.patch_embedding, at.class_embedding, at.position_embedding)
         for layer in self.encoder["layers"]:
             x = layer(x)
         return x
@@ -153,24 +180,27 @@ class CLIP(nn.Module):
     misspelled as there. CLIP itself applies `post_layernorm` to the class token alone; here it is,
     as EVA's, the LayerNorm in front of the Q-Former."""
 
-    DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-                    patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+    DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                    image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
 
     def __init__(self, config):
         super().__init__()
-        dim, patch = config["hidden_size"], config["patch_size"]
+        dim = config["hidden_size"]
+        patch = config["patch_size"]
+        N = (config["image_size"] // patch) ** 2 + 1
         self.embeddings = nn.Module()
         self.embeddings.class_embedding = nn.Parameter(torch.randn(dim) * 0.02)
-        self.embeddings.position_embedding = nn.Embedding((config["image_size"] // patch) ** 2 + 1, dim)
+        self.embeddings.position_embedding = nn.Embedding(N, dim)
         self.embeddings.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
         self.pre_layrnorm = nn.LayerNorm(dim, config["layer_norm_eps"])
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
-            ViTLayer(config, CLIPAttention(config)) for _ in range(config["num_hidden_layers"]))})
+        self.encoder = vit_layers(config, CLIPAttention)
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
     def forward(self, images):
-        e = self.embeddings
-        x = embed_patches(images, e.patch_embedding, e.class_embedding[None, None], e.position_embedding.weight[None])
+        at = self.embeddings
+        class_embedding = at.class_embedding[None, None]
+        positions = at.position_embedding.weight[None]
+        x = embed_patches(images, at.patch_embedding, class_embedding, positions)
         x = self.pre_layrnorm(x)
         for layer in self.encoder["layers"]:
             x = layer(x)
@@ -185,19 +215,25 @@ def vit_options(config, layers=None):
     filled in, cut to `layers` blocks)"""
     kind = config.get("model_type", "blip_2_vision_model")
     if kind not in VITS:
-        raise ValueError(f"a ViT of model_type {kind!r} is not implemented; there are "
-                         f"{', '.join(VITS)}")
+        raise ValueError(f"a ViT of model_type {kind!r} is not implemented; there are {', '.join(VITS)}")
     options = VITS[kind].DEFAULTS | config
     if options["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"vision_config: hidden_act = {options['hidden_act']!r} is not "
-                         f"implemented; there are {', '.join(ACTIVATIONS)}")
-    if layers and not 1 <= layers <= options["num_hidden_layers"]:
-        raise ValueError(f"this ViT has {options['num_hidden_layers']} blocks; there are no "
-                         f"features after block {layers}")
-    return VITS[kind], options | {"num_hidden_layers": layers or options["num_hidden_layers"]}
+        raise ValueError(f"vision_config: hidden_act = {options['hidden_act']!r} is not implemented; "
+                         f"there are {', '.join(ACTIVATIONS)}")
+    blocks = options["num_hidden_layers"]
+    if layers and not 1 <= layers <= blocks:
+        raise ValueError(f"this ViT has {blocks} blocks; there are no features after block {layers}")
+    return VITS[kind], options | {"num_hidden_layers": layers or blocks}
 
 
 # -------------------------------------------------------------- Q-Former (a BERT; post-norm blocks)
+
+
+def dense_and_norm(width, config):
+    """What ends each half of a block: a linear layer, and the LayerNorm behind its residual."""
+    dim = config["hidden_size"]
+    norm = nn.LayerNorm(dim, config["layer_norm_eps"])
+    return nn.ModuleDict({"dense": nn.Linear(width, dim), "LayerNorm": norm})
 
 
 class QFormerAttention(nn.Module):
@@ -209,16 +245,19 @@ class QFormerAttention(nn.Module):
         dim = config["hidden_size"]
         self.heads = config["num_attention_heads"]
         self.weights_dropout = config["attention_probs_dropout_prob"]
-        self.attention = nn.ModuleDict({"query": nn.Linear(dim, dim), "key": nn.Linear(source_dim, dim),
-                                        "value": nn.Linear(source_dim, dim)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(dim, dim), "LayerNorm": nn.LayerNorm(dim, config["layer_norm_eps"])})
+        self.attention = nn.ModuleDict({
+            "query": nn.Linear(dim, dim),
+            "key": nn.Linear(source_dim, dim),
+            "value": nn.Linear(source_dim, dim)})
+        self.output = dense_and_norm(dim, config)
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
 
     def forward(self, x, source):
-        split = lambda y: rearrange(y, "b s (h d) -> b h s d", h=self.heads)
-        q, k, v = split(self.attention["query"](x)), split(self.attention["key"](source)), split(self.attention["value"](source))
+        q = split_heads(self.attention["query"](x), self.heads)
+        k = split_heads(self.attention["key"](source), self.heads)
+        v = split_heads(self.attention["value"](source), self.heads)
         y = attention(q, k, v, self.weights_dropout if self.training else 0.0)
-        y = self.output["dense"](rearrange(y, "b h s d -> b s (h d)"))
+        y = self.output["dense"](merge_heads(y))
         return self.output["LayerNorm"](x + self.dropout(y))
 
 
@@ -226,19 +265,20 @@ class QFormerLayer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         dim = config["hidden_size"]
+        hidden = config["intermediate_size"]
         self.attention = QFormerAttention(config, dim)
         if index % config["cross_attention_frequency"] == 0:
             self.crossattention = QFormerAttention(config, config["encoder_hidden_size"])
-        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(dim, config["intermediate_size"])})
-        self.output_query = nn.ModuleDict({"dense": nn.Linear(config["intermediate_size"], dim),
-                                           "LayerNorm": nn.LayerNorm(dim, config["layer_norm_eps"])})
+        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(dim, hidden)})
+        self.output_query = dense_and_norm(hidden, config)
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
 
     def forward(self, x, image):
         x = self.attention(x, x)
         if hasattr(self, "crossattention"):
             x = self.crossattention(x, image)
-        y = self.output_query["dense"](F.gelu(self.intermediate_query["dense"](x)))
+        y = F.gelu(self.intermediate_query["dense"](x))
+        y = self.output_query["dense"](y)
         return self.output_query["LayerNorm"](x + self.dropout(y))
 
 
@@ -247,7 +287,8 @@ class QFormer(nn.Module):
         super().__init__()
         self.layernorm = nn.LayerNorm(config["hidden_size"], config["layer_norm_eps"])
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(QFormerLayer(config, i) for i in range(config["num_hidden_layers"]))})
+        layers = [QFormerLayer(config, i) for i in range(config["num_hidden_layers"])]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     def forward(self, query_tokens, image):
         x = self.dropout(self.layernorm(query_tokens))
@@ -265,28 +306,33 @@ class VPG(nn.Module):
     checkpoint is. Dropout (0.1 in the checkpoints) is the Q-Former's alone, and active in train
     mode: in stage 2, not in stage 1 and not in generation."""
 
-    QFORMER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="gelu",
-                   layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
-                   cross_attention_frequency=2, encoder_hidden_size=1408)
+    QFORMER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                   hidden_act="gelu", layer_norm_eps=1e-12, hidden_dropout_prob=0.1,
+                   attention_probs_dropout_prob=0.1, cross_attention_frequency=2, encoder_hidden_size=1408)
 
     def __init__(self, config):
         super().__init__()
         vit, vision = vit_options(config.get("vision_config", {}), config.get("vit_layers"))
         qformer = self.QFORMER | config.get("qformer_config", {})
         if qformer["hidden_act"] != "gelu":
-            raise ValueError(f"qformer_config: hidden_act = {qformer['hidden_act']!r} is not "
-                             "implemented; only 'gelu' is")
+            raise ValueError(f"qformer_config: hidden_act = {qformer['hidden_act']!r} is not implemented; "
+                             "only 'gelu' is")
         if qformer["encoder_hidden_size"] != vision["hidden_size"]:
-            raise ValueError(f"the Q-Former looks at {qformer['encoder_hidden_size']} wide "
-                             "features (encoder_hidden_size), the ViT's are "
+            raise ValueError(f"the Q-Former looks at {qformer['encoder_hidden_size']} wide features "
+                             "(encoder_hidden_size), the ViT's are "
                              f"{vision['hidden_size']} wide (hidden_size)")
-        self.image_size, self.dim = config.get("image_size", vision["image_size"]), qformer["hidden_size"]
+        self.dim = qformer["hidden_size"]
+        self.num_query_tokens = config.get("num_query_tokens", 32)
+        self.image_size = config.get("image_size", vision["image_size"])
         if self.image_size < 1 or self.image_size % vision["patch_size"]:
             raise ValueError(f"image size {self.image_size} is not a multiple of the ViT's patch, "
                              f"{vision['patch_size']} pixels")
-        self.num_query_tokens = config.get("num_query_tokens", 32)
-        self.config = {"vision_config": vision, "qformer_config": qformer, "num_query_tokens": self.num_query_tokens,
-                       "image_size": self.image_size, "vit_layers": vision["num_hidden_layers"]}  # with nothing left out
+        self.config = {  # with nothing left out
+            "vision_config": vision,
+            "qformer_config": qformer,
+            "num_query_tokens": self.num_query_tokens,
+            "image_size": self.image_size,
+            "vit_layers": vision["num_hidden_layers"]}
         self.vision_model = vit(vision)
         self.query_tokens = nn.Parameter(torch.randn(1, self.num_query_tokens, self.dim) * 0.02)
         self.qformer = QFormer(qformer)
@@ -299,7 +345,9 @@ class VPG(nn.Module):
     def features(self, images):
         """(B,3,H,W) -> (B,N,Dv): the frozen ViT, before the LayerNorm that trains. Images are
         uint8, or float32 that `normalise` has made of them."""
-        return self.vision_model(normalise(images) if images.dtype == torch.uint8 else images)
+        if images.dtype == torch.uint8:
+            images = normalise(images)
+        return self.vision_model(images)
 
     def query(self, features):
         """(B,N,Dv) -> (B,Q,Dq): LayerNorm + Q-Former."""
@@ -313,11 +361,13 @@ class VPG(nn.Module):
     def trained_parameters(self):
         """{name: parameter} of all but the frozen ViT: query tokens, Q-Former, the LayerNorm after
         the ViT."""
-        return {name: parameter for name, parameter in self.named_parameters() if not is_frozen(name)}
+        named = self.named_parameters()
+        return {name: parameter for name, parameter in named if not is_frozen(name)}
 
     def frozen_parameters(self):
         """{name: parameter} of the rest: the ViT."""
-        return {name: parameter for name, parameter in self.named_parameters() if is_frozen(name)}
+        named = self.named_parameters()
+        return {name: parameter for name, parameter in named if is_frozen(name)}
 
     def reset(self):
         """Starts all but the ViT anew, as BERT does (normal, 0.02): the training from scratch that
@@ -340,25 +390,42 @@ def is_frozen(name):
 
 # What BLIP-2 folders hold besides the VPG: the LLM and its projector, and in first-stage ones the
 # Q-Former's text branch.
-NOT_THE_VPG = re.compile(r"language_(model|projection)\.|qformer\.encoder\.layer\.\d+\.(intermediate|output)\.|embeddings\.|"
-                         r"itm_head\.|(vision|text)_projection\.|.*\.position_ids$")
+NOT_THE_VPG = re.compile(r"language_(model|projection)\.|"
+                         r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.|"
+                         r"embeddings\.|itm_head\.|(vision|text)_projection\.|.*\.position_ids$")
+
+
+def not_a_checkpoint(folder, missing):
+    """The error for a folder that lacks something: what lies there in its place, and the way out."""
+    is_adapter = (folder / "adapter_config.json").is_file()
+    gguf = min(folder.glob("*.gguf"), default=None)
+    found = f"{folder} is not a checkpoint in Hugging Face layout"
+    if is_adapter:
+        found = (f"{folder} holds a PEFT adapter (adapter_config.json), which is no whole model: merge it "
+                 "into its base model with peft's merge_and_unload(), and save that with save_pretrained")
+    elif gguf:
+        found = (f"{gguf.name} is a GGUF file, which is not read here: convert it with transformers' "
+                 f"from_pretrained(folder, gguf_file={gguf.name!r}), and save that with save_pretrained")
+    return FileNotFoundError(f"{missing}; {found}")
 
 
 def checkpoint_files(folder):
     """{tensor name: file} of a folder in Hugging Face layout: safetensors, or .bin where there is
     nothing else."""
     folder = Path(folder)
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        file = folder / whole
+        index = folder / f"{whole}.index.json"
         if index.is_file():
             try:
-                return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+                shards = json.loads(index.read_text())["weight_map"]
+                return {name: folder / shard for name, shard in shards.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index}: damaged ({error}); download it again") from error
-        if single.is_file():
-            return {name: single for name, _ in read_file(single, lambda name: False)}
-    raise FileNotFoundError(f"{folder}: no weights (model.safetensors, pytorch_model.bin, or "
-                            "shards with their index)")
+        if file.is_file():
+            return {name: file for name, _ in read_file(file, lambda name: False)}
+    lacks = "no weights (model.safetensors, pytorch_model.bin, or shards with their index)"
+    raise not_a_checkpoint(folder, f"{folder}: {lacks}")
 
 
 def read_file(file, wanted):
@@ -369,38 +436,44 @@ def read_file(file, wanted):
     try:
         if file.suffix == ".bin":
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            yield from ((name, tensor if wanted(name) else None) for name, tensor in tensors.items())
+            for name, tensor in tensors.items():
+                yield name, tensor if wanted(name) else None
         else:
             with safe_open(file, framework="pt") as tensors:
-                yield from ((name, tensors.get_tensor(name) if wanted(name) else None) for name in tensors.keys())
+                for name in tensors.keys():
+                    yield name, tensors.get_tensor(name) if wanted(name) else None
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: missing; its index names it: download the checkpoint "
-                                "again") from None
+        message = f"{file}: missing; its index names it: download the checkpoint again"
+        raise FileNotFoundError(message) from None
     except Exception as error:
-        raise ValueError(f"{file}: damaged or no checkpoint ({error}); download or copy it "
-                         "again") from error
+        raise ValueError(f"{file}: damaged or no checkpoint ({error}); download or copy it again") from error
 
 
 def read_tensors(folder, wanted):
     """(name, tensor) of every tensor of a checkpoint for which wanted(name) is true; opens only the
     files it needs."""
-    files = checkpoint_files(folder)
-    for file in sorted({file for name, file in files.items() if wanted(name)}):
-        yield from ((name, tensor) for name, tensor in read_file(file, wanted) if tensor is not None)
+    needed = {file for name, file in checkpoint_files(folder).items() if wanted(name)}
+    for file in sorted(needed):
+        for name, tensor in read_file(file, wanted):
+            if tensor is not None:
+                yield name, tensor
 
 
 def assign_tensors(module, tensors, folder):
     """Puts {name: tensor} in the place of all parameters of a module, after saying what is missing,
     extra or misshapen."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
-    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-    wrong = [f"{name} is {tuple(tensors[name].shape)}, config.json says {shapes[name]}"
-             for name in shapes.keys() & tensors.keys() if shapes[name] != tuple(tensors[name].shape)]
-    for problem, names in (("tensors missing", missing), ("unknown tensors", extra), ("wrong "
-                                                                                      "shapes", sorted(wrong))):
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    both = shapes.keys() & found.keys()
+    wrong = [name for name in both if shapes[name] != found[name]]
+    problems = {
+        "tensors missing": shapes.keys() - found.keys(),
+        "unknown tensors": found.keys() - shapes.keys(),
+        "wrong shapes": [f"{name} is {found[name]}, config.json says {shapes[name]}" for name in wrong]}
+    for problem, names in problems.items():
         if names:
-            raise ValueError(f"{folder}: {len(names)} {problem}, the first: {names[0]}; is this "
-                             "the right checkpoint?")
+            raise ValueError(f"{folder}: {len(names)} {problem}, the first: {min(names)}; is this the right "
+                             "checkpoint?")
     module.load_state_dict(tensors, strict=True, assign=True)
 
 
@@ -408,23 +481,23 @@ def read_vpg_config(folder):
     """config.json of a BLIP-2 folder, of one of our runs, or of CLIP, as BLIP-2 would spell it."""
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing; {folder} is not a checkpoint in Hugging Face "
-                                "layout")
+        raise not_a_checkpoint(Path(folder), f"{file}: missing")
     try:
         config = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
     if config.get("model_type") in ("clip", "clip_vision_model"):
         vision = CLIP.DEFAULTS | config.get("vision_config", config) | {"model_type": "clip_vision_model"}
-        return {"vision_config": vision, "qformer_config": {"encoder_hidden_size": vision["hidden_size"]}}
+        qformer = {"encoder_hidden_size": vision["hidden_size"]}
+        return {"vision_config": vision, "qformer_config": qformer}
     if "qformer_config" not in config:
         raise ValueError(f"{file}: model_type {config.get('model_type')!r} has no Q-Former (no "
                          "qformer_config): a source must be a BLIP-2 checkpoint or one of our runs")
     return config
 
 
-def checked(folder, build, *config):
-    """build(*config), whose errors are those of the folder's config.json."""
+def build_from(folder, build, *config):
+    """build(*config), whose errors name the config.json of the folder as the reason."""
     try:
         return build(*config)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
@@ -435,34 +508,48 @@ def read_vit(folder, layers=None):
     """(name in a BLIP-2 checkpoint, tensor) of the ViT in a BLIP-2 or CLIP folder, without the
     blocks behind the first `layers`."""
     # CLIPVisionModel alone is written with or without "vision_model." before its names
-    prefix = "" if any(name.startswith("vision_model.") for name in checkpoint_files(folder)) else "vision_model."
+    has_prefix = any(name.startswith("vision_model.") for name in checkpoint_files(folder))
+    prefix = "" if has_prefix else "vision_model."
     block = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
-    kept = lambda name: (name.startswith("vision_model.") and not name.endswith(".position_ids")
-                         and not (layers and (found := block.match(name)) and int(found[1]) >= layers))
-    yield from ((prefix + name, tensor) for name, tensor in read_tensors(folder, lambda name: kept(prefix + name)))
+
+    def is_wanted(name):
+        name = prefix + name
+        if not name.startswith("vision_model.") or name.endswith(".position_ids"):
+            return False
+        in_block = block.match(name)
+        return not layers or not in_block or int(in_block[1]) < layers
+
+    for name, tensor in read_tensors(folder, is_wanted):
+        yield prefix + name, tensor
 
 
 def load_vit(folder, dtype=torch.bfloat16, device="cpu", layers=None):
     """The frozen ViT of a BLIP-2 or CLIP folder alone, up to block `layers` (None: all):
     vit(images) -> (B,N,Dv), to which vit.post_layernorm may be applied. FileNotFoundError or
     ValueError name file and tensor."""
-    kind, options = checked(folder, vit_options, read_vpg_config(folder).get("vision_config", {}), layers)
+    vision = read_vpg_config(folder).get("vision_config", {})
+    kind, options = build_from(folder, vit_options, vision, layers)
     with torch.device("meta"):
-        vit = checked(folder, kind, options)
-    named = nn.ModuleDict({"vision_model": vit})  # names as in the checkpoint
-    assign_tensors(named, {name: tensor.to(device, dtype) for name, tensor in read_vit(folder, layers)}, folder)
+        vit = build_from(folder, kind, options)
+    tensors = {name: tensor.to(device, dtype) for name, tensor in read_vit(folder, layers)}
+    assign_tensors(nn.ModuleDict({"vision_model": vit}), tensors, folder)  # named as in the checkpoint
     return vit.requires_grad_(False).eval()
 
 
 def empty_vpg(folder, image_size=None, vit_layers=None):
     """The VPG of a folder as its config.json says, without weights: on the meta device, where
     tensors have shapes only."""
-    choices = {"image_size": image_size, "vit_layers": vit_layers}
+    config = read_vpg_config(folder)
+    if image_size is not None:
+        config["image_size"] = image_size
+    if vit_layers is not None:
+        config["vit_layers"] = vit_layers
     with torch.device("meta"):
-        return checked(folder, VPG, read_vpg_config(folder) | {key: n for key, n in choices.items() if n is not None})
+        return build_from(folder, VPG, config)
 
 
-def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_former=True, image_size=None, vit_layers=None):
+def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_former=True, image_size=None,
+             vit_layers=None):
     """The VPG of a BLIP-2 folder, in eval mode, with no gradients: entering a stage says what
     trains.
 
@@ -470,30 +557,44 @@ def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_form
     what was trained: `vit_folder` is then the folder with the ViT. With q_former=False what trains
     is not read but drawn (VPG.reset), and the folder may be CLIP's. `image_size` and `vit_layers`
     are as in VPG. FileNotFoundError or ValueError name file and tensor."""
-    vpg, vit_folder = empty_vpg(folder, image_size, vit_layers), vit_folder or folder
+    vpg = empty_vpg(folder, image_size, vit_layers)
+    vit_folder = vit_folder or folder
     if q_former:
-        if not any(name.startswith("qformer.") for name in checkpoint_files(folder)):
-            raise ValueError(f"{folder}: holds no Q-Former (qformer.*); a ViT alone is a source "
-                             "for training --from-scratch only")
-        ours = lambda name: not NOT_THE_VPG.match(name) and not is_frozen(name)
-        tensors = {name: tensor.to(device, torch.float32) for name, tensor in read_tensors(folder, ours)}
+        tensors = read_q_former(folder, device)
     else:
-        tensors = {name: torch.empty(parameter.shape, device=device) for name, parameter in vpg.trained_parameters().items()}
-    tensors |= {name: tensor.to(device, dtype) for name, tensor in read_vit(vit_folder, vpg.config["vit_layers"]) if is_frozen(name)}
-    assign_tensors(vpg, tensors, folder if vit_folder == folder else f"{folder} with the ViT of "
-                                                                     f"{vit_folder}")
+        trained = vpg.trained_parameters()
+        tensors = {name: torch.empty(parameter.shape, device=device) for name, parameter in trained.items()}
+    for name, tensor in read_vit(vit_folder, vpg.config["vit_layers"]):
+        if is_frozen(name):
+            tensors[name] = tensor.to(device, dtype)
+    source = folder if vit_folder == folder else f"{folder} with the ViT of {vit_folder}"
+    assign_tensors(vpg, tensors, source)
     if not q_former:
         vpg.reset()
     return vpg.requires_grad_(False).eval()
 
 
+def read_q_former(folder, device):
+    """{name: tensor} of all that VPGTrans trains in a VPG, in float32."""
+    if not any(name.startswith("qformer.") for name in checkpoint_files(folder)):
+        raise ValueError(f"{folder}: holds no Q-Former (qformer.*); a ViT alone is a source for training "
+                         "--from-scratch only")
+
+    def is_wanted(name):
+        return not NOT_THE_VPG.match(name) and not is_frozen(name)
+
+    return {name: tensor.to(device, torch.float32) for name, tensor in read_tensors(folder, is_wanted)}
+
+
 def load_projector(folder):
     """The projector nn.Linear(Dq, D) of a BLIP-2 folder or of one of our runs, in float32."""
-    tensors = {name.removeprefix("language_projection."): tensor.float()
-               for name, tensor in read_tensors(folder, lambda name: name.startswith("language_projection."))}
+    prefix = "language_projection."
+    read = read_tensors(folder, lambda name: name.startswith(prefix))
+    tensors = {name.removeprefix(prefix): tensor.float() for name, tensor in read}
     if not {"weight", "bias"} <= tensors.keys():
-        raise ValueError(f"{folder}: no projector (language_projection.weight and .bias); is this "
-                         "a whole BLIP-2 checkpoint?")
-    projector = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0], device="meta")
+        raise ValueError(f"{folder}: no projector (language_projection.weight and .bias); is this a whole "
+                         "BLIP-2 checkpoint?")
+    out_dim, in_dim = tensors["weight"].shape
+    projector = nn.Linear(in_dim, out_dim, device="meta")
     assign_tensors(projector, tensors, folder)
     return projector.requires_grad_(False)

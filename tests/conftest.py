@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, OPTForCausalLM
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from llm import load_llm
 
 HAS_GPU, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")  # as they were, for test_gpu.py
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
@@ -126,3 +130,107 @@ def quick(request, monkeypatch):
         monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
         monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
         monkeypatch.setattr(torch.optim.AdamW, "step", refuse)
+
+
+# ---------------------------------------------------------------------------------- language models
+
+OPT_CONFIG = dict(model_type="opt", vocab_size=120, hidden_size=32, ffn_dim=64, num_hidden_layers=3,
+                  num_attention_heads=4, max_position_embeddings=64, pad_token_id=1, bos_token_id=2,
+                  eos_token_id=2, word_embed_proj_dim=32)
+LLAMA_CONFIG = dict(model_type="llama", vocab_size=120, hidden_size=32, intermediate_size=48,
+                    num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+                    max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+T5_CONFIG = dict(model_type="t5", vocab_size=120, d_model=32, d_kv=6, d_ff=48, num_layers=3,
+                 num_decoder_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+                 relative_attention_num_buckets=8, relative_attention_max_distance=10,
+                 tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0,
+                   high_freq_factor=4.0, original_max_position_embeddings=32)
+LINEAR_ROPE = dict(rope_type="linear", rope_theta=500.0, factor=4.0)
+
+# each row is what the models of that name do differently
+LLMS = {
+    "opt": OPT_CONFIG,
+    "opt-350m": OPT_CONFIG | dict(do_layer_norm_before=False, word_embed_proj_dim=16),
+    "llama-1": LLAMA_CONFIG,
+    "llama-3.1": LLAMA_CONFIG | dict(num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
+    "llama, linear rope": LLAMA_CONFIG | dict(rope_parameters=LINEAR_ROPE),
+    "llama, biases": LLAMA_CONFIG | dict(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-2),
+    "smollm2": LLAMA_CONFIG | dict(num_key_value_heads=1, tie_word_embeddings=True),
+    "mistral": LLAMA_CONFIG | dict(model_type="mistral", num_key_value_heads=2, head_dim=12, sliding_window=64),
+    "qwen2": LLAMA_CONFIG | dict(model_type="qwen2", num_key_value_heads=2,
+                                 rope_parameters=dict(rope_type="default", rope_theta=300.0)),
+    "qwen3": LLAMA_CONFIG | dict(model_type="qwen3", num_key_value_heads=2, head_dim=12),
+    "flan-t5": T5_CONFIG,
+    "blip-2 t5": T5_CONFIG | dict(dense_act_fn="gelu"),
+    "t5, tied": T5_CONFIG | dict(tie_word_embeddings=True, decoder_start_token_id=3, layer_norm_epsilon=1e-2),
+}
+
+
+def make_model(folder, options):
+    """A random model of transformers', written to a folder as files on the Hub are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if options["model_type"] != "t5":
+        config = AutoConfig.for_model(**options)
+        theirs = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+        theirs.save_pretrained(folder)
+        return theirs
+    theirs = T5ForConditionalGeneration._from_config(T5Config(**options), attn_implementation="eager")
+    if not options["tie_word_embeddings"]:  # transformers ties the head of any new T5
+        theirs.lm_head.weight = torch.nn.Parameter(torch.empty_like(theirs.lm_head.weight))
+    randomise(theirs)
+    tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(options))
+    return theirs
+
+
+def make_llm_pair(folder, variant):
+    """(our LLM, transformers', folder): the same weights, ours loaded from the folder."""
+    theirs = make_model(folder, LLMS[variant])
+    return load_llm(folder, dtype=torch.float32), theirs, folder
+
+
+@pytest.fixture(params=LLMS, scope="module")
+def llm_pair(request, tmp_path_factory):
+    return make_llm_pair(tmp_path_factory.mktemp("llm"), request.param)
+
+
+def random_prefix(B, P, D=32, seed=1):
+    return torch.randn(B, P, D, generator=torch.Generator().manual_seed(seed))
+
+
+def random_ids(B, T, seed=2):
+    return torch.randint(3, 120, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def their_logits(theirs, prefix, target_ids):
+    """transformers' logits for the targets of rows without holes."""
+    if theirs.config.is_encoder_decoder:
+        return theirs(inputs_embeds=prefix, labels=target_ids).logits
+    words = theirs.get_input_embeddings()(target_ids[:, :-1].clamp(min=0))
+    decoder = getattr(theirs.model, "decoder", None)
+    project_in = getattr(decoder, "project_in", None)
+    if project_in is not None:  # transformers takes embeddings before project_in; soft prompts enter after it
+        words = project_in(words)
+        decoder.project_in = None
+    try:
+        logits = theirs(inputs_embeds=torch.cat([prefix, words], dim=1)).logits
+    finally:
+        if project_in is not None:
+            decoder.project_in = project_in
+    return logits[:, prefix.shape[1] - 1 :]
+
+
+def edit_config(folder, drop=(), **new):
+    """Changes fields of a folder's config.json, and takes some out."""
+    config = json.loads((folder / "config.json").read_text()) | new
+    kept = {key: value for key, value in config.items() if key not in drop}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def edit_tensors(folder, edit):
+    """Changes the tensors of a folder by a function of {name: tensor}."""
+    tensors = edit(load_file(folder / "model.safetensors"))
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(copies, folder / "model.safetensors")

@@ -18,7 +18,7 @@ import sample
 import train
 import transfer
 from test_data import write_kind
-from test_llm import LLAMA, OPT, T5, make_model
+from conftest import LLAMA_CONFIG as LLAMA, OPT_CONFIG as OPT, T5_CONFIG as T5, make_model
 
 pytestmark = pytest.mark.slow
 

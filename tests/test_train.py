@@ -29,7 +29,7 @@ import train
 import transfer
 import vpgtrans
 from test_data import write_kind, write_shard
-from test_llm import LLAMA, T5, make_model
+from conftest import LLAMA_CONFIG as LLAMA, T5_CONFIG as T5, make_model
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from conftest import make_blip2, relative_error
 from llm import load_llm
 from qformer import load_projector, load_vpg
-from test_llm import LLAMA, OPT, T5
+from conftest import LLAMA_CONFIG as LLAMA, OPT_CONFIG as OPT, T5_CONFIG as T5
 from vpgtrans import PADDING, IMAGE, STAGES, VisualLLM, enter_stage, fit_to_captions, fit_word_converter, learning_rate, merge, parameter_groups, shared_tokens
 
 

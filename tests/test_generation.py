@@ -1,0 +1,184 @@
+"""Facts about how llm.py generates: as transformers does, or as reading the whole text at once predicts."""
+
+import pytest
+import torch
+from conftest import edit_config, make_llm_pair, random_prefix
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import llm as language_models
+from llm import load_llm
+
+HOLES = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 0, 1], [1, 0, 1, 1, 0]], dtype=torch.bool)
+
+
+def cut_at(ids, ends):
+    """ids up to the first of these end marks."""
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+
+
+@pytest.mark.parametrize("variant", ["opt", "llama-3.1", "qwen3", "flan-t5"])
+@pytest.mark.parametrize("num_beams, length_penalty, min_new_tokens", [
+    (1, 1.0, 0), (1, 1.0, 4), (3, 1.0, 0), (5, 1.0, 4), (5, -1.0, 0), (3, -1.0, 3)])
+def test_generation_equals_transformers(tmp_path, variant, num_beams, length_penalty, min_new_tokens):
+    """Rows side by side, with holes in their prefixes, against each row alone."""
+    ours, theirs, _ = make_llm_pair(tmp_path, variant)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 0, 1]], dtype=torch.bool)
+    ends = [5, 17, 30]  # three end marks, so that random models end early, at different lengths
+    options = dict(max_new_tokens=9, num_beams=num_beams, length_penalty=length_penalty,
+                   min_new_tokens=min_new_tokens)
+    started = int(theirs.config.is_encoder_decoder)  # their first token starts the decoder
+    for seed in range(6):
+        prefix = random_prefix(3, 5, seed=seed)
+        captions = ours.generate(prefix, mask, **options, stop=[(end,) for end in ends])
+        for row in range(3):
+            alone = prefix[row : row + 1, mask[row]]
+            their_ids = theirs.generate(inputs_embeds=alone, **options, eos_token_id=ends, pad_token_id=1,
+                                        do_sample=False)[0].tolist()
+            assert captions[row] == cut_at(their_ids[started:], ends)
+
+
+def test_generation_continues_what_forward_predicts(llm_pair):
+    """Greedy ids are the arg max of the logits of the same text read at once, also where transformers cannot
+    generate."""
+    ours, _, _ = llm_pair
+    prefix = random_prefix(4, 5)
+    ids = torch.tensor(ours.generate(prefix, HOLES, max_new_tokens=12, stop=()))
+    assert torch.equal(ours(prefix, ids, HOLES).argmax(-1), ids)
+
+
+def test_several_stop_sequences_of_several_ids(llm_pair):
+    """A text ends at the first of them; without any it runs to the full length. Beams obey them too."""
+    ours, _, _ = llm_pair
+    prefix = random_prefix(4, 5)
+    whole = ours.generate(prefix, max_new_tokens=12, stop=())
+    assert {len(ids) for ids in whole} == {12}
+    stop = [tuple(whole[0][3:6]), tuple(whole[1][6:7])]
+
+    def as_text(ids):
+        return "".join(f"{i} " for i in ids)
+
+    for ids, full in zip(ours.generate(prefix, max_new_tokens=12, stop=stop), whole, strict=True):
+        text = " " + as_text(full)
+        places = [text.find(" " + as_text(sequence)) for sequence in stop]
+        cut = min((place for place in places if place >= 0), default=len(text))
+        assert ids == [int(i) for i in text[:cut].split()]
+
+
+class EndsWith(StoppingCriteria):
+    def __init__(self, stop):
+        self.stop = [torch.tensor(sequence) for sequence in stop]
+
+    def __call__(self, ids, scores, **_):
+        ended = torch.zeros(len(ids), dtype=torch.bool)
+        for sequence in self.stop:
+            if len(sequence) <= ids.shape[1]:
+                ended |= (ids[:, -len(sequence) :] == sequence).all(1)
+        return ended
+
+
+@pytest.mark.parametrize("variant", ["opt", "llama-1", "flan-t5"])
+@pytest.mark.parametrize("num_beams, length_penalty", [(2, 1.0), (5, -1.0)])
+def test_beams_end_at_stop_sequences_as_transformers_do(tmp_path, variant, num_beams, length_penalty):
+    ours, theirs, _ = make_llm_pair(tmp_path, variant)
+    options = dict(max_new_tokens=12, num_beams=num_beams, length_penalty=length_penalty)
+    started = int(theirs.config.is_encoder_decoder)
+    early = 0
+    for seed in range(6):
+        prefix = random_prefix(1, 5, seed=seed)
+        (whole,) = ours.generate(prefix, **options, stop=())
+        stop = [tuple(whole[3:5]), tuple(whole[6:9])]
+        criteria = StoppingCriteriaList([EndsWith(stop)])
+        their_ids = theirs.generate(inputs_embeds=prefix, **options, eos_token_id=None, pad_token_id=1,
+                                    do_sample=False, stopping_criteria=criteria)[0].tolist()
+        (ids,) = ours.generate(prefix, **options, stop=stop)
+        assert ids == language_models.without_end(their_ids[started:], stop)
+        early += len(ids) < 12
+    assert early
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_no_stop_sequence_is_completed_before_min_new_tokens(llm_pair, num_beams):
+    ours, _, _ = llm_pair
+    prefix = random_prefix(4, 5)
+    for whole, row in zip(ours.generate(prefix, max_new_tokens=9, stop=()), prefix, strict=True):
+        (ids,) = ours.generate(row[None], max_new_tokens=9, min_new_tokens=6, num_beams=num_beams,
+                               stop=[tuple(whole[2:4])])
+        assert len(ids) >= 6 + 1 - 2
+
+
+@pytest.mark.parametrize("top_p, temperature, expected", [
+    (0.7, 1.0, [5 / 8, 3 / 8, 0, 0]),
+    (0.9, 1.0, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+    (1.0, 0.5, [0.685, 0.247, 0.062, 0.007])])
+def test_the_nucleus_is_the_smallest_set_that_makes_up_top_p(top_p, temperature, expected):
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
+    expected = torch.tensor(expected)
+    shares = language_models.sample_next(logits, temperature, top_p).bincount(minlength=4) / 4000
+    assert torch.allclose(shares, expected, atol=0.03)
+    assert not shares[expected == 0].any()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_generates_under_autocast(llm_pair, dtype):
+    _, _, folder = llm_pair
+    low = load_llm(folder, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(low.generate(random_prefix(1, 5), max_new_tokens=4, num_beams=2, stop=())[0]) == 4
+
+
+def test_sampling_follows_the_nucleus(llm_pair):
+    """At a tiny top_p only the most probable token is left; at a high temperature the draws differ."""
+    ours, _, _ = llm_pair
+    prefix = random_prefix(1, 5).expand(8, -1, -1)
+    assert ours.generate(prefix, temperature=1.0, top_p=1e-6) == ours.generate(prefix)
+    torch.manual_seed(0)
+    texts = ours.generate(prefix, temperature=9.0)
+    assert len({tuple(ids) for ids in texts}) > 1
+
+
+@pytest.mark.parametrize("variant", ["opt", "llama-3.1", "flan-t5"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_decoding_step_is_one_static_graph(tmp_path, monkeypatch, variant, num_beams):
+    """As on GPUs, where a step looks at all columns of the cache."""
+    ours, _, _ = make_llm_pair(tmp_path, variant)
+    prefix = random_prefix(2, 5)
+    ids = ours.generate(prefix, max_new_tokens=12, num_beams=num_beams)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(language_models.Cache, "width", lambda cache: cache.keys.shape[-2])
+    torch._dynamo.reset()
+    ours.step = torch.compile(ours.step, fullgraph=True, dynamic=False, backend=count)
+    assert ours.generate(prefix, max_new_tokens=12, num_beams=num_beams) == ids
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("options", [
+    dict(max_new_tokens=0), dict(num_beams=0), dict(num_beams=2, temperature=1.0), dict(temperature=-1.0),
+    dict(top_p=1.5), dict(stop=(2,)), dict(stop=((),))])
+def test_options_of_generate_that_make_no_sense_are_refused(llm_pair, options):
+    ours, _, _ = llm_pair
+    with pytest.raises(ValueError, match="generate: .*" + list(options)[-1]):
+        ours.generate(random_prefix(1, 4), **options)
+
+
+@pytest.mark.parametrize("variant, ends", [
+    ("opt", [(2,)]), ("llama-1", [(2,)]), ("flan-t5", [(1,)]), ("qwen2", [(2,)])])
+def test_without_stop_sequences_the_eos_of_config_json_ends_a_text(tmp_path, variant, ends):
+    _, _, folder = make_llm_pair(tmp_path, variant)
+    assert load_llm(folder).stop == ends
+    edit_config(folder, drop=["eos_token_id"])
+    assert load_llm(folder).stop == ([] if variant == "qwen2" else ends)
+    prefix = random_prefix(2, 5)
+    whole = load_llm(folder, dtype=torch.float32).generate(prefix, stop=())
+    first, second = whole[0][3], whole[1][2]
+    edit_config(folder, eos_token_id=[first, second])
+    ours = load_llm(folder, dtype=torch.float32)
+    texts = ours.generate(prefix)
+    assert texts == ours.generate(prefix, stop=((first,), (second,)))
+    assert texts != whole
