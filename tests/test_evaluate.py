@@ -3,6 +3,7 @@ writing of VQA's rules."""
 
 import importlib
 import json
+import math
 import random
 import re
 import shutil
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import evaluate
+import llm as language_models
 from evaluate import bleu4, cider, gqa_match, normalise_answer, ptb_tokens, vqa_accuracy
 
 HERE = Path(__file__).parent
@@ -290,3 +293,96 @@ def test_the_lemmatiser_names_itself_or_is_missing(monkeypatch):
     assert lemmatise("riding two Horses") == "ride two horse"
     monkeypatch.setitem(sys.modules, "simplemma", None)
     assert evaluate.find_lemmatiser() == (None, None)
+
+
+# ----------------------------------------------------------------- which length beam search penalises
+
+
+class Chain:
+    """A language model whose next token depends on the step and the token before: scores (steps,V,V)."""
+
+    def __init__(self, scores):
+        self.scores = iter(scores.log_softmax(-1))
+
+    def step(self, ids, cache):
+        return next(self.scores)[ids]
+
+
+class NoCache:
+    def advance(self, parents):
+        pass
+
+
+def search(scores, beams, steps, penalty, stop, prompt_lengths, least=0):
+    """beam_search behind token 0, a row for each prompt length -> lists of ids without the end mark."""
+    chain = Chain(scores)
+    rows = len(prompt_lengths)
+    lengths = None if prompt_lengths[0] is None else torch.tensor(prompt_lengths)
+    first = chain.step(torch.zeros(rows, 1, dtype=torch.long), None)
+    ids = language_models.beam_search(chain, first, NoCache(), steps, least, beams, penalty, [(stop,)], lengths)
+    return [language_models.without_end([i for i in row if i >= 0], [(stop,)]) for row in ids.tolist()]
+
+
+def search_as_4_28(scores, beams, steps, penalty, stop, prompt, least=0):
+    """transformers 4.28's beam search of one row, written from its rules: lists and loops."""
+    log_p = scores.log_softmax(-1).tolist()
+    running = [(0.0, [])]
+    finished = []
+
+    def finish(total, ids):
+        finished.append((total / (prompt + len(ids)) ** penalty, ids))
+        finished.sort(key=lambda pair: -pair[0])
+        del finished[beams:]
+
+    for n in range(1, steps + 1):
+        candidates = []
+        for total, ids in running:
+            for token, more in enumerate(log_p[n - 1][ids[-1] if ids else 0]):
+                if token != stop or n > least:
+                    candidates.append((total + more, [*ids, token]))
+        candidates = sorted(candidates, key=lambda pair: -pair[0])[: 2 * beams]
+        running = []
+        for rank, (total, ids) in enumerate(candidates):
+            if ids[-1] != stop:
+                running.append((total, ids))
+            elif rank < beams:
+                finish(total, ids[:-1])
+            if len(running) == beams:
+                break
+        attainable = candidates[0][0] / (prompt + n) ** penalty
+        if len(finished) == beams and finished[-1][0] >= attainable:
+            return finished[0][1]
+    for total, ids in running:
+        finish(total, ids)
+    return finished[0][1]
+
+
+def test_the_prompt_that_counts_makes_long_answers_win():
+    """By hand, two beams, penalty -1, token 1 ends. "2" has probability 0.45, "3 4" 0.55, and ends are sure.
+    New tokens and end mark: ln 0.45 x 2 = -1.60 beats ln 0.55 x 3 = -1.79. With p tokens of the prompt, and
+    without the end mark, -0.80 x (p + 1) stands beside -0.60 x (p + 2): the longer one wins from p = 2 on."""
+    scores = torch.full((5, 5), -50.0)
+    scores[0, 2] = math.log(0.45)
+    scores[0, 3] = math.log(0.55)
+    scores[2, 1] = 0.0
+    scores[3, 4] = 0.0
+    scores[4, 1] = 0.0
+    scores = scores.expand(5, 5, 5)
+    assert search(scores, 2, 5, -1.0, 1, [None]) == [[2]]
+    assert search(scores, 2, 5, -1.0, 1, [12]) == [[3, 4]]
+    assert search(scores, 2, 5, -1.0, 1, [1, 2, 3, 12]) == [[2], [3, 4], [3, 4], [3, 4]]
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
+def test_beam_search_that_counts_the_prompt_is_that_of_transformers_4_28(penalty):
+    generator = torch.Generator().manual_seed(0)
+    differ = 0
+    for trial in range(60):
+        scores = torch.randn(5, 9, 9, generator=generator) * 2
+        beams = (2, 3, 5)[trial % 3]
+        prompts = [1, 4, 14]
+        least = trial % 2
+        found = search(scores, beams, 5, penalty, 1, prompts, least)
+        assert found == [search_as_4_28(scores, beams, 5, penalty, 1, p, least) for p in prompts]
+        differ += found != search(scores, beams, 5, penalty, 1, [None] * 3, least)
+    assert differ == 0 if penalty == 0 else differ > 0
