@@ -1,5 +1,14 @@
 r"""Score captions and answers about images: COCO, NoCaps, VQAv2, GQA, OK-VQA.
 
+    python evaluate.py --model out/opt-2.7b-to-opt-6.7b coco=coco_karpathy_test.json@coco \
+        vqav2=v2_OpenEnded_mscoco_val2014_questions.json@coco/val2014
+    torchrun --nproc-per-node 8 evaluate.py --model opt-2.7b          # all that lies under datasets/
+
+Files are read as they are downloaded, images are looked for beside them or in @FOLDER. Answers are
+appended to OUT/evaluation/answers/ as they come, so that a killed run goes on where it was; then
+OUT/evaluation/ holds each benchmark's own result file, scores.json, and a picture of the worst
+answers and of some drawn at random.
+
 The metrics stand first, as pure functions that need Python alone: this file copied into another
 project scores CIDEr and VQA accuracy without Java and without a framework.
 
@@ -7,9 +16,20 @@ project scores CIDEr and VQA accuracy without Java and without a framework.
     vqa_accuracy("two", ["2"] * 9 + ["3"])                                                      # 1.0
 """
 
+import argparse
+import concurrent.futures
+import contextlib
+import hashlib
+import json
 import math
+import os
+import random
 import re
+import sys
+import textwrap
 from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
 
 # ----------------------------------------------------------------------------- tokens of a caption
 
@@ -248,3 +268,637 @@ def find_lemmatiser():
         return " ".join(simplemma.lemmatize(word, lang="en").lower() for word in text.split())
 
     return f"simplemma {version}".strip(), lemmatise
+
+
+# ------------------------------------------------------------------------- files, as they are downloaded
+
+
+@dataclass
+class Task:
+    """A benchmark's items: {id, image (a file), question (None: caption it), references, group (what
+    the score is split by, or None)}, and what was left out, {problem: [places]}."""
+
+    name: str
+    items: list
+    left_out: dict = field(default_factory=dict)
+
+    def leave_out(self, problem, place):
+        self.left_out.setdefault(problem, []).append(place)
+
+
+def read_json(file):
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged, or not JSON ({error})") from error
+
+
+def number_in(name):
+    """The image id in a file's name: "val2014/COCO_val2014_000000391895.jpg" -> 391895."""
+    digits = re.search(r"(\d+)\D*$", Path(name).stem)
+    return int(digits[1]) if digits else name
+
+
+def coco_file(id):
+    return f"COCO_val2014_{id:012d}.jpg"
+
+
+def read_captions(task, files):
+    """COCO, NoCaps: LAVIS's list of images, Karpathy's dataset_coco.json (its test images), or COCO's
+    layout, {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
+    rows = read_json(files[0])
+    if isinstance(rows, list):
+        for row in rows:
+            captions = row.get("caption") or []
+            captions = [captions] if isinstance(captions, str) else captions
+            yield {"id": row.get("img_id", number_in(row["image"])), "image": row["image"], "references": captions}
+        return
+    captions = {}
+    for row in rows.get("annotations", []):
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    for row in rows["images"]:
+        if "sentences" in row:
+            if row["split"] == "test":
+                name = os.path.join(row.get("filepath", ""), row["filename"])
+                texts = [sentence["raw"] for sentence in row["sentences"]]
+                yield {"id": row.get("cocoid", row.get("imgid")), "image": name, "references": texts}
+            continue
+        name = row.get("file_name") or coco_file(row["id"])
+        yield {"id": row["id"], "image": name, "references": captions.pop(row["id"], []), "group": row.get("domain")}
+    for id in captions:
+        task.leave_out("captions of an image that is not listed", id)
+
+
+def annotations_beside(file):
+    """v2_OpenEnded_mscoco_val2014_questions.json -> v2_mscoco_val2014_annotations.json, as VQA's
+    site names them."""
+    name = file.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
+    if name == file.name or not (file.parent / name).is_file():
+        raise FileNotFoundError(f"{file}: no {name} beside it, which has the answers; name both files: "
+                                "QUESTIONS,ANNOTATIONS")
+    return file.parent / name
+
+
+def read_questions(task, files):
+    """VQAv2, OK-VQA: questions and annotations, or LAVIS's list that joins them."""
+    rows = read_json(files[0])
+    if isinstance(rows, list):
+        for row in rows:
+            answers = row.get("answer") or []
+            yield {"id": row["question_id"], "image": row["image"], "question": row["question"],
+                   "references": answers, "group": row.get("answer_type")}
+        return
+    if "questions" not in rows:
+        raise ValueError(f"{files[0]}: holds no questions but {', '.join(list(rows)[:5])}")
+    annotated = read_json(files[1] if len(files) > 1 else annotations_beside(files[0]))
+    answers = {row["question_id"]: row for row in annotated["annotations"]}
+    for row in rows["questions"]:
+        answer = answers.pop(row["question_id"], {})
+        texts = [given["answer"] for given in answer.get("answers", [])]
+        yield {"id": row["question_id"], "image": coco_file(row["image_id"]), "question": row["question"],
+               "references": texts, "group": answer.get("answer_type")}
+    for id in answers:
+        task.leave_out("answers to a question that is not in the file (another split?)", id)
+
+
+def read_gqa(task, files):
+    """GQA: Stanford's {question id: {...}}, or LAVIS's list."""
+    rows = read_json(files[0])
+    if isinstance(rows, dict):
+        rows = [{"question_id": id, "image": f"{row['imageId']}.jpg"} | row for id, row in rows.items()]
+    for row in rows:
+        answers = [row["answer"]] if row.get("answer") else []
+        yield {"id": row["question_id"], "image": row["image"], "question": row["question"],
+               "references": answers, "group": row.get("types", {}).get("structural")}
+
+
+def find_images(file, folder, names):
+    """The folder that a file's image names are relative to: the one given, or one nearby, that holds
+    some of the first hundred."""
+    near = [folder] if folder else [file.parent, *list(file.absolute().parents)[1:3]]
+    places = [place / sub for place in near for sub in IMAGE_FOLDERS]
+    for place in places:
+        if any((place / name).is_file() for name in names[:100]):
+            return place
+    raise FileNotFoundError(f"{file}: its first images, {', '.join(names[:2])} and so on, are not in "
+                            f"{', '.join(map(str, near))}, nor in {', '.join(IMAGE_FOLDERS[1:])} there; say "
+                            f"where they are: {file}@FOLDER")
+
+
+def read_task(name, spec):
+    """NAME, and FILE or FILE,FILE or FOLDER, each with @IMAGES behind it or not -> Task. FileNotFoundError
+    and ValueError name the file and the remedy."""
+    benchmark = BENCHMARKS[name]
+    source, _, folder = (spec, "", "") if Path(spec).exists() else spec.partition("@")
+    files = [Path(source)] if Path(source).exists() else [Path(part) for part in source.split(",")]
+    if files[0].is_dir():
+        known = [place / file for file in benchmark.files for place in (files[0], files[0] / "annotations")]
+        files = [file for file in known if file.is_file()][:1]
+        if not files:
+            raise FileNotFoundError(f"{source}: holds none of {', '.join(benchmark.files)}")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{name}={file}: there is no such file")
+    task = Task(name, [])
+    try:
+        rows = list(benchmark.read(task, files))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{files[0]}: is not laid out as {benchmark.title} is: {error!r}") from error
+    seen = set()
+    for row in rows:
+        texts = row["references"]
+        if row["id"] in seen:
+            task.leave_out("an id for the second time", row["id"])
+        elif not texts or not any(texts):
+            task.leave_out("without a reference", row["id"])
+        elif benchmark.score is score_vqa and len(texts) != 10:
+            task.leave_out("with other than ten answers", row["id"])
+        else:
+            task.items.append({"question": None, "group": None} | row)
+        seen.add(row["id"])
+    if not task.items:
+        what = "; ".join(f"{len(places):,} {problem}" for problem, places in task.left_out.items())
+        raise ValueError(f"{files[0]}: nothing to score ({what or 'it is empty'}); answers are compared with "
+                         "references, which a test split's file does not have")
+    root = find_images(files[0], Path(folder) if folder else None, [item["image"] for item in task.items])
+    for item in task.items:
+        item["image"] = str(root / item["image"])
+    return task
+
+
+# --------------------------------------------------------------------------------------------- scores
+
+RULES = ("official", "vpgtrans")
+
+
+def mean(numbers):
+    return sum(numbers) / max(1, len(numbers))
+
+
+def by_group(items, scores):
+    """{group: mean score in percent} of items that have a group."""
+    groups = {}
+    for item in items:
+        if item["group"]:
+            groups.setdefault(item["group"], []).append(scores[item["id"]])
+    return {group: 100 * mean(numbers) for group, numbers in sorted(groups.items())}
+
+
+def score_captions(items, answers, rules):
+    """-> ({metric: in papers' points}, {image: 0 to 1}). Each of NoCaps's domains has its own idf, as
+    in VPGTrans, and so has the whole."""
+    references = {item["id"]: item["references"] for item in items}
+    score, of_image = cider(answers, references)
+    scores = {"CIDEr": 100 * score, "BLEU-4": 100 * bleu4(answers, references)[3]}
+    for group in sorted({item["group"] for item in items} - {None}):
+        inside = {item["id"]: item["references"] for item in items if item["group"] == group}
+        scores[f"CIDEr, {group}"] = 100 * cider({id: answers[id] for id in inside}, inside)[0]
+    return scores, {id: score / 10 for id, score in of_image.items()}
+
+
+def score_vqa(items, answers, rules):
+    """-> ({metric: percent}, {question: 0 to 1}) by `rules`, and overall by the others."""
+    of = {r: {i["id"]: vqa_accuracy(answers[i["id"]], i["references"], r) for i in items} for r in RULES}
+    scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
+    return scores | {f"accuracy, {r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
+
+
+def score_okvqa(items, answers, rules):
+    """As score_vqa, plain and with the predictions lemmatised, as OK-VQA's answers are; the first
+    score is the lemmatised one where there is a lemmatiser."""
+    scores, of_question = score_vqa(items, answers, rules)
+    name, lemmatise = find_lemmatiser()
+    if name is None:
+        return scores | {"lemmatiser": None}, of_question
+    lemmas = {id: lemmatise(answer) for id, answer in answers.items()}
+    lemmatised, of_question = score_vqa(items, lemmas, rules)
+    plain = {f"plain {metric}": score for metric, score in scores.items()}
+    return lemmatised | plain | {"lemmatiser": name}, of_question
+
+
+def score_gqa(items, answers, rules):
+    """-> ({metric: percent}, {question: 0 or 1}) by `rules`, and overall by the others."""
+    of = {r: {i["id"]: gqa_match(answers[i["id"]], i["references"][0], r) for i in items} for r in RULES}
+    scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
+    return scores | {f"accuracy, {r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is read, scored and handed in. `files` are looked for in a folder."""
+
+    title: str
+    read: object
+    score: object
+    result: tuple  # names in its own result format: of the id, of the answer
+    files: tuple
+
+
+VQA_FILES = ("OpenEnded_mscoco_val2014_questions.json",)
+BENCHMARKS = {
+    "coco": Benchmark("COCO", read_captions, score_captions, ("image_id", "caption"),
+                      ("coco_karpathy_test.json", "coco_karpathy_test_gt.json", "dataset_coco.json")),
+    "nocaps": Benchmark("NoCaps", read_captions, score_captions, ("image_id", "caption"),
+                        ("nocaps_val_4500_captions.json",)),
+    "vqav2": Benchmark("VQAv2", read_questions, score_vqa, ("question_id", "answer"),
+                       (f"v2_{VQA_FILES[0]}", "vqa_val_eval.json")),
+    "gqa": Benchmark("GQA", read_gqa, score_gqa, ("questionId", "prediction"),
+                     ("testdev_balanced_questions.json",)),
+    "okvqa": Benchmark("OK-VQA", read_questions, score_okvqa, ("question_id", "answer"),
+                       (*VQA_FILES, "okvqa_val_eval.json")),
+}
+IMAGE_FOLDERS = ("", "images", "val2014", "val", "coco/val2014", "coco/images")
+
+# Zero-shot; the captions are not: BLIP-2's are of models fine-tuned on COCO at 364 pixels, and
+# COCO is among what VPGTrans trains on.
+PUBLISHED = {
+    "BLIP-2 OPT-2.7B": {"coco": 145.8, "nocaps": 119.7, "vqav2": 53.5, "gqa": 34.6, "okvqa": 31.7},
+    "BLIP-2 OPT-6.7B": {"coco": 145.2, "nocaps": 121.0, "vqav2": 54.3, "gqa": 36.4, "okvqa": 36.4},
+    "BLIP-2 FlanT5-XL": {"coco": 144.5, "nocaps": 121.6, "vqav2": 63.1, "gqa": 44.2, "okvqa": 40.7},
+    "BLIP-2 FlanT5-XXL": {"vqav2": 65.2, "gqa": 44.7, "okvqa": 45.9},
+    "VPGTrans OPT-125M to 1.3B, epoch 3": {"coco": 133.4},
+    "VPGTrans OPT-2.7B to 6.7B": {"vqav2": 57.2, "gqa": 36.2, "okvqa": 39.8},
+    "VPGTrans FlanT5-XL to XXL": {"vqav2": 65.2, "gqa": 45.0, "okvqa": 45.0},
+    "VL-LLaMA-7B": {"vqav2": 58.1, "gqa": 37.5, "okvqa": 37.4},
+}
+
+
+# -------------------------------------------------------------------------------------------- answers
+
+# What needs more than Python is imported where it is used, so that the metrics can be copied alone.
+
+CAPTION = {"num_beams": 5, "min_new_tokens": 7, "max_new_tokens": 30, "length_penalty": 1.0}
+QUESTION = {"num_beams": 5, "min_new_tokens": 0, "max_new_tokens": 10, "length_penalty": -1.0}
+
+
+def clean_question(text, most=50):
+    """A question as BLIP-2 and VPGTrans ask it: lower case, some marks deleted (the question mark
+    stays), at most 50 words."""
+    text = re.sub(r'[.!"()*#:;~]', "", text.lower()).rstrip(" ")
+    return " ".join(text.split(" ")[:most])
+
+
+def question_prompt(tok):
+    """The papers' prompt for this kind of language model."""
+    return "Question: {} Short answer:" if tok.encoder_decoder else "Question: {} Answer:"
+
+
+def answer_batch(model, tok, prompts, sees, index, batch_size, options):
+    """Prompts as texts, what the model saw of some images, and which of these each prompt is about
+    (a list) -> as many answers.
+
+    Prompts of one length go together and shorter ones are padded on the left, so that no answer
+    depends on its neighbours."""
+    import torch
+
+    import data
+
+    ids = [data.prompt_ids(tok, model.vpg.num_query_tokens, text.rstrip(" ")) for text in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    answers = [None] * len(ids)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        padded = data.pad([ids[i] for i in rows], data.PADDING, left=True)
+        places = torch.tensor([index[i] for i in rows])
+        seen = {name: x[places.to(x.device)] for name, x in sees.items()}
+        found = model.generate(padded, **seen, stop=((tok.end_id,), (tok.eos_id,)), **options)
+        for i, row in zip(rows, found):
+            answers[i] = tok.decode(row).strip()
+    return answers
+
+
+def read_or_none(file, size):
+    """-> (pixels or None, why there are none)"""
+    import data
+
+    try:
+        return data.read_image(file, size), None
+    except OSError as error:
+        return None, str(error)
+
+
+def answer_items(model, tok, items, prompt, options, batch_size):
+    """Items, ordered by image -> one list for each `batch_size` images: [{id, answer, and problem
+    where the image could not be read}]. Each image is seen once, whatever the number of its
+    questions, and the next ones are read meanwhile."""
+    import torch
+
+    of_image = {}
+    for item in items:
+        of_image.setdefault(item["image"], []).append(item)
+    files = list(of_image)
+    chunks = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
+    size = model.vpg.image_size
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        ahead = [pool.map(read_or_none, chunk, [size] * len(chunk)) for chunk in chunks[:1]]
+        for number, chunk in enumerate(chunks):
+            read = list(ahead.pop())
+            if following := chunks[number + 1 : number + 2]:
+                ahead.append(pool.map(read_or_none, following[0], [size] * len(following[0])))
+            rows = [{"id": item["id"], "answer": "", "problem": problem}
+                    for file, (pixels, problem) in zip(chunk, read) if pixels is None
+                    for item in of_image[file]]
+            there = [file for file, (pixels, _) in zip(chunk, read) if pixels is not None]
+            asked = [item for file in there for item in of_image[file]]
+            if there:
+                images = torch.stack([pixels for pixels, _ in read if pixels is not None])
+                with torch.inference_mode():
+                    sees = model.see(images.to(model.projector.weight.device))
+                prompts = [prompt.format(clean_question(item["question"] or "")) for item in asked]
+                index = [there.index(item["image"]) for item in asked]
+                answers = answer_batch(model, tok, prompts, sees, index, batch_size, options)
+                rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
+            yield rows
+
+
+def read_answers(folder, name, header):
+    """Answers that all processes have written so far -> {id: row}; a line that was cut off is none.
+    ValueError where they are another model's, or to other questions."""
+    rows = {}
+    for file in sorted(folder.glob(f"{name}.*.jsonl")):
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # behind the last one is nothing, or a torn line
+        if not lines:
+            continue
+        there = json.loads(lines[0])
+        for key in header:
+            if there.get(key) != header[key]:
+                raise ValueError(f"{file}: holds answers with {key} = {there.get(key)!r}, and now it is "
+                                 f"{header[key]!r}; name another --out, or remove the file")
+        rows |= {row["id"]: row for row in map(json.loads, lines[1:])}
+    return rows
+
+
+def open_answers(file, header):
+    """A file of answers, opened to append whole lines; a new one begins with the header."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    opened = open(file, "a+b")
+    opened.seek(0)
+    whole = opened.read().rfind(b"\n") + 1
+    opened.truncate(whole)
+    if not whole:
+        opened.write(json.dumps(header).encode() + b"\n")
+    return opened
+
+
+def answer_task(task, model, tok, header, args, folder, processes):
+    """Answers what is not answered yet, each process its share of the images -> {id: row} of all."""
+    done = {id for id, row in read_answers(folder, task.name, header).items() if "problem" not in row}
+    processes.sum(0)  # all have read before one writes
+    images = {image: i for i, image in enumerate(dict.fromkeys(item["image"] for item in task.items))}
+    mine = [item for item in task.items
+            if item["id"] not in done and images[item["image"]] % processes.world == processes.rank]
+    options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
+    with open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
+        answered = 0
+        for rows in answer_items(model, tok, mine, header["prompt"], options, args.batch_size):
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+            file.flush()
+            answered += len(rows)
+            if processes.rank == 0 and sys.stderr.isatty():
+                print(f"\r{task.name}: {answered:,} of {len(mine):,}", end="", file=sys.stderr)
+    processes.sum(0)
+    return read_answers(folder, task.name, header)
+
+
+# --------------------------------------------------------------------------------------------- report
+
+
+def draw_sheet(file, cells, columns=2, side=160, width=560):
+    """A picture of images with what was asked, answered, and said by people: cells [(image file,
+    lines)]."""
+    from PIL import Image, ImageDraw
+
+    import data
+
+    height = side + 24
+    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, lines) in enumerate(cells):
+        x = i % columns * width + 8
+        y = i // columns * height + 8
+        try:
+            picture = data.load_image(image)
+            picture.thumbnail((side, side))
+            sheet.paste(picture, (x, y))
+        except OSError:
+            pen.rectangle((x, y, x + side, y + side), outline="red")
+            pen.text((x + 4, y + 4), "cannot be read", fill="red")
+        wrapped = [part for line in lines for part in textwrap.wrap(line, 62)[:3]]
+        pen.text((x + side + 10, y), "\n".join(wrapped[:12]), fill="black", font_size=12, spacing=2)
+    sheet.save(file)
+
+
+def show(task, answers, of_item, count=8):
+    """[(image, lines)] of the worst answers and of as many drawn at random."""
+    rng = random.Random(0)
+    order = sorted(task.items, key=lambda item: (of_item[item["id"]], rng.random()))
+    cells = []
+    for what, items in (("among the worst", order[:count]),
+                        ("drawn at random", rng.sample(task.items, min(count, len(task.items))))):
+        for item in items:
+            references = Counter(item["references"]).most_common(5)
+            people = "; ".join(text if times == 1 else f"{text} x {times}" for text, times in references)
+            lines = [f"{what}, {100 * of_item[item['id']]:.0f} of 100", answers[item["id"]] or "(no answer)", people]
+            cells.append((item["image"], lines[:1] + [item["question"]] * bool(item["question"]) + lines[1:]))
+    return cells
+
+
+def score_task(task, rows, args, folder):
+    """Scores a task, and writes its result file and its picture -> {metric: score, and counts}."""
+    answers = {item["id"]: rows[item["id"]]["answer"] for item in task.items}
+    benchmark = BENCHMARKS[task.name]
+    scores, of_item = benchmark.score(task.items, answers, args.normalise)
+    id_name, answer_name = benchmark.result
+    result = [{id_name: id, answer_name: answer} for id, answer in answers.items()]
+    write_json(folder / f"{task.name}.json", result)
+    draw_sheet(folder / f"{task.name}.png", show(task, answers, of_item))
+    unread = {id: rows[id]["problem"] for id in answers if "problem" in rows[id]}
+    strangers = len(rows.keys() - answers.keys())
+    counts = {"items": len(answers), "images": len({item["image"] for item in task.items}),
+              "empty answers": sum(not answer for answer in answers.values()) - len(unread)}
+    notes = [f"{len(places):,} left out: {problem}, such as {places[0]}"
+             for problem, places in task.left_out.items()]
+    if unread:
+        notes.append(f"{len(unread):,} scored as no answer, since their images cannot be read, such as "
+                     f"{next(iter(unread.values()))}")
+    if counts["empty answers"]:
+        notes.append(f"{counts['empty answers']:,} answers are empty")
+    if strangers:
+        notes.append(f"{strangers:,} answers are to none of these items, and not scored")
+    if len(answers) == 1:
+        notes.append("CIDEr of one image alone is always 0")
+    return {"scores": scores, **counts, "notes": notes}
+
+
+def write_json(file, content):
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def table(model, results):
+    """Lines: this model's first scores beside the published ones."""
+    names = list(results)
+    first = {name: next(iter(result["scores"].values())) for name, result in results.items()}
+    rows = {model: first} | {who: scores for who, scores in PUBLISHED.items() if scores.keys() & first.keys()}
+    width = max(map(len, rows))
+    yield " " * width + "".join(f"{BENCHMARKS[name].title:>9}" for name in names)
+    for who, scores in rows.items():
+        cells = [f"{scores[name]:9.1f}" if name in scores else f"{'-':>9}" for name in names]
+        yield f"{who:{width}}" + "".join(cells)
+    if {"coco", "nocaps"} & set(names):
+        yield "(captions: CIDEr. BLIP-2's are of models fine-tuned on COCO at 364 pixels, none is zero-shot.)"
+
+
+def describe(name, result):
+    """Lines: all of a benchmark's scores, and what there is to know about them."""
+    shown = [f"{metric} {score if not isinstance(score, float) else round(score, 2)}"
+             for metric, score in result["scores"].items()]
+    yield f"{name}: {result['items']:,} items of {result['images']:,} images; {', '.join(shown)}"
+    if result["scores"].get("lemmatiser", "") is None:
+        yield "    not lemmatised: pip install simplemma; the published scores of OK-VQA are, by spaCy"
+    for note in result["notes"]:
+        yield f"    {note}"
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmarks", nargs="*", metavar="NAME=FILE[@IMAGES]",
+                        help=f"NAME is one of {', '.join(BENCHMARKS)}; FILE as downloaded, or the folder "
+                             "that has it, or QUESTIONS,ANNOTATIONS (default: all that lies under "
+                             "datasets/ or $VPGTRANS_DATA, in folders of these names)")
+    parser.add_argument("--model", required=True,
+                        help="a run's folder (out/...), or a BLIP-2 checkpoint (folder, Hub id, short name)")
+    parser.add_argument("--out", type=Path,
+                        help="evaluation/ is made there (default: the run's folder, else out/MODEL)")
+    parser.add_argument("--limit", type=int, metavar="N",
+                        help="ask about N items alone, for a look: such scores compare with no others")
+    parser.add_argument("--normalise", choices=RULES, default="vpgtrans",
+                        help="whose rules for answers come first: VQA's official ones since 2021, or the "
+                             "older ones, on which the published scores rest (default: %(default)s); "
+                             "both are in scores.json")
+    asking = parser.add_argument_group("asking")
+    asking.add_argument("--caption-prompt", default="", help="(default: none, as VPGTrans)")
+    asking.add_argument("--question-prompt", metavar="TEXT",
+                        help="with {} for the question (default: \"Question: {} Answer:\", for T5 "
+                             "\"Question: {} Short answer:\", as VPGTrans)")
+    asking.add_argument("--num-beams", type=int, default=5, help="(default: %(default)s, as the papers)")
+    asking.add_argument("--length-penalty-counts", choices=("new", "prompt"), default="prompt",
+                        help="which tokens are a text's length, for beam search's penalty: the new ones, or "
+                             "the prompt's as well, on which the published scores of OPT and LLaMA rest "
+                             "(default: %(default)s)")
+    asking.add_argument("--batch-size", type=int, default=16,
+                        help="images, and questions, at once; no answer depends on it but through rounding "
+                             "(default: %(default)s)")
+    asking.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
+                        help="of ViT and LLM (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for name in ("limit", "num_beams", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.question_prompt is not None and args.question_prompt.count("{}") != 1:
+        parser.error("--question-prompt must have {} in the question's place, once")
+    return args
+
+
+def find_tasks(args):
+    """-> [Task] of the benchmarks named, or of what lies under datasets/."""
+    specs = []
+    for spec in args.benchmarks:
+        name, _, source = spec.partition("=")
+        if name not in BENCHMARKS or not source:
+            raise ValueError(f"{spec!r} does not read NAME=FILE[@IMAGES] with NAME one of {', '.join(BENCHMARKS)}")
+        specs.append((name, source))
+    if not specs:
+        root = Path(os.environ.get("VPGTRANS_DATA", "datasets"))
+        for name, benchmark in BENCHMARKS.items():
+            folder = root / name
+            if any((folder / sub / file).is_file() for file in benchmark.files for sub in ("", "annotations")):
+                specs.append((name, str(folder)))
+        if not specs:
+            places = "\n".join(f"  {root / name}/{' or '.join(b.files)}" for name, b in BENCHMARKS.items())
+            raise FileNotFoundError(f"no benchmark: name one, NAME=FILE[@IMAGES], or put there\n{places}")
+    twice = [name for name, count in Counter(name for name, _ in specs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice")
+    tasks = [read_task(name, source) for name, source in specs]
+    if args.limit:
+        for task in tasks:
+            random.Random(0).shuffle(task.items)
+            del task.items[args.limit :]
+    return tasks
+
+
+def describe_asking(task, args, tok, model_name, fingerprint):
+    """The first line of a file of answers: what they depend on."""
+    asks = task.items[0]["question"] is not None
+    items = json.dumps([[item["id"], item["question"]] for item in task.items]).encode()
+    prompt = args.question_prompt or question_prompt(tok)
+    return {
+        "model": model_name, "fingerprint": fingerprint, "precision": args.precision,
+        "prompt": prompt if asks else args.caption_prompt.replace("{", "{{").replace("}", "}}"),
+        **(QUESTION if asks else CAPTION), "num_beams": args.num_beams,
+        "length_penalty_counts": args.length_penalty_counts,
+        "items": len(task.items), "digest": hashlib.sha256(items).hexdigest()[:16],
+    }
+
+
+def evaluate(args, processes):
+    """-> {benchmark: result} on the first process."""
+    import hub
+    import runs
+    import transfer
+
+    tasks = find_tasks(args)
+    is_folder = Path(args.model).is_dir()
+    out = args.out or (Path(args.model) if is_folder else Path("out") / args.model.replace("/", "--"))
+    folder = out / (f"evaluation-limit-{args.limit}" if args.limit else "evaluation")
+    with processes.first_goes_first():
+        model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], processes.device)
+    asked = hub.lasting_name(args.model), hub.fingerprint(model.saved())
+    lock = contextlib.nullcontext()
+    if processes.rank == 0:
+        lock = runs.locked(folder, " ".join(sys.argv), processes.say)
+    with lock:
+        results = {}
+        for task in tasks:
+            header = describe_asking(task, args, tok, *asked)
+            rows = answer_task(task, model, tok, header, args, folder / "answers", processes)
+            if processes.rank == 0:
+                results[task.name] = score_task(task, rows, args, folder) | {"asked": header}
+                processes.say("\n".join(describe(task.name, results[task.name])))
+        if processes.rank == 0:
+            settings = {"model": asked[0], "normalise": args.normalise, "limit": args.limit}
+            write_json(folder / "scores.json", settings | {"benchmarks": results})
+            processes.say("\n" + "\n".join(table(args.model, results)))
+            if args.limit:
+                processes.say(f"With --limit {args.limit} these scores compare with no others: what is "
+                              "rare, for CIDEr, is read off the images at hand.")
+            processes.say(f"Answers, scores and pictures are in {folder}/")
+    return results
+
+
+def main(argv=None):
+    import torch
+
+    import loop
+
+    sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
+    args = parse_arguments(argv)
+    try:
+        return evaluate(args, loop.Processes.start(args.precision))
+    except torch.OutOfMemoryError as error:
+        loop.end_with(f"GPU memory ran out; lower --batch-size, and start again: what is answered stays "
+                      f"({error})", "evaluate.py")
+    except (OSError, ValueError) as error:
+        loop.end_with(error, "evaluate.py")
+
+
+if __name__ == "__main__":
+    import loop
+
+    loop.run_command(main)
