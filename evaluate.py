@@ -311,7 +311,8 @@ def read_captions(task, files):
         for row in rows:
             captions = row.get("caption") or []
             captions = [captions] if isinstance(captions, str) else captions
-            yield {"id": row.get("img_id", number_in(row["image"])), "image": row["image"], "references": captions}
+            id = row.get("img_id", number_in(row["image"]))
+            yield {"id": id, "image": row["image"], "references": captions}
         return
     captions = {}
     for row in rows.get("annotations", []):
@@ -324,7 +325,8 @@ def read_captions(task, files):
                 yield {"id": row.get("cocoid", row.get("imgid")), "image": name, "references": texts}
             continue
         name = row.get("file_name") or coco_file(row["id"])
-        yield {"id": row["id"], "image": name, "references": captions.pop(row["id"], []), "group": row.get("domain")}
+        texts = captions.pop(row["id"], [])
+        yield {"id": row["id"], "image": name, "references": texts, "group": row.get("domain")}
     for id in captions:
         task.leave_out("captions of an image that is not listed", id)
 
@@ -372,6 +374,9 @@ def read_gqa(task, files):
                "references": answers, "group": row.get("types", {}).get("structural")}
 
 
+IMAGE_FOLDERS = ("", "images", "val2014", "val", "coco", "coco/val2014", "coco/images")
+
+
 def find_images(file, folder, names):
     """The folder that a file's image names are relative to: the one given, or one nearby, that holds
     some of the first hundred."""
@@ -385,6 +390,12 @@ def find_images(file, folder, names):
                             f"where they are: {file}@FOLDER")
 
 
+def known_files(benchmark, folder):
+    """The files of a benchmark that lie in a folder or its annotations/."""
+    files = [place / file for file in benchmark.files for place in (folder, folder / "annotations")]
+    return [file for file in files if file.is_file()]
+
+
 def read_task(name, spec):
     """NAME, and FILE or FILE,FILE or FOLDER, each with @IMAGES behind it or not -> Task. FileNotFoundError
     and ValueError name the file and the remedy."""
@@ -392,8 +403,7 @@ def read_task(name, spec):
     source, _, folder = (spec, "", "") if Path(spec).exists() else spec.partition("@")
     files = [Path(source)] if Path(source).exists() else [Path(part) for part in source.split(",")]
     if files[0].is_dir():
-        known = [place / file for file in benchmark.files for place in (files[0], files[0] / "annotations")]
-        files = [file for file in known if file.is_file()][:1]
+        files = known_files(benchmark, files[0])[:1]
         if not files:
             raise FileNotFoundError(f"{source}: holds none of {', '.join(benchmark.files)}")
     for file in files:
@@ -507,7 +517,6 @@ BENCHMARKS = {
     "okvqa": Benchmark("OK-VQA", read_questions, score_okvqa, ("question_id", "answer"),
                        (*VQA_FILES, "okvqa_val_eval.json")),
 }
-IMAGE_FOLDERS = ("", "images", "val2014", "val", "coco/val2014", "coco/images")
 
 # Zero-shot; the captions are not: BLIP-2's are of models fine-tuned on COCO at 364 pixels, and
 # COCO is among what VPGTrans trains on.
@@ -567,48 +576,54 @@ def answer_batch(model, tok, prompts, sees, index, batch_size, options):
     return answers
 
 
-def read_or_none(file, size):
-    """-> (pixels or None, why there are none)"""
+def read_ahead(files, size, count):
+    """Image files -> lists of `count` (file, pixels or None, why there are none); while one list is at
+    work the next one is read."""
     import data
 
-    try:
-        return data.read_image(file, size), None
-    except OSError as error:
-        return None, str(error)
+    def read(file):
+        try:
+            return file, data.read_image(file, size), None
+        except OSError as error:
+            return file, None, str(error)
+
+    chunks = [files[i : i + count] for i in range(0, len(files), count)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # Pillow decodes outside of Python's lock
+        following = None
+        for chunk in [*chunks, []]:
+            ready = following
+            following = pool.map(read, chunk)
+            if ready is not None:
+                yield list(ready)
 
 
 def answer_items(model, tok, items, prompt, options, batch_size):
-    """Items, ordered by image -> one list for each `batch_size` images: [{id, answer, and problem
-    where the image could not be read}]. Each image is seen once, whatever the number of its
-    questions, and the next ones are read meanwhile."""
+    """Items -> one list for each `batch_size` images: [{id, answer, and the problem where the image
+    cannot be read}]. Each image is seen once, whatever the number of its questions."""
     import torch
 
     of_image = {}
     for item in items:
         of_image.setdefault(item["image"], []).append(item)
-    files = list(of_image)
-    chunks = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
-    size = model.vpg.image_size
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        ahead = [pool.map(read_or_none, chunk, [size] * len(chunk)) for chunk in chunks[:1]]
-        for number, chunk in enumerate(chunks):
-            read = list(ahead.pop())
-            if following := chunks[number + 1 : number + 2]:
-                ahead.append(pool.map(read_or_none, following[0], [size] * len(following[0])))
-            rows = [{"id": item["id"], "answer": "", "problem": problem}
-                    for file, (pixels, problem) in zip(chunk, read) if pixels is None
-                    for item in of_image[file]]
-            there = [file for file, (pixels, _) in zip(chunk, read) if pixels is not None]
-            asked = [item for file in there for item in of_image[file]]
-            if there:
-                images = torch.stack([pixels for pixels, _ in read if pixels is not None])
-                with torch.inference_mode():
-                    sees = model.see(images.to(model.projector.weight.device))
-                prompts = [prompt.format(clean_question(item["question"] or "")) for item in asked]
-                index = [there.index(item["image"]) for item in asked]
-                answers = answer_batch(model, tok, prompts, sees, index, batch_size, options)
-                rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
-            yield rows
+    for read in read_ahead(list(of_image), model.vpg.image_size, batch_size):
+        rows = []
+        asked = []
+        index = []
+        images = []
+        for file, pixels, problem in read:
+            if pixels is None:
+                rows += [{"id": item["id"], "answer": "", "problem": problem} for item in of_image[file]]
+                continue
+            asked += of_image[file]
+            index += [len(images)] * len(of_image[file])
+            images.append(pixels)
+        if images:
+            with torch.inference_mode():
+                sees = model.see(torch.stack(images).to(model.projector.weight.device))
+            prompts = [prompt.replace("{}", clean_question(item["question"] or "")) for item in asked]
+            answers = answer_batch(model, tok, prompts, sees, index, batch_size, options)
+            rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
+        yield rows
 
 
 def read_answers(folder, name, header):
@@ -616,15 +631,19 @@ def read_answers(folder, name, header):
     ValueError where they are another model's, or to other questions."""
     rows = {}
     for file in sorted(folder.glob(f"{name}.*.jsonl")):
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # behind the last one is nothing, or a torn line
-        if not lines:
-            continue
-        there = json.loads(lines[0])
-        for key in header:
-            if there.get(key) != header[key]:
-                raise ValueError(f"{file}: holds answers with {key} = {there.get(key)!r}, and now it is "
+        lines = file.read_text(encoding="utf-8").split("\n")
+        try:
+            found = [dict(json.loads(line)) for line in lines[:-1]]  # behind them is nothing, or a torn line
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: damaged ({error}); remove it, and what it answers is asked "
+                             "again") from error
+        for key in header if found else ():
+            if found[0].get(key) != header[key]:
+                raise ValueError(f"{file}: holds answers with {key} = {found[0].get(key)!r}, and now it is "
                                  f"{header[key]!r}; name another --out, or remove the file")
-        rows |= {row["id"]: row for row in map(json.loads, lines[1:])}
+        for row in found[1:]:
+            if "problem" in rows.get(row["id"], {"problem": None}):  # a second try may have found the image
+                rows[row["id"]] = row
     return rows
 
 
@@ -698,8 +717,10 @@ def show(task, answers, of_item, count=8):
         for item in items:
             references = Counter(item["references"]).most_common(5)
             people = "; ".join(text if times == 1 else f"{text} x {times}" for text, times in references)
-            lines = [f"{what}, {100 * of_item[item['id']]:.0f} of 100", answers[item["id"]] or "(no answer)", people]
-            cells.append((item["image"], lines[:1] + [item["question"]] * bool(item["question"]) + lines[1:]))
+            lines = [f"{what}, {100 * of_item[item['id']]:.0f} of 100"]
+            lines += [item["question"]] if item["question"] else []
+            lines += ["-> " + (answers[item["id"]] or "(no answer)"), people]
+            cells.append((item["image"], lines))
     return cells
 
 
@@ -811,14 +832,14 @@ def find_tasks(args):
     for spec in args.benchmarks:
         name, _, source = spec.partition("=")
         if name not in BENCHMARKS or not source:
-            raise ValueError(f"{spec!r} does not read NAME=FILE[@IMAGES] with NAME one of {', '.join(BENCHMARKS)}")
+            raise ValueError(f"{spec!r} does not read NAME=FILE[@IMAGES] with NAME one of "
+                             f"{', '.join(BENCHMARKS)}")
         specs.append((name, source))
     if not specs:
         root = Path(os.environ.get("VPGTRANS_DATA", "datasets"))
         for name, benchmark in BENCHMARKS.items():
-            folder = root / name
-            if any((folder / sub / file).is_file() for file in benchmark.files for sub in ("", "annotations")):
-                specs.append((name, str(folder)))
+            if known_files(benchmark, root / name):
+                specs.append((name, str(root / name)))
         if not specs:
             places = "\n".join(f"  {root / name}/{' or '.join(b.files)}" for name, b in BENCHMARKS.items())
             raise FileNotFoundError(f"no benchmark: name one, NAME=FILE[@IMAGES], or put there\n{places}")
@@ -840,11 +861,20 @@ def describe_asking(task, args, tok, model_name, fingerprint):
     prompt = args.question_prompt or question_prompt(tok)
     return {
         "model": model_name, "fingerprint": fingerprint, "precision": args.precision,
-        "prompt": prompt if asks else args.caption_prompt.replace("{", "{{").replace("}", "}}"),
+        "prompt": prompt if asks else args.caption_prompt,
         **(QUESTION if asks else CAPTION), "num_beams": args.num_beams,
         "length_penalty_counts": args.length_penalty_counts,
         "items": len(task.items), "digest": hashlib.sha256(items).hexdigest()[:16],
     }
+
+
+def default_out(model):
+    """The run's folder, else out/ and the model's name."""
+    import hub
+
+    if Path(model).is_dir() and hub.read_config(model).get("model_type") == "vpgtrans":
+        return Path(model)
+    return Path("out") / model.strip("./").replace("/", "--")
 
 
 def evaluate(args, processes):
@@ -854,8 +884,7 @@ def evaluate(args, processes):
     import transfer
 
     tasks = find_tasks(args)
-    is_folder = Path(args.model).is_dir()
-    out = args.out or (Path(args.model) if is_folder else Path("out") / args.model.replace("/", "--"))
+    out = args.out or default_out(args.model)
     folder = out / (f"evaluation-limit-{args.limit}" if args.limit else "evaluation")
     with processes.first_goes_first():
         model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], processes.device)
