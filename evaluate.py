@@ -455,7 +455,7 @@ def by_group(items, scores):
 
 
 def score_captions(items, answers, rules):
-    """-> ({metric: in papers' points}, {image: 0 to 1}). Each of NoCaps's domains has its own idf, as
+    """-> ({metric: in papers' points}, {image: 0 to 10}). Each of NoCaps's domains has its own idf, as
     in VPGTrans, and so has the whole."""
     references = {item["id"]: item["references"] for item in items}
     score, of_image = cider(answers, references)
@@ -463,14 +463,14 @@ def score_captions(items, answers, rules):
     for group in sorted({item["group"] for item in items} - {None}):
         inside = {item["id"]: item["references"] for item in items if item["group"] == group}
         scores[f"CIDEr, {group}"] = 100 * cider({id: answers[id] for id in inside}, inside)[0]
-    return scores, {id: score / 10 for id, score in of_image.items()}
+    return scores, of_image
 
 
 def score_vqa(items, answers, rules):
     """-> ({metric: percent}, {question: 0 to 1}) by `rules`, and overall by the others."""
     of = {r: {i["id"]: vqa_accuracy(answers[i["id"]], i["references"], r) for i in items} for r in RULES}
     scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
-    return scores | {f"accuracy, {r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
+    return scores | {f"{r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
 
 
 def score_okvqa(items, answers, rules):
@@ -482,7 +482,7 @@ def score_okvqa(items, answers, rules):
         return scores | {"lemmatiser": None}, of_question
     lemmas = {id: lemmatise(answer) for id, answer in answers.items()}
     lemmatised, of_question = score_vqa(items, lemmas, rules)
-    plain = {f"plain {metric}": score for metric, score in scores.items()}
+    plain = {f"plain, {rules} rules": scores[f"{rules} rules"] for rules in RULES}
     return lemmatised | plain | {"lemmatiser": name}, of_question
 
 
@@ -490,31 +490,33 @@ def score_gqa(items, answers, rules):
     """-> ({metric: percent}, {question: 0 or 1}) by `rules`, and overall by the others."""
     of = {r: {i["id"]: gqa_match(answers[i["id"]], i["references"][0], r) for i in items} for r in RULES}
     scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
-    return scores | {f"accuracy, {r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
+    return scores | {f"{r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is read, scored and handed in. `files` are looked for in a folder."""
+    """How a benchmark is read, scored and handed in. `files` are looked for in a folder; published
+    scores are of `size` items."""
 
     title: str
     read: object
     score: object
     result: tuple  # names in its own result format: of the id, of the answer
+    size: int
     files: tuple
 
 
 VQA_FILES = ("OpenEnded_mscoco_val2014_questions.json",)
 BENCHMARKS = {
-    "coco": Benchmark("COCO", read_captions, score_captions, ("image_id", "caption"),
+    "coco": Benchmark("COCO", read_captions, score_captions, ("image_id", "caption"), 5000,
                       ("coco_karpathy_test.json", "coco_karpathy_test_gt.json", "dataset_coco.json")),
-    "nocaps": Benchmark("NoCaps", read_captions, score_captions, ("image_id", "caption"),
+    "nocaps": Benchmark("NoCaps", read_captions, score_captions, ("image_id", "caption"), 4500,
                         ("nocaps_val_4500_captions.json",)),
-    "vqav2": Benchmark("VQAv2", read_questions, score_vqa, ("question_id", "answer"),
+    "vqav2": Benchmark("VQAv2", read_questions, score_vqa, ("question_id", "answer"), 214354,
                        (f"v2_{VQA_FILES[0]}", "vqa_val_eval.json")),
-    "gqa": Benchmark("GQA", read_gqa, score_gqa, ("questionId", "prediction"),
+    "gqa": Benchmark("GQA", read_gqa, score_gqa, ("questionId", "prediction"), 12578,
                      ("testdev_balanced_questions.json",)),
-    "okvqa": Benchmark("OK-VQA", read_questions, score_okvqa, ("question_id", "answer"),
+    "okvqa": Benchmark("OK-VQA", read_questions, score_okvqa, ("question_id", "answer"), 5046,
                        (*VQA_FILES, "okvqa_val_eval.json")),
 }
 
@@ -682,44 +684,44 @@ def answer_task(task, model, tok, header, args, folder, processes):
 # --------------------------------------------------------------------------------------------- report
 
 
-def draw_sheet(file, cells, columns=2, side=160, width=560):
+def draw_sheet(file, cells, columns=2, side=140, width=560):
     """A picture of images with what was asked, answered, and said by people: cells [(image file,
-    lines)]."""
-    from PIL import Image, ImageDraw
+    [(text, colour)])]."""
+    from PIL import Image, ImageDraw, ImageOps
 
     import data
 
-    height = side + 24
+    height = side + 20
     sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(cells):
         x = i % columns * width + 8
         y = i // columns * height + 8
         try:
-            picture = data.load_image(image)
-            picture.thumbnail((side, side))
-            sheet.paste(picture, (x, y))
+            sheet.paste(ImageOps.contain(data.load_image(image), (side, side)), (x, y))
         except OSError:
             pen.rectangle((x, y, x + side, y + side), outline="red")
             pen.text((x + 4, y + 4), "cannot be read", fill="red")
-        wrapped = [part for line in lines for part in textwrap.wrap(line, 62)[:3]]
-        pen.text((x + side + 10, y), "\n".join(wrapped[:12]), fill="black", font_size=12, spacing=2)
+        x += side + 10
+        wrapped = [(part, colour) for text, colour in lines for part in textwrap.wrap(text, 66)[:2]]
+        for row, (text, colour) in enumerate(wrapped[:9]):
+            pen.text((x, y + 16 * row), text, fill=colour, font_size=12)
     sheet.save(file)
 
 
 def show(task, answers, of_item, count=8):
-    """[(image, lines)] of the worst answers and of as many drawn at random."""
+    """The worst answers and as many drawn at random, as cells of draw_sheet."""
     rng = random.Random(0)
     order = sorted(task.items, key=lambda item: (of_item[item["id"]], rng.random()))
+    drawn = rng.sample(task.items, min(count, len(task.items)))
     cells = []
-    for what, items in (("among the worst", order[:count]),
-                        ("drawn at random", rng.sample(task.items, min(count, len(task.items))))):
+    for what, items in (("among the worst", order[:count]), ("drawn at random", drawn)):
         for item in items:
-            references = Counter(item["references"]).most_common(5)
-            people = "; ".join(text if times == 1 else f"{text} x {times}" for text, times in references)
-            lines = [f"{what}, {100 * of_item[item['id']]:.0f} of 100"]
-            lines += [item["question"]] if item["question"] else []
-            lines += ["-> " + (answers[item["id"]] or "(no answer)"), people]
+            lines = [(f"{what}: score {100 * of_item[item['id']]:.0f}", "gray")]
+            lines += [(item["question"], "black")] if item["question"] else []
+            lines.append((answers[item["id"]] or "(no answer)", "blue"))
+            for text, times in Counter(item["references"]).most_common(5):
+                lines.append((text if times == 1 else f"{text}  ({times} people)", "darkgreen"))
             cells.append((item["image"], lines))
     return cells
 
@@ -737,8 +739,11 @@ def score_task(task, rows, args, folder):
     strangers = len(rows.keys() - answers.keys())
     counts = {"items": len(answers), "images": len({item["image"] for item in task.items}),
               "empty answers": sum(not answer for answer in answers.values()) - len(unread)}
-    notes = [f"{len(places):,} left out: {problem}, such as {places[0]}"
-             for problem, places in task.left_out.items()]
+    notes = []
+    if len(answers) != benchmark.size:
+        notes.append(f"published scores are of {benchmark.size:,} items: these compare with no others")
+    for problem, places in task.left_out.items():
+        notes.append(f"{len(places):,} left out: {problem}, such as {places[0]}")
     if unread:
         notes.append(f"{len(unread):,} scored as no answer, since their images cannot be read, such as "
                      f"{next(iter(unread.values()))}")
@@ -905,8 +910,8 @@ def evaluate(args, processes):
             write_json(folder / "scores.json", settings | {"benchmarks": results})
             processes.say("\n" + "\n".join(table(args.model, results)))
             if args.limit:
-                processes.say(f"With --limit {args.limit} these scores compare with no others: what is "
-                              "rare, for CIDEr, is read off the images at hand.")
+                processes.say(f"With --limit {args.limit} this is a look, and no score: CIDEr reads what is "
+                              "rare off the images at hand.")
             processes.say(f"Answers, scores and pictures are in {folder}/")
     return results
 

@@ -20,9 +20,11 @@ DOMAINS = {"alone": "in-domain", "beside": "near-domain", "above": "out-domain"}
 def ask(scene, rng):
     """-> [(question, its answer, what else people may say, answer type, what GQA calls it)]"""
     objects = scene["objects"]
-    colour, shape = objects[0]["colour"], objects[0]["shape"]
+    colour = objects[0]["colour"]
+    shape = objects[0]["shape"]
+    ground = scene["background"]
     asked = [("How many shapes are there?", str(len(objects)), [], "number", "query"),
-             ("What color is the background?", scene["background"], BACKGROUNDS[scene["background"]], "other", "query")]
+             ("What color is the background?", ground, BACKGROUNDS[ground], "other", "query")]
     if len({o["shape"] for o in objects}) == len(objects):
         asked.append((f"What color is the {shape}?", colour, COLOURS[colour], "other", "query"))
     if len({o["colour"] for o in objects}) == len(objects):
@@ -48,39 +50,61 @@ def write_json(file, content):
 def write_benchmarks(folder, scenes=100, seed=1):
     """Writes images, captions and questions of so many scenes into a folder."""
     rng = random.Random(seed)
-    coco = []
-    images, captions = [], []
-    questions, annotations, gqa = [], [], {}
-    known, known_annotations = [], []
-    for i in range(scenes):
-        scene = random_scene(rng)
+    drawn = [random_scene(rng) for _ in range(scenes)]
+    write_images(folder, drawn)
+    write_captions(folder, drawn, rng)
+    write_questions(folder, drawn, rng)
+
+
+IMAGES = {"coco": "val2014/COCO_val2014_{:012d}.jpg", "nocaps": "val/{:016x}.jpg", "gqa": "images/n{}.jpg"}
+
+
+def write_images(folder, scenes):
+    for i, scene in enumerate(scenes):
         picture = Image.fromarray(render(scene)[0])
-        for name in (f"coco/val2014/COCO_val2014_{i:012d}.jpg", f"nocaps/val/{i:016x}.jpg", f"gqa/images/n{i}.jpg"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / name, quality=95)
+        for benchmark, name in IMAGES.items():
+            file = folder / benchmark / name.format(i)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file, quality=95)
+
+
+def write_captions(folder, scenes, rng):
+    """Five captions of each scene, for COCO as LAVIS lists them, for NoCaps in COCO's layout."""
+    coco = []
+    images = []
+    captions = []
+    for i, scene in enumerate(scenes):
         texts = [caption(scene, rng).capitalize() + "." for _ in range(5)]
-        coco.append({"image": f"val2014/COCO_val2014_{i:012d}.jpg", "caption": texts})
+        coco.append({"image": IMAGES["coco"].format(i), "caption": texts})
         images.append({"id": i, "file_name": f"{i:016x}.jpg", "domain": DOMAINS[scene["arrangement"]]})
-        captions += [{"id": len(captions) + n, "image_id": i, "caption": text} for n, text in enumerate(texts)]
-        for n, (question, answer, others, kind, structural) in enumerate(ask(scene, rng)):
-            row = {"question_id": 1000 * i + n, "image_id": i}
-            questions.append(row | {"question": question})
-            answers = ten_answers(answer, others, rng)
-            annotations.append(row | {"question_type": question[:8].lower(), "answer_type": kind,
-                                      "multiple_choice_answer": answer, "answers": answers})
-            gqa[f"{i:05d}{n:03d}"] = {"imageId": f"n{i}", "question": question, "answer": answer,
-                                      "types": {"structural": structural}}
-            if kind == "other":  # five people, each twice
-                twice = [answers[k // 2 * 2] | {"raw_answer": answers[k // 2 * 2]["answer"]} for k in range(10)]
-                known.append(questions[-1])
-                known_annotations.append(annotations[-1] | {"answers": twice})
+        captions += [{"id": len(captions) + n, "image_id": i, "caption": c} for n, c in enumerate(texts)]
     write_json(folder / "coco/annotations/coco_karpathy_test.json", coco)
     write_json(folder / "nocaps/nocaps_val_4500_captions.json", {"images": images, "annotations": captions})
-    name = "OpenEnded_mscoco_val2014_questions.json"
-    write_json(folder / f"vqav2/v2_{name}", {"questions": questions})
-    write_json(folder / "vqav2/v2_mscoco_val2014_annotations.json", {"annotations": annotations})
-    write_json(folder / f"okvqa/{name}", {"questions": known})
-    write_json(folder / "okvqa/mscoco_val2014_annotations.json", {"annotations": known_annotations})
+
+
+def write_questions(folder, scenes, rng):
+    """Questions with ten answers for VQAv2; the same with one answer for GQA; those of its "other"
+    kind for OK-VQA, where each of five people counts twice."""
+    vqav2 = []
+    okvqa = []
+    gqa = {}
+    for i, scene in enumerate(scenes):
+        for n, (question, answer, others, kind, structural) in enumerate(ask(scene, rng)):
+            answers = ten_answers(answer, others, rng)
+            row = {"question_id": 1000 * i + n, "image_id": i, "question": question, "answer_type": kind,
+                   "multiple_choice_answer": answer, "answers": answers}
+            vqav2.append(row)
+            gqa[f"{i:05d}{n:03d}"] = {"imageId": f"n{i}", "question": question, "answer": answer,
+                                      "types": {"structural": structural}}
+            if kind == "other":
+                people = [given | {"raw_answer": given["answer"]} for given in answers[::2]]
+                okvqa.append(row | {"answers": [p for p in people for _ in range(2)]})
+    name = "mscoco_val2014"
+    for benchmark, start, rows in (("vqav2", "v2_", vqav2), ("okvqa", "", okvqa)):
+        questions = [{key: row[key] for key in ("question_id", "image_id", "question")} for row in rows]
+        answered = [{key: row[key] for key in row if key != "question"} for row in rows]
+        write_json(folder / f"{benchmark}/{start}OpenEnded_{name}_questions.json", {"questions": questions})
+        write_json(folder / f"{benchmark}/{start}{name}_annotations.json", {"annotations": answered})
     write_json(folder / "gqa/testdev_balanced_questions.json", gqa)
 
 

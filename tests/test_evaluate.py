@@ -7,15 +7,23 @@ import math
 import random
 import re
 import shutil
+import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import data
 import evaluate
+import hub
 import llm as language_models
+import transfer
+import vpgtrans
+from demo.questions import write_benchmarks
 from evaluate import bleu4, cider, gqa_match, normalise_answer, ptb_tokens, vqa_accuracy
 
 HERE = Path(__file__).parent
@@ -161,6 +169,7 @@ def test_cider_and_bleu_are_pycocoevalcaps(images, references):
     assert bleu4(candidates, texts, str.split) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_cider_of_cocos_test_set_takes_seconds():
     candidates, references = random_captions(5000, 5, longest=21)  # COCO's have 10.5 words
     began = time.process_time()
@@ -319,8 +328,9 @@ def search(scores, beams, steps, penalty, stop, prompt_lengths, least=0):
     rows = len(prompt_lengths)
     lengths = None if prompt_lengths[0] is None else torch.tensor(prompt_lengths)
     first = chain.step(torch.zeros(rows, 1, dtype=torch.long), None)
-    ids = language_models.beam_search(chain, first, NoCache(), steps, least, beams, penalty, [(stop,)], lengths)
-    return [language_models.without_end([i for i in row if i >= 0], [(stop,)]) for row in ids.tolist()]
+    ends = [(stop,)]
+    ids = language_models.beam_search(chain, first, NoCache(), steps, least, beams, penalty, ends, lengths)
+    return [language_models.without_end([i for i in row if i >= 0], ends) for row in ids.tolist()]
 
 
 def search_as_4_28(scores, beams, steps, penalty, stop, prompt, least=0):
@@ -386,3 +396,409 @@ def test_beam_search_that_counts_the_prompt_is_that_of_transformers_4_28(penalty
         assert found == [search_as_4_28(scores, beams, 5, penalty, 1, p, least) for p in prompts]
         differ += found != search(scores, beams, 5, penalty, 1, [None] * 3, least)
     assert differ == 0 if penalty == 0 else differ > 0
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory):
+    """The five benchmarks' files, of twelve scenes."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder, scenes=12)
+    return folder
+
+
+def score(world, out, *specs, **options):
+    """Runs the command on the tiny BLIP-2 in float32 -> {benchmark: result}."""
+    arguments = ["--model", str(world[0]), "--out", str(out), "--precision", "fp32", *map(str, specs)]
+    for name, value in options.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    return evaluate.main(arguments)
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_all_that_lies_under_datasets_is_scored(world, benchmarks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VPGTRANS_DATA", str(benchmarks))
+    score(world, tmp_path)
+    folder = tmp_path / "evaluation"
+    said = capsys.readouterr().out
+    assert "COCO" in said and "BLIP-2 OPT-6.7B" in said and "compare with no others" in said
+    scores = json.loads((folder / "scores.json").read_text())
+    assert list(scores["benchmarks"]) == list(evaluate.BENCHMARKS)
+    captions = {"image_id", "caption"}
+    answers = {"question_id", "answer"}
+    formats = {"coco": captions, "nocaps": captions, "vqav2": answers, "okvqa": answers,
+               "gqa": {"questionId", "prediction"}}
+    for name, keys in formats.items():
+        result = json.loads((folder / f"{name}.json").read_text())
+        assert len(result) == scores["benchmarks"][name]["items"] and set(result[0]) == keys
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.width > 1000
+    assert {"in-domain", "near-domain", "out-domain"} == {
+        name.removeprefix("CIDEr, ") for name in scores["benchmarks"]["nocaps"]["scores"] if "domain" in name}
+    assert {"yes/no", "number", "other"} < scores["benchmarks"]["vqav2"]["scores"].keys()
+    assert {"query", "verify"} < scores["benchmarks"]["gqa"]["scores"].keys()
+
+
+def test_the_result_file_is_what_pycocoevalcap_scores_alike(world, benchmarks, tmp_path):
+    """The headline is CIDEr of the written captions beside the file's, whatever happened in between."""
+    scores = score(world, tmp_path, f"coco={benchmarks / 'coco'}")["coco"]["scores"]
+    rows = json.loads((tmp_path / "evaluation" / "coco.json").read_text())
+    listed = json.loads((benchmarks / "coco/annotations/coco_karpathy_test.json").read_text())
+    references = {i: [" ".join(ptb_tokens(text)) for text in row["caption"]] for i, row in enumerate(listed)}
+    results = {row["image_id"]: [" ".join(ptb_tokens(row["caption"]))] for row in rows}
+    theirs = importlib.import_module("pycocoevalcap.cider.cider").Cider()
+    assert scores["CIDEr"] == pytest.approx(100 * theirs.compute_score(references, results)[0], abs=1e-7)
+
+
+def test_each_answer_is_the_models_to_that_question_alone(world, benchmarks, tmp_path):
+    """Whatever its batch: the same as transfer.answer gives for one image and the papers' prompt."""
+    score(world, tmp_path / "a", f"vqav2={benchmarks / 'vqav2'}", batch_size=5)
+    score(world, tmp_path / "b", f"vqav2={benchmarks / 'vqav2'}", batch_size=64)
+    found = (tmp_path / "a/evaluation/vqav2.json").read_text()
+    assert found == (tmp_path / "b/evaluation/vqav2.json").read_text()
+    answers = {row["question_id"]: row["answer"] for row in json.loads(found)}
+    assert len(set(answers.values())) > 3
+    model, tok = transfer.load_model(str(world[0]), torch.float32)
+    options = dict(num_beams=5, max_new_tokens=10, length_penalty=-1.0, length_penalty_counts="prompt")
+    asked = json.loads((benchmarks / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    for row in asked["questions"][::7]:
+        file = benchmarks / "coco/val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg"
+        prompt = f"Question: {row['question'].lower()} Answer:"
+        alone = transfer.answer(model, tok, data.read_image(file, 28)[None], prompt, **options)
+        assert [answers[row["question_id"]]] == alone
+
+
+def test_questions_are_asked_as_the_papers_ask_them():
+    assert evaluate.clean_question('What\'s "this"; (No. 5)?  ') == "what's this no 5?"
+    assert evaluate.clean_question("a well-known man, red?") == "a well-known man, red?"
+    assert evaluate.clean_question("word " * 60) == " ".join(["word"] * 50)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The number of images that went through ViT and Q-Former, and of prompts answered."""
+    counts = Counter()
+    see = vpgtrans.VisualLLM.see
+    generate = vpgtrans.VisualLLM.generate
+
+    def counting_see(self, images):
+        counts["images"] += len(images)
+        return see(self, images)
+
+    def counting_generate(self, prompt_ids, **options):
+        counts["prompts"] += len(prompt_ids)
+        return generate(self, prompt_ids, **options)
+
+    monkeypatch.setattr(vpgtrans.VisualLLM, "see", counting_see)
+    monkeypatch.setattr(vpgtrans.VisualLLM, "generate", counting_generate)
+    return counts
+
+
+def test_an_image_is_seen_once_whatever_the_number_of_its_questions(world, benchmarks, tmp_path, seen):
+    result = score(world, tmp_path, f"gqa={benchmarks / 'gqa'}", batch_size=5)["gqa"]
+    assert seen == {"images": 12, "prompts": result["items"]} and result["items"] > 40
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": 300', b'{"id": 3001, "answer": "re'])
+def test_a_killed_run_goes_on_and_asks_nothing_twice(world, benchmarks, tmp_path, seen, torn):
+    spec = f"vqav2={benchmarks / 'vqav2'}"
+    whole = score(world, tmp_path / "whole", spec)["vqav2"]
+    file = tmp_path / "whole/evaluation/answers/vqav2.0.jsonl"
+    killed = tmp_path / "killed/evaluation/answers/vqav2.0.jsonl"
+    killed.parent.mkdir(parents=True)
+    kept = file.read_bytes().splitlines(keepends=True)[:21]
+    killed.write_bytes(b"".join(kept) + torn)
+    seen.clear()
+    assert score(world, tmp_path / "killed", spec)["vqav2"] == whole
+    assert seen["prompts"] == whole["items"] - 20
+    ids = [row["id"] for row in lines(killed)[1:]]
+    assert len(ids) == len(set(ids)) == whole["items"]
+    seen.clear()
+    assert score(world, tmp_path / "killed", spec)["vqav2"] == whole and not seen
+
+
+@pytest.mark.parametrize("change", [{"num_beams": 2}, {"length_penalty_counts": "new"}, {"precision": "bf16"},
+                                    {"question_prompt": "Q: {} A:"}])
+def test_answers_to_something_else_are_refused(world, benchmarks, tmp_path, capsys, change):
+    spec = f"gqa={benchmarks / 'gqa'}"
+    score(world, tmp_path, spec)
+    before = (tmp_path / "evaluation/answers/gqa.0.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        score(world, tmp_path, spec, **change)
+    key = "prompt" if "question_prompt" in change else next(iter(change))
+    assert f"holds answers with {key} = " in capsys.readouterr().err
+    assert (tmp_path / "evaluation/answers/gqa.0.jsonl").read_bytes() == before
+
+
+def test_another_models_answers_are_refused(world, benchmarks, tmp_path, capsys, monkeypatch):
+    spec = f"coco={benchmarks / 'coco'}"
+    score(world, tmp_path, spec)
+    monkeypatch.setattr(hub, "fingerprint", lambda tensors: "trained on")
+    with pytest.raises(SystemExit):
+        score(world, tmp_path, spec)
+    assert "holds answers with fingerprint = " in capsys.readouterr().err
+
+
+def test_a_missing_image_is_named_scored_as_no_answer_and_found_later(world, benchmarks, tmp_path):
+    files = shutil.copytree(benchmarks / "coco", tmp_path / "coco")
+    image = files / "val2014/COCO_val2014_000000000003.jpg"
+    image.rename(tmp_path / "elsewhere.jpg")
+    first = score(world, tmp_path, f"coco={files}")["coco"]
+    note = first["notes"][-1]
+    assert first["items"] == 12
+    assert note.startswith("1 scored as no answer") and "000000000003.jpg" in note
+    rows = json.loads((tmp_path / "evaluation/coco.json").read_text())
+    assert [row["image_id"] for row in rows if not row["caption"]] == [3]
+    (tmp_path / "elsewhere.jpg").rename(image)
+    again = score(world, tmp_path, f"coco={files}")["coco"]["scores"]
+    assert again != first["scores"]
+    assert again == score(world, tmp_path / "whole", f"coco={files}")["coco"]["scores"]
+
+
+def test_limit_is_a_look_in_a_folder_of_its_own(world, benchmarks, tmp_path, capsys):
+    result = score(world, tmp_path, f"gqa={benchmarks / 'gqa'}", limit=7)["gqa"]
+    assert result["items"] == 7 and not (tmp_path / "evaluation").exists()
+    assert "With --limit 7 this is a look, and no score" in capsys.readouterr().out
+    assert json.loads((tmp_path / "evaluation-limit-7/scores.json").read_text())["limit"] == 7
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images_and_nothing_comes_twice(world, benchmarks, tmp_path):
+    specs = [f"{name}={benchmarks / name}" for name in ("coco", "vqav2")]
+    alone = score(world, tmp_path / "alone", *specs)
+    arguments = ["--model", str(world[0]), "--out", str(tmp_path), "--precision", "fp32", *specs]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run([*torchrun, "evaluate.py", *arguments], cwd=HERE.parent, capture_output=True,
+                         text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    folder = tmp_path / "evaluation"
+    assert json.loads((folder / "scores.json").read_text())["benchmarks"] == alone
+    shares = [lines(folder / f"answers/vqav2.{rank}.jsonl")[1:] for rank in (0, 1)]
+    assert min(map(len, shares)) > 20 and sum(map(len, shares)) == alone["vqav2"]["items"]
+    assert len({row["id"] for share in shares for row in share}) == alone["vqav2"]["items"]
+
+
+@pytest.mark.slow
+def test_the_file_alone_scores_without_a_framework(tmp_path):
+    shutil.copy(evaluate.__file__, tmp_path)
+    program = ("import sys, evaluate; print(evaluate.vqa_accuracy('two', ['2'] * 9 + ['3']));"
+               "print(sorted({'torch', 'numpy', 'PIL', 'data'} & sys.modules.keys()))")
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == "1.0\n[]\n"
+
+
+# ------------------------------------------------------------------- files as they are downloaded
+
+
+def save(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return file
+
+
+def picture(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(file)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Two pictures under the names of COCO, Visual Genome and Open Images."""
+    for id in (42, 73):
+        picture(tmp_path / f"val2014/COCO_val2014_{id:012d}.jpg")
+        picture(tmp_path / f"images/n{id}.jpg")
+        picture(tmp_path / f"val/{id:016x}.jpg")
+    return tmp_path
+
+
+def ten(*answers):
+    """Ten people's answers as VQA's annotations have them: the last one given fills up."""
+    said = [*answers, *[answers[-1]] * (10 - len(answers))]
+    return [{"answer": text, "answer_confidence": "maybe", "answer_id": i + 1} for i, text in enumerate(said)]
+
+
+def short(task):
+    return [(i["id"], Path(i["image"]).name, i["question"], i["references"], i["group"]) for i in task.items]
+
+
+COCO_42 = "COCO_val2014_000000000042.jpg"
+COCO_73 = "COCO_val2014_000000000073.jpg"
+PETS = [(42, COCO_42, None, ["A cat.", "One cat"], None), (73, COCO_73, None, ["A dog.", "One dog"], None)]
+CAPTIONS = [{"image_id": 42, "id": 1, "caption": "A cat."}, {"image_id": 73, "id": 2, "caption": "A dog."},
+            {"image_id": 42, "id": 3, "caption": "One cat"}, {"image_id": 73, "id": 4, "caption": "One dog"}]
+LAVIS_COCO = [{"image": f"val2014/{COCO_42}", "caption": ["A cat.", "One cat"]},
+              {"image": f"val2014/{COCO_73}", "caption": ["A dog.", "One dog"]}]
+KARPATHY = {"dataset": "coco", "images": [
+    {"filepath": "val2014", "sentids": [1, 3], "filename": COCO_42, "imgid": 0, "split": "test", "cocoid": 42,
+     "sentences": [{"tokens": ["a", "cat"], "raw": "A cat.", "imgid": 0, "sentid": 1}, {"raw": "One cat"}]},
+    {"filepath": "train2014", "filename": "x.jpg", "split": "train", "cocoid": 5, "sentences": [{"raw": "A bird"}]},
+    {"filepath": "val2014", "filename": COCO_73, "imgid": 1, "split": "test", "cocoid": 73,
+     "sentences": [{"raw": "A dog."}, {"raw": "One dog"}]}]}
+
+
+@pytest.mark.parametrize("name, content", [
+    ("coco_karpathy_test.json", LAVIS_COCO),
+    ("coco_karpathy_test_gt.json", {"images": [{"id": 42}, {"id": 73}], "annotations": CAPTIONS}),
+    ("dataset_coco.json", KARPATHY),
+    ("captions_val2014.json", {"info": {}, "annotations": CAPTIONS, "images": [
+        {"id": 42, "file_name": COCO_42, "license": 1}, {"id": 73, "file_name": COCO_73, "license": 1}]}),
+])
+def test_cocos_captions_are_read_as_they_are_downloaded(disk, name, content):
+    file = save(disk / "annotations" / name, content)
+    task = evaluate.read_task("coco", str(file))
+    assert short(task) == PETS and not task.left_out
+    assert all(Path(item["image"]).is_file() for item in task.items)
+
+
+def test_nocaps_is_read_with_its_domains(disk):
+    images = [{"id": 0, "file_name": f"{42:016x}.jpg", "open_images_id": f"{42:016x}", "domain": "in-domain"},
+              {"id": 1, "file_name": f"{73:016x}.jpg", "open_images_id": f"{73:016x}", "domain": "out-domain"}]
+    captions = [{"id": i, "image_id": i % 2, "caption": f"caption {i}"} for i in range(20)]
+    file = save(disk / "nocaps_val_4500_captions.json", {"images": images, "annotations": captions})
+    task = evaluate.read_task("nocaps", str(file))
+    assert [(i["id"], i["group"], len(i["references"])) for i in task.items] == [
+        (0, "in-domain", 10), (1, "out-domain", 10)]
+
+
+QUESTIONS = {"info": {}, "data_subtype": "val2014", "questions": [
+    {"image_id": 42, "question": "What is it?", "question_id": 42000},
+    {"image_id": 73, "question": "Is it a cat?", "question_id": 73000}]}
+ANNOTATIONS = {"info": {}, "annotations": [
+    {"question_id": 73000, "image_id": 73, "question_type": "is it", "answer_type": "yes/no",
+     "multiple_choice_answer": "no", "answers": ten("yes", "no")},
+    {"question_id": 42000, "image_id": 42, "question_type": "what is", "answer_type": "other",
+     "multiple_choice_answer": "cat", "answers": ten("cat")}]}
+ASKED = [(42000, COCO_42, "What is it?", ["cat"] * 10, "other"),
+         (73000, COCO_73, "Is it a cat?", ["yes"] + ["no"] * 9, "yes/no")]
+
+
+@pytest.mark.parametrize("benchmark, start", [("vqav2", "v2_"), ("okvqa", "")])
+def test_questions_are_read_with_the_annotations_beside_them(disk, benchmark, start):
+    questions = save(disk / f"{start}OpenEnded_mscoco_val2014_questions.json", QUESTIONS)
+    annotations = save(disk / f"{start}mscoco_val2014_annotations.json", ANNOTATIONS)
+    for spec in (questions, disk, f"{questions},{annotations}", f"{questions}@{disk / 'val2014'}"):
+        task = evaluate.read_task(benchmark, str(spec))
+        assert short(task) == ASKED and not task.left_out
+
+
+def test_laviss_joined_questions_are_read(disk):
+    rows = [{"question_id": id, "question": question, "answer": answers, "image": f"val2014/{image}", "dataset": "vqa"}
+            for id, image, question, answers, _ in ASKED]
+    file = save(disk / "vqa_val_eval.json", rows)
+    assert short(evaluate.read_task("vqav2", str(file))) == [(*row[:4], None) for row in ASKED]
+
+
+@pytest.mark.parametrize("lavis", [False, True])
+def test_gqa_is_read_with_structural_types(disk, lavis):
+    rows = {"2010": {"semantic": [], "imageId": "n42", "question": "What is it?", "answer": "cat", "isBalanced": True,
+                     "types": {"detailed": "categoryThis", "semantic": "cat", "structural": "query"}},
+            "2011": {"imageId": "n73", "question": "Is it a cat?", "answer": "no", "types": {"structural": "verify"}}}
+    expected = [("2010", "n42.jpg", "What is it?", ["cat"], "query"),
+                ("2011", "n73.jpg", "Is it a cat?", ["no"], "verify")]
+    if lavis:
+        rows = [{"image": f"{row['imageId']}.jpg", "question": row["question"], "question_id": id,
+                 "answer": row["answer"]} for id, row in rows.items()]
+        expected = [(*row[:4], None) for row in expected]
+    file = save(disk / "testdev_balanced_questions.json", rows)
+    assert short(evaluate.read_task("gqa", str(file))) == expected
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+def edited(content, edit):
+    content = json.loads(json.dumps(content))
+    edit(content)
+    return content
+
+
+@pytest.mark.parametrize("questions, annotations, left, problem", [
+    (QUESTIONS, edited(ANNOTATIONS, lambda a: a["annotations"].pop()), 73000, "without a reference"),
+    (edited(QUESTIONS, lambda q: q["questions"].pop()), ANNOTATIONS, 42000, "another split"),
+    (edited(QUESTIONS, lambda q: q["questions"].append(q["questions"][0])), ANNOTATIONS, 42000, "second time"),
+    (QUESTIONS, edited(ANNOTATIONS, lambda a: a["annotations"][0]["answers"].pop()), 42000, "other than ten"),
+    (QUESTIONS, edited(ANNOTATIONS, lambda a: a["annotations"][0].update(answers=ten(""))), 42000, "without a ref"),
+])
+def test_questions_that_cannot_be_scored_are_left_out_and_named(disk, questions, annotations, left, problem):
+    file = save(disk / "OpenEnded_mscoco_val2014_questions.json", questions)
+    save(disk / "mscoco_val2014_annotations.json", annotations)
+    for name in ("vqav2", "okvqa"):
+        task = evaluate.read_task(name, str(file))
+        ((what, places),) = task.left_out.items()
+        assert problem in what and places == [42000 + 73000 - left if "split" in what else places[0]]
+        assert left in [item["id"] for item in task.items]
+
+
+def test_captions_of_images_that_are_not_listed_are_named(disk):
+    content = {"images": [{"id": 42}], "annotations": CAPTIONS}
+    task = evaluate.read_task("coco", str(save(disk / "coco_karpathy_test_gt.json", content)))
+    assert task.left_out == {"captions of an image that is not listed": [73]} and len(task.items) == 1
+
+
+TEST_SPLIT = edited(ANNOTATIONS, lambda a: a.update(annotations=[]))
+
+
+@pytest.mark.parametrize("name, files, complaint", [
+    ("vqav2", {"v2_OpenEnded_mscoco_test2015_questions.json": QUESTIONS},
+     "no v2_mscoco_test2015_annotations.json beside it, which has the answers"),
+    ("vqav2", {"OpenEnded_mscoco_val2014_questions.json": QUESTIONS, "mscoco_val2014_annotations.json": TEST_SPLIT},
+     r"nothing to score \(2 without a reference\)"),
+    ("coco", {"coco_karpathy_test.json": [{"image": f"val2014/{COCO_42}", "caption": []}]},
+     r"nothing to score \(1 without a reference\)"),
+    ("coco", {"coco_karpathy_test.json": []}, r"nothing to score \(it is empty\)"),
+    ("coco", {"coco_karpathy_test.json": "[{"}, "damaged, or not JSON"),
+    ("coco", {"coco_karpathy_test.json": [{"file": "x.jpg"}]}, "is not laid out as COCO is: KeyError"),
+    ("gqa", {"testdev_balanced_questions.json": {"1": {"question": "What?"}}}, "is not laid out as GQA is"),
+    ("okvqa", {"OpenEnded_mscoco_val2014_questions.json": ANNOTATIONS}, "holds no questions but info, annotations"),
+    ("coco", {"coco_karpathy_test.json": edited(LAVIS_COCO, lambda rows: [row.update(image="gone.jpg") for row in rows])},
+     "say where they are: .*coco_karpathy_test.json@FOLDER"),
+])
+def test_what_cannot_be_scored_is_refused(disk, name, files, complaint):
+    saved = [save(disk / file, content) for file, content in files.items()]
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        evaluate.read_task(name, str(saved[0]))
+
+
+@pytest.mark.parametrize("specs, complaint", [
+    (["cocoa=file.json"], "does not read NAME=FILE"),
+    (["file.json"], "does not read NAME=FILE"),
+    (["coco=nowhere.json"], "coco=nowhere.json: there is no such file"),
+    (["coco={folder}"], "holds none of coco_karpathy_test.json"),
+    ([], "no benchmark: name one"),
+])
+def test_benchmarks_that_are_not_there_are_named(world, tmp_path, monkeypatch, capsys, specs, complaint):
+    monkeypatch.setenv("VPGTRANS_DATA", str(tmp_path / "nothing"))
+    with pytest.raises(SystemExit) as stop:
+        score(world, tmp_path / "out", *[spec.format(folder=tmp_path) for spec in specs])
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, complaint", [
+    ({"limit": 0}, "--limit must be at least 1"), ({"batch_size": 0}, "--batch-size must be at least 1"),
+    ({"question_prompt": "What?"}, "must have {} in the question's place")])
+def test_options_that_make_no_sense_are_refused(world, tmp_path, capsys, options, complaint):
+    with pytest.raises(SystemExit):
+        score(world, tmp_path, **options)
+    assert complaint in capsys.readouterr().err
+
+
+def test_empty_answers_and_answers_to_nothing_are_counted(world, benchmarks, tmp_path, monkeypatch):
+    monkeypatch.setattr(vpgtrans.VisualLLM, "generate", lambda self, ids, **_: [[]] * len(ids))
+    spec = f"coco={benchmarks / 'coco'}"
+    result = score(world, tmp_path, spec)["coco"]
+    assert result["scores"]["CIDEr"] == 0 and "12 answers are empty" in result["notes"]
+    file = tmp_path / "evaluation/answers/coco.0.jsonl"
+    file.write_text(file.read_text() + '{"id": 999, "answer": "a cat"}\n')
+    assert "1 answers are to none of these items, and not scored" in score(world, tmp_path, spec)["coco"]["notes"]
+
+
+def test_a_damaged_file_of_answers_is_named(world, benchmarks, tmp_path, capsys):
+    file = save(tmp_path / "evaluation/answers/coco.0.jsonl", "{broken}\n{}\n")
+    with pytest.raises(SystemExit):
+        score(world, tmp_path, f"coco={benchmarks / 'coco'}")
+    assert f"{file}: damaged" in capsys.readouterr().err
