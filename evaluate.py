@@ -353,7 +353,10 @@ def read_questions(task, files):
     if "questions" not in rows:
         raise ValueError(f"{files[0]}: holds no questions but {', '.join(list(rows)[:5])}")
     annotated = read_json(files[1] if len(files) > 1 else annotations_beside(files[0]))
-    answers = {row["question_id"]: row for row in annotated["annotations"]}
+    answers = {}
+    for row in annotated["annotations"]:
+        if answers.setdefault(row["question_id"], row) is not row:
+            task.leave_out("answers to one question for the second time", row["question_id"])
     for row in rows["questions"]:
         answer = answers.pop(row["question_id"], {})
         texts = [given["answer"] for given in answer.get("answers", [])]
@@ -421,7 +424,7 @@ def read_task(name, spec):
             task.leave_out("an id for the second time", row["id"])
         elif not texts or not any(texts):
             task.leave_out("without a reference", row["id"])
-        elif benchmark.score is score_vqa and len(texts) != 10:
+        elif benchmark.read is read_questions and len(texts) != 10:
             task.leave_out("with other than ten answers", row["id"])
         else:
             task.items.append({"question": None, "group": None} | row)

@@ -636,7 +636,8 @@ LAVIS_COCO = [{"image": f"val2014/{COCO_42}", "caption": ["A cat.", "One cat"]},
 KARPATHY = {"dataset": "coco", "images": [
     {"filepath": "val2014", "sentids": [1, 3], "filename": COCO_42, "imgid": 0, "split": "test", "cocoid": 42,
      "sentences": [{"tokens": ["a", "cat"], "raw": "A cat.", "imgid": 0, "sentid": 1}, {"raw": "One cat"}]},
-    {"filepath": "train2014", "filename": "x.jpg", "split": "train", "cocoid": 5, "sentences": [{"raw": "A bird"}]},
+    {"filepath": "train2014", "filename": "x.jpg", "imgid": 2, "split": "train", "cocoid": 5,
+     "sentences": [{"raw": "A bird"}]},
     {"filepath": "val2014", "filename": COCO_73, "imgid": 1, "split": "test", "cocoid": 73,
      "sentences": [{"raw": "A dog."}, {"raw": "One dog"}]}]}
 
@@ -656,8 +657,9 @@ def test_cocos_captions_are_read_as_they_are_downloaded(disk, name, content):
 
 
 def test_nocaps_is_read_with_its_domains(disk):
-    images = [{"id": 0, "file_name": f"{42:016x}.jpg", "open_images_id": f"{42:016x}", "domain": "in-domain"},
-              {"id": 1, "file_name": f"{73:016x}.jpg", "open_images_id": f"{73:016x}", "domain": "out-domain"}]
+    first, second = f"{42:016x}", f"{73:016x}"
+    images = [{"id": 0, "file_name": f"{first}.jpg", "open_images_id": first, "domain": "in-domain"},
+              {"id": 1, "file_name": f"{second}.jpg", "open_images_id": second, "domain": "out-domain"}]
     captions = [{"id": i, "image_id": i % 2, "caption": f"caption {i}"} for i in range(20)]
     file = save(disk / "nocaps_val_4500_captions.json", {"images": images, "annotations": captions})
     task = evaluate.read_task("nocaps", str(file))
@@ -687,17 +689,18 @@ def test_questions_are_read_with_the_annotations_beside_them(disk, benchmark, st
 
 
 def test_laviss_joined_questions_are_read(disk):
-    rows = [{"question_id": id, "question": question, "answer": answers, "image": f"val2014/{image}", "dataset": "vqa"}
-            for id, image, question, answers, _ in ASKED]
+    rows = [{"question_id": id, "question": question, "answer": answers, "image": f"val2014/{image}",
+             "dataset": "vqa"} for id, image, question, answers, _ in ASKED]
     file = save(disk / "vqa_val_eval.json", rows)
     assert short(evaluate.read_task("vqav2", str(file))) == [(*row[:4], None) for row in ASKED]
 
 
 @pytest.mark.parametrize("lavis", [False, True])
 def test_gqa_is_read_with_structural_types(disk, lavis):
-    rows = {"2010": {"semantic": [], "imageId": "n42", "question": "What is it?", "answer": "cat", "isBalanced": True,
+    rows = {"2010": {"semantic": [], "imageId": "n42", "question": "What is it?", "answer": "cat",
                      "types": {"detailed": "categoryThis", "semantic": "cat", "structural": "query"}},
-            "2011": {"imageId": "n73", "question": "Is it a cat?", "answer": "no", "types": {"structural": "verify"}}}
+            "2011": {"imageId": "n73", "question": "Is it a cat?", "answer": "no", "isBalanced": True,
+                     "types": {"structural": "verify"}}}
     expected = [("2010", "n42.jpg", "What is it?", ["cat"], "query"),
                 ("2011", "n73.jpg", "Is it a cat?", ["no"], "verify")]
     if lavis:
@@ -717,21 +720,37 @@ def edited(content, edit):
     return content
 
 
-@pytest.mark.parametrize("questions, annotations, left, problem", [
-    (QUESTIONS, edited(ANNOTATIONS, lambda a: a["annotations"].pop()), 73000, "without a reference"),
-    (edited(QUESTIONS, lambda q: q["questions"].pop()), ANNOTATIONS, 42000, "another split"),
-    (edited(QUESTIONS, lambda q: q["questions"].append(q["questions"][0])), ANNOTATIONS, 42000, "second time"),
-    (QUESTIONS, edited(ANNOTATIONS, lambda a: a["annotations"][0]["answers"].pop()), 42000, "other than ten"),
-    (QUESTIONS, edited(ANNOTATIONS, lambda a: a["annotations"][0].update(answers=ten(""))), 42000, "without a ref"),
+def without_last(content, key):
+    return edited(content, lambda c: c[key].pop())
+
+
+def first_twice(content, key):
+    return edited(content, lambda c: c[key].append(c[key][0]))
+
+
+def other_answers(given):
+    """The annotations, of which the first, to question 73000, has these answers."""
+    return edited(ANNOTATIONS, lambda c: c["annotations"][0].update(answers=given))
+
+
+@pytest.mark.parametrize("questions, annotations, problem, place, scored", [
+    (QUESTIONS, without_last(ANNOTATIONS, "annotations"), "without a reference", 42000, [73000]),
+    (without_last(QUESTIONS, "questions"), ANNOTATIONS, "another split", 73000, [42000]),
+    (first_twice(QUESTIONS, "questions"), ANNOTATIONS, "an id for the second time", 42000, [42000, 73000]),
+    (QUESTIONS, first_twice(ANNOTATIONS, "annotations"), "for the second time", 73000, [42000, 73000]),
+    (QUESTIONS, other_answers(ten("yes")[:9]), "other than ten", 73000, [42000]),
+    (QUESTIONS, other_answers(ten("yes") + ten("yes")), "other than ten", 73000, [42000]),
+    (QUESTIONS, other_answers(ten("")), "without a reference", 73000, [42000]),
 ])
-def test_questions_that_cannot_be_scored_are_left_out_and_named(disk, questions, annotations, left, problem):
+@pytest.mark.parametrize("name", ["vqav2", "okvqa"])
+def test_questions_that_cannot_be_scored_are_left_out_and_named(disk, name, questions, annotations, problem,
+                                                                place, scored):
     file = save(disk / "OpenEnded_mscoco_val2014_questions.json", questions)
     save(disk / "mscoco_val2014_annotations.json", annotations)
-    for name in ("vqav2", "okvqa"):
-        task = evaluate.read_task(name, str(file))
-        ((what, places),) = task.left_out.items()
-        assert problem in what and places == [42000 + 73000 - left if "split" in what else places[0]]
-        assert left in [item["id"] for item in task.items]
+    task = evaluate.read_task(name, str(file))
+    ((what, places),) = task.left_out.items()
+    assert problem in what and places == [place]
+    assert [item["id"] for item in task.items] == scored
 
 
 def test_captions_of_images_that_are_not_listed_are_named(disk):
@@ -746,16 +765,16 @@ TEST_SPLIT = edited(ANNOTATIONS, lambda a: a.update(annotations=[]))
 @pytest.mark.parametrize("name, files, complaint", [
     ("vqav2", {"v2_OpenEnded_mscoco_test2015_questions.json": QUESTIONS},
      "no v2_mscoco_test2015_annotations.json beside it, which has the answers"),
-    ("vqav2", {"OpenEnded_mscoco_val2014_questions.json": QUESTIONS, "mscoco_val2014_annotations.json": TEST_SPLIT},
-     r"nothing to score \(2 without a reference\)"),
+    ("vqav2", {"OpenEnded_mscoco_val2014_questions.json": QUESTIONS,
+               "mscoco_val2014_annotations.json": TEST_SPLIT}, r"nothing to score \(2 without a reference\)"),
     ("coco", {"coco_karpathy_test.json": [{"image": f"val2014/{COCO_42}", "caption": []}]},
      r"nothing to score \(1 without a reference\)"),
     ("coco", {"coco_karpathy_test.json": []}, r"nothing to score \(it is empty\)"),
     ("coco", {"coco_karpathy_test.json": "[{"}, "damaged, or not JSON"),
     ("coco", {"coco_karpathy_test.json": [{"file": "x.jpg"}]}, "is not laid out as COCO is: KeyError"),
     ("gqa", {"testdev_balanced_questions.json": {"1": {"question": "What?"}}}, "is not laid out as GQA is"),
-    ("okvqa", {"OpenEnded_mscoco_val2014_questions.json": ANNOTATIONS}, "holds no questions but info, annotations"),
-    ("coco", {"coco_karpathy_test.json": edited(LAVIS_COCO, lambda rows: [row.update(image="gone.jpg") for row in rows])},
+    ("okvqa", {"OpenEnded_mscoco_val2014_questions.json": ANNOTATIONS}, "no questions but info, annotations"),
+    ("coco", {"coco_karpathy_test.json": [LAVIS_COCO[0] | {"image": "gone.jpg"}]},
      "say where they are: .*coco_karpathy_test.json@FOLDER"),
 ])
 def test_what_cannot_be_scored_is_refused(disk, name, files, complaint):
@@ -794,7 +813,8 @@ def test_empty_answers_and_answers_to_nothing_are_counted(world, benchmarks, tmp
     assert result["scores"]["CIDEr"] == 0 and "12 answers are empty" in result["notes"]
     file = tmp_path / "evaluation/answers/coco.0.jsonl"
     file.write_text(file.read_text() + '{"id": 999, "answer": "a cat"}\n')
-    assert "1 answers are to none of these items, and not scored" in score(world, tmp_path, spec)["coco"]["notes"]
+    notes = score(world, tmp_path, spec)["coco"]["notes"]
+    assert "1 answers are to none of these items, and not scored" in notes
 
 
 def test_a_damaged_file_of_answers_is_named(world, benchmarks, tmp_path, capsys):
