@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -471,6 +472,46 @@ def test_each_answer_is_the_models_to_that_question_alone(world, benchmarks, tmp
         prompt = f"Question: {row['question'].lower()} Answer:"
         alone = transfer.answer(model, tok, data.read_image(file, 28)[None], prompt, **options)
         assert [answers[row["question_id"]]] == alone
+
+
+class Parrot:
+    """Stands for a model: it answers with the image's first pixel and the prompt that it was given."""
+
+    def __init__(self, tok):
+        self.tok = tok
+        self.vpg = SimpleNamespace(num_query_tokens=2, image_size=4)
+        self.projector = SimpleNamespace(weight=torch.zeros(1))
+
+    def see(self, images):
+        return {"queries": images[:, 0, 0, 0]}
+
+    def generate(self, prompt_ids, queries, stop, **options):
+        assert options == {"num_beams": 5} and len(prompt_ids) <= 5
+        prompts = [self.tok.decode([i for i in row if i >= 0]) for row in prompt_ids.tolist()]
+        assert all(prompt.endswith(":") for prompt in prompts)  # a blank would spoil the next word
+        return [self.tok.encode(f" {pixel}: {prompt}") for pixel, prompt in zip(queries.tolist(), prompts)]
+
+
+def test_every_question_meets_its_own_image_and_prompt(world, tmp_path):
+    tok = data.load_tokenizer(world[0])
+    items = []
+    expected = {}
+    for i in range(13):
+        Image.new("RGB", (9, 7), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        for n, question in enumerate(("Red?", "A Red, or a Blue Circle?", "Is it (a) square?")[: i % 4]):
+            items.append({"id": (i, n), "image": str(tmp_path / f"{i}.png"), "question": question})
+            asked = question.lower().replace("(", "").replace(")", "")
+            expected[i, n] = f"{10 * i}: Question: {asked} Answer:"
+    random.Random(0).shuffle(items)
+    prompt = "Question: {} Answer: "
+    batches = evaluate.answer_items(Parrot(tok), tok, items, prompt, {"num_beams": 5}, 5)
+    rows = [row for batch in batches for row in batch]
+    assert {row["id"]: row["answer"] for row in rows} == expected and len(rows) == len(expected)
+
+
+def test_each_kind_of_language_model_is_asked_with_the_papers_prompt():
+    assert evaluate.question_prompt(SimpleNamespace(encoder_decoder=False)) == "Question: {} Answer:"
+    assert evaluate.question_prompt(SimpleNamespace(encoder_decoder=True)) == "Question: {} Short answer:"
 
 
 def test_questions_are_asked_as_the_papers_ask_them():
