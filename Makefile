@@ -6,23 +6,25 @@ BIN = .venv/bin
 # The main job on the embedded default: small models, 2,400 pairs, a laptop's CPU.
 # Beside it, the same number of steps from scratch.
 TRAIN = $(BIN)/python train.py --src demo/source --tgt demo/target \
-	--data demo/pairs/train.jsonl --val demo/pairs/val.jsonl \
+	--data demo/pairs/train.tar --val demo/pairs/val.tar \
 	--batch-size 32 --micro-batch 32 --clip 0.5 --augment none --workers 0
 
-# On the CPU, also where there is a GPU: its figures are the README's, and what is so small would wait for kernels to compile.
+# On the CPU, also where there is a GPU: its figures are the README's, and what is so small would wait for
+# kernels to compile.
 demo study: export CUDA_VISIBLE_DEVICES =
 
 demo: .venv/run
 	rm -rf out/demo out/demo-from-scratch
 	$(TRAIN) --warm-up-steps 60 --steps 240 --lr 1e-3 --warm-up-lr 2e-2 --out out/demo
 	$(TRAIN) --from-scratch --steps 300 --lr 2e-3 --out out/demo-from-scratch
-	$(BIN)/python demo/report.py out/demo out/demo-from-scratch
+	$(BIN)/python -m demo.report out/demo out/demo-from-scratch
 
-# The paper in miniature, docs/miniature.md: hours, resumable. Tables and pictures of what comes out lie in out/study/.
+# The paper in miniature, docs/miniature.md: hours, resumable. Tables and pictures of what comes out lie in
+# out/study/.
 study: .venv/run
-	$(BIN)/python miniature/make.py all
-	$(BIN)/python miniature/study.py
-	$(BIN)/python miniature/report.py --results out/study/results --out out/study
+	$(BIN)/python -m study.make all
+	$(BIN)/python -m study.runs
+	$(BIN)/python -m study.report --results out/study/results --out out/study
 
 # One thread a process, and processes side by side: OpenMP's threads spin while they wait.
 test: .venv/dev

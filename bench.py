@@ -46,6 +46,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import data
+import pairs
 import llm as language_models
 import qformer
 import vpgtrans
@@ -506,7 +507,7 @@ def bench_pairs(args, size=224, count=96, batch=32):
                 shard.write({"__key__": f"{i:03}", "jpg": (folder / f"{i:03}.jpg").read_bytes(), "txt": caption})
 
         def ours(source, **options):
-            samples = data.Samples([data.read_pairs(str(source))], tok, size, 32, **options)
+            samples = data.Samples([pairs.read_pairs(str(source))], tok, size, 32, **options)
             return lambda: sum(len(micro["images"]) for (micro,) in data.load_batches(samples, data.plan([count], count, seed=0), batch, batch))
 
         def theirs():  # there is no augmentation
@@ -516,7 +517,7 @@ def bench_pairs(args, size=224, count=96, batch=32):
 
         def sample_of(image, caption):
             return {"image": data.random_crop(image, size, rng), "prompt": samples.prompt, "file": "", "bad": [], "twin": None,
-                    "targets": [data.caption_ids(tok, data.clean_caption(caption))]}
+                    "targets": [data.caption_ids(tok, pairs.clean_caption(caption))]}
 
         def from_webdataset(decoded):
             stream = webdataset.WebDataset(str(folder / "0.tar"), shardshuffle=False)
@@ -524,7 +525,7 @@ def bench_pairs(args, size=224, count=96, batch=32):
             look = lambda pair: sample_of(*pair) if decoded else sample_of(Image.open(io.BytesIO(pair[0])), pair[1].decode())
             return sum(len(micro["images"]) for micro in pairs.map(look).batched(batch, collation_fn=samples.collate))
 
-        samples = data.Samples([data.read_pairs(str(folder / "0.tar"))], tok, size, 32)
+        samples = data.Samples([pairs.read_pairs(str(folder / "0.tar"))], tok, size, 32)
         ways = {"transformers' processors, files, no crops": theirs, "ours, files": ours(folder / "pairs.jsonl"),
                 "ours, files, no crops": ours(folder / "pairs.jsonl", augment=False),
                 "ours, files, looking for validation images": ours(folder / "pairs.jsonl", known=data.Lookalikes([folder / f"{i:03}.jpg" for i in range(count)] * 5)),

@@ -11,12 +11,17 @@ scores or produces a target: OPT and LLaMA (with Vicuna, Mistral, SmolLM2, Qwen2
 [prefix | target]; T5 reads the prefix in its encoder. Parameter names equal the checkpoint's, so
 that loading needs no table of names.
 
+A *memory*, where one is given, is a function that every FFN calls with its own input (B,S,D) and its
+activation; the result (B,S,D) is added to the FFN's output, before residual and norm. MemVP shows
+images so; nothing here knows more of it.
+
 B batch, P prefix length, T target length, S positions read, D LLM width, V vocabulary, H heads, G
 key-value heads, hd width of a head, K beams.
 """
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,6 +77,11 @@ def split_heads(x, hd):
 
 def merge_heads(x):
     return rearrange(x, "b h s d -> b s (h d)")
+
+
+def add_memory(y, memory, x, activation):
+    """An FFN's output y, and what it reads in the memory with its input x."""
+    return y if memory is None else y + memory(x, activation)
 
 
 class Embedding(nn.Embedding):
@@ -157,7 +167,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         V = len(weight)
         block = max(1, FrozenHeadLoss.BLOCK[device] // (weight.element_size() * V))  # rows
         few = max(1, FrozenHeadLoss.SLICE[device] // (4 * V))  # rows
-        blocks = math.ceil(len(x) / block)
+        blocks = max(1, math.ceil(len(x) / block))
         differentiate = ctx.needs_input_grad[0]
         loss = torch.zeros((), device=x.device)
         gradient = torch.empty_like(x)
@@ -181,14 +191,18 @@ class FrozenHeadLoss(torch.autograd.Function):
         return gradient * upstream, None, None
 
 
-def caption_loss(head, x, target_ids):
+def caption_loss(head, x, target_ids, scored=None):
     """Hidden states (B,T,D), targets (B,T) -> (sum of cross-entropies in float32, number of
     tokens); -100 does not count.
 
     A sum and a count, so that ranks and micro-batches can be normalised by the global number of
-    tokens."""
+    tokens. Where scored (B,T) is False nothing counts, and the head reads nothing."""
     x = x.flatten(0, 1)  # (B * T, D)
     ids = target_ids.flatten()
+    if scored is not None:
+        rows = scored.flatten().nonzero()[:, 0]
+        x = x[rows.to(x.device, non_blocking=True)]
+        ids = ids[rows.to(ids.device, non_blocking=True)]
     if head.weight.requires_grad:
         loss = F.cross_entropy(head(x).float(), ids, ignore_index=-100, reduction="sum")
     else:
@@ -221,6 +235,17 @@ def check_ids(ids, vocab_size):
                          f"{vocab_size - 1}; is it its tokenizer?")
 
 
+def check_scored(scored, target_ids):
+    if scored is None:
+        return
+    if target_ids.ndim != 2:
+        raise ValueError(f"scored is for targets (B,T), not {tuple(target_ids.shape)}: captions packed "
+                         "behind one prefix all count")
+    if scored.dtype != torch.bool or scored.shape != target_ids.shape:
+        raise ValueError(f"scored must be {tuple(target_ids.shape)} of torch.bool, as the targets, not "
+                         f"{tuple(scored.shape)} of {scored.dtype}")
+
+
 # --------------------------------------------------------------------------------------- generation
 
 
@@ -231,21 +256,24 @@ class Cache:
     A text has one row of columns: its prefix, the K tokens of step 1, the K of step 2, ... A beam
     looks at the prefix and at the tokens that it has come through itself (`visible`). So beams
     share a prefix, one that goes on from another takes over its row of `visible`, and no key is
-    ever copied. On GPUs shapes stay the same, so that a step can be compiled as one graph."""
+    ever copied. On GPUs shapes stay the same, so that a step can be compiled as one graph.
 
-    def __init__(self, layers, heads, hd, prefix, prefix_mask, steps, K):
-        B, P, _ = prefix.shape
-        device = prefix.device
-        columns = P + steps * K
-        self.P = P
+    `llm.read_prefix` makes one that is kept: more can be read behind it (`extend`), its rows can be
+    taken (`rows`), and its end can be forgotten (`cut`)."""
+
+    def __init__(self, llm, B, columns, K, memory):
+        layers, heads, hd = llm.cache_shape
+        like = llm.lm_head.weight
+        self.llm = llm
+        self.memory = memory
         self.K = K
-        self.used = P  # columns
-        self.keys, self.values = prefix.new_zeros(2, layers, B, heads, columns, hd)
-        self.columns = None  # (K,) of the tokens being read; None for the prefix
-        self.visible = torch.zeros(B, 1, K, columns, dtype=torch.bool, device=device)
-        self.visible[..., :P] = True if prefix_mask is None else prefix_mask[:, None, None]
-        lengths = torch.full((B,), P, device=device) if prefix_mask is None else prefix_mask.sum(1)
-        self.positions = lengths[:, None] - 1  # (B, 1) of the tokens being read, the same for all beams
+        self.P = 0  # columns of the prefix
+        self.used = 0  # columns in use
+        self.keys, self.values = like.new_zeros(2, layers, B, heads, columns, hd)
+        self.visible = torch.zeros(B, 1, K, columns, dtype=torch.bool, device=like.device)
+        # of the last tokens read, the same for all beams
+        self.positions = torch.full((B, 1), -1, device=like.device)
+        self.columns = None  # (S,) of the tokens being read; None for the beginning of a prefix
 
     def width(self):
         """Columns that a step looks at: on CPUs those in use, else all of them."""
@@ -260,6 +288,31 @@ class Cache:
         values = self.values[layer, :, :, :width]
         return keys, values, self.columns
 
+    def check_room(self, S):
+        left = self.keys.shape[-2] - self.used
+        if S > left:
+            raise ValueError(f"the cache has room for {left} positions more, not {S}; give read_prefix "
+                             "more room")
+
+    def append(self, S, keep=None):
+        """Makes room for S more columns of the prefix, of which keep (B,S) are real; None: all."""
+        self.check_room(S)
+        start = self.used
+        end = start + S
+        self.visible[..., start:end] = True if keep is None else keep[:, None, None]
+        self.positions += S if keep is None else keep.sum(1, keepdim=True)
+        self.columns = torch.arange(start, end, device=self.keys.device) if start else None
+        self.P = self.used = end
+
+    def mask_behind(self, mask, S):
+        """What the last S columns of the prefix look at: all that came before, and by a mask
+        (B,1,S,S) each other; None: causal. -> (B,1,S,columns)"""
+        if mask is None:
+            mask = torch.ones(S, S, dtype=torch.bool, device=self.keys.device).tril()
+        whole = self.mask()[:, :, :1].repeat(1, 1, S, 1)
+        whole[..., self.P - S : self.P] = mask
+        return whole
+
     def advance(self, parents=None):
         """Makes room for the next token of each beam; beam k goes on from beam parents[b,k] (B,K),
         or from itself."""
@@ -267,13 +320,43 @@ class Cache:
         if parents is not None:
             index = parents[:, None, :, None].expand_as(self.visible)
             self.visible.copy_(self.visible.gather(2, index))
-        if self.columns is None:
+        if self.used == self.P:
             self.columns = torch.arange(self.K, device=device) + self.P
         else:
             self.columns += self.K
         self.used += self.K
         self.positions += 1
         self.visible[:, 0, torch.arange(self.K, device=device), self.columns] = True
+
+    @torch.inference_mode()
+    def extend(self, embeddings, mask=None):
+        """Reads (B,S,D) behind the prefix; mask (B,S) bool is False at holes."""
+        self.llm.check_cache(self, embeddings)
+        self.llm.read_on(self, embeddings, mask)
+
+    @torch.inference_mode()
+    def rows(self, index):
+        """A cache of its own whose row i goes on from row index[i] of this one."""
+        return self.copy(index, self.keys.shape[-2], K=1)
+
+    def copy(self, index, columns, K):
+        """Rows of this one, with so many columns in all, to be continued by K beams."""
+        index = torch.as_tensor(index, device=self.keys.device)
+        memory = self.memory if self.memory is None else self.memory.rows(index)
+        other = Cache(self.llm, len(index), columns, K, memory)
+        other.keys[..., : self.used, :] = self.keys[:, index, :, : self.used]
+        other.values[..., : self.used, :] = self.values[:, index, :, : self.used]
+        other.visible[..., : self.used] = self.visible[index, ..., : self.used]
+        other.positions.copy_(self.positions[index])
+        other.P = other.used = self.used
+        return other
+
+    @torch.inference_mode()
+    def cut(self, columns):
+        """Forgets all but the first columns, holes counted."""
+        self.visible[..., columns:] = False
+        self.positions.copy_(self.visible[:, 0, 0].sum(1, keepdim=True) - 1)
+        self.P = self.used = columns
 
 
 def remember(cache, k, v):
@@ -317,6 +400,14 @@ def without_end(ids, stop):
     return ids
 
 
+def open_end(ids, stop):
+    """How many ids at the end of a list may be the beginning of a stop sequence."""
+    for n in range(len(ids), 0, -1):
+        if any(len(sequence) > n and list(sequence[:n]) == ids[-n:] for sequence in stop):
+            return n
+    return 0
+
+
 def sample_next(logits, temperature, top_p):
     """(B,V) -> (B,): the most probable token, or at temperature > 0 one drawn from the smallest set
     of tokens whose probabilities add up to top_p (nucleus sampling, Holtzman et al. 2020)."""
@@ -328,8 +419,8 @@ def sample_next(logits, temperature, top_p):
 
 
 def decode_tokens(llm, logits, cache, steps, min_new_tokens, temperature, top_p, stop):
-    """Greedy decoding or sampling, all rows side by side, until every row has ended. -> (B, n)
-    ids"""
+    """Greedy decoding or sampling, all rows side by side, until every row has ended. Yields the ids
+    so far, (B,n)."""
     ids = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for n in range(1, steps + 1):
@@ -338,9 +429,10 @@ def decode_tokens(llm, logits, cache, steps, min_new_tokens, temperature, top_p,
             scores = forbid_end(scores, ids, stop)
         next_ids = sample_next(scores, temperature, top_p)
         ids = torch.cat([ids, next_ids[:, None]], dim=1)
+        yield ids
         ended |= ends_with(ids, stop)
         if n == steps or ended.all():
-            return ids
+            return
         cache.advance()
         logits = llm.step(ids[:, -1:].contiguous(), cache)
 
@@ -413,9 +505,7 @@ class LanguageModel(nn.Module):
         tokens end a text."""
         if config["tie_word_embeddings"]:
             self.tie_head()
-        ends = config.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        self.stop = [(end,) for end in ends if end is not None]
+        self.stop = as_sequences(config.get("eos_token_id"))
 
     def tie_head(self):
         self.lm_head.weight = self.get_parameter(self.WORDS)
@@ -425,19 +515,24 @@ class LanguageModel(nn.Module):
         check_ids(ids, self.vocab_size)
         return F.embedding(ids, self.get_parameter(self.WORDS))
 
-    def forward(self, prefix, target_ids, prefix_mask=None):
+    def forward(self, prefix, target_ids, prefix_mask=None, memory=None):
         """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
 
         `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes
         taken out. None means no holes and takes the fast path. Targets of -100 stand behind a row's
-        real targets."""
-        return word_scores(self.lm_head, self.hidden_states(prefix, target_ids, prefix_mask))
+        real targets. `memory`: see the top of this file."""
+        x = self.hidden_states(prefix, target_ids, prefix_mask, memory)
+        return word_scores(self.lm_head, x)
 
-    def loss(self, prefix, target_ids, prefix_mask=None):
+    def loss(self, prefix, target_ids, prefix_mask=None, scored=None, memory=None):
         """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not
-        count."""
-        x = self.hidden_states(prefix, target_ids, prefix_mask)
-        return caption_loss(self.lm_head, x, target_ids)
+        count.
+
+        scored (B,T) bool: the targets that count (a conversation's answers), of which alone the
+        head reads. Leave it on the CPU, and no GPU has to wait."""
+        check_scored(scored, target_ids)
+        x = self.hidden_states(prefix, target_ids, prefix_mask, memory)
+        return caption_loss(self.lm_head, x, target_ids, scored)
 
     def check_targets(self, target_ids):
         if target_ids.ndim != 2:
@@ -447,28 +542,90 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0,
-                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, prompt_lengths=None):
+                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, memory=None, cache=None,
+                 prompt_lengths=None):
         """Continues a prefix. (B,P,D), (B,P) bool -> B lists of ids, without the stop sequence and
         what follows.
 
         `stop` holds the sequences of ids that end a text, such as ((2,), (835,), (2277, 29937));
-        None: config.json's eos_token_id. `max_new_tokens` counts the end mark; none of the first
+        None: the checkpoint's end marks. `max_new_tokens` counts the end mark; none of the first
         `min_new_tokens` ids completes one. num_beams > 1 is beam search (temperature 0 only);
         temperature > 0 samples from the `top_p` nucleus. `prompt_lengths` (B,) makes the length that
         beam search penalises count so many tokens of each row's prompt, as transformers did before
-        4.36; VPGTrans's and BLIP-2's scores of questions rest on that."""
+        4.36; VPGTrans's and BLIP-2's scores of questions rest on that.
+
+        With a cache (`read_prefix`) the prefix is what comes behind it; the memory is the cache's,
+        and the cache stays as it is."""
         stop = self.stop if stop is None else stop
         check_generation(max_new_tokens, num_beams, temperature, top_p, stop)
-        logits, cache = self.start(prefix, prefix_mask, max_new_tokens, num_beams)
+        cache = self.new_cache(prefix, max_new_tokens, num_beams, memory, cache)
+        logits = self.start(prefix, prefix_mask, cache)
         read = self, logits, cache, max_new_tokens, min_new_tokens
         if prompt_lengths is not None and not isinstance(self, DecoderOnly):
             prompt_lengths = torch.ones_like(prompt_lengths)  # T5's decoder reads its start token alone
         if num_beams > 1:
             ids = beam_search(*read, num_beams, length_penalty, stop, prompt_lengths)
         else:
-            ids = decode_tokens(*read, temperature, top_p, stop)
+            *_, ids = decode_tokens(*read, temperature, top_p, stop)
         rows = [[i for i in row if i >= 0] for row in ids.tolist()]  # -1 is behind a beam's end
         return [without_end(row, stop) for row in rows]
+
+
+    def stream(self, prefix, prefix_mask=None, max_new_tokens=30, min_new_tokens=0, temperature=0.0,
+               top_p=1.0, stop=None, memory=None, cache=None):
+        """As `generate` for one row (1,P,D), but yields its ids as they come. Ids that may turn out to
+        begin a stop sequence are held back until that is decided.
+
+        With a cache of one row, what is read stays in it: the prefix, and all ids but the last,
+        held-back ones included. It needs room for them. Where a stream ends early, too, the cache
+        holds whole what it says that it holds (`cache.used` columns)."""
+        stop = self.stop if stop is None else stop
+        check_generation(max_new_tokens, 1, temperature, top_p, stop)
+        if len(prefix) != 1:
+            raise ValueError(f"stream: one row, not {len(prefix)}; generate takes several")
+        if cache is None:
+            cache = self.new_cache(prefix, max_new_tokens, 1, memory)
+        else:
+            self.check_cache(cache, prefix, memory)
+            cache.check_room(prefix.shape[1] + max_new_tokens - 1)
+        options = max_new_tokens, min_new_tokens, temperature, top_p, stop
+        return stream_tokens(self, prefix, prefix_mask, cache, options)
+
+    def read_prefix(self, prefix, prefix_mask=None, room=0, memory=None):
+        raise ValueError(f"{type(self).__name__} has an encoder, which reads a prefix whole: give all of "
+                         "it to generate or stream")
+
+    def check_cache(self, cache, prefix, memory=None):
+        """ValueError where a cache does not go with what comes behind it."""
+        if cache.llm is not self:
+            raise ValueError("the cache is another language model's")
+        if memory is not None:
+            raise ValueError("the memory behind a cache is the one that read_prefix was given")
+        B = len(cache.positions)
+        if len(prefix) != B:
+            raise ValueError(f"the cache has {B} rows, what comes behind it {len(prefix)}; cache.rows(index) "
+                             "takes rows")
+
+
+@torch.inference_mode()
+def stream_tokens(llm, prefix, prefix_mask, cache, options):
+    """Yields the ids of one row as they are decided; the cache keeps what has been read."""
+    *_, stop = options
+    whole = cache.used
+    given = 0
+    try:
+        logits = llm.start(prefix, prefix_mask, cache)
+        for ids in decode_tokens(llm, logits, cache, *options):
+            whole = cache.used
+            (ids,) = ids.tolist()
+            text = without_end(ids, stop)
+            if text == ids:
+                text = ids[: len(ids) - open_end(ids, stop)]
+            yield from text[given:]
+            given = len(text)
+        yield from without_end(ids, stop)[given:]
+    finally:  # a step that was interrupted has left columns without keys
+        cache.cut(whole)
 
 
 def check_generation(max_new_tokens, num_beams, temperature, top_p, stop):
@@ -493,6 +650,11 @@ class DecoderOnly(LanguageModel):
     At most `longest` positions can be read, if that is not None; a cache has `kv_heads` heads of
     width `head_dim`."""
 
+    @property
+    def cache_shape(self):
+        """Layers, heads and their width, for a cache."""
+        return len(self.layers), self.kv_heads, self.head_dim
+
     def check_length(self, S):
         if self.longest is not None and S > self.longest:
             raise ValueError(f"{S} positions (prefix, holes included, and target) are more than this "
@@ -511,27 +673,31 @@ class DecoderOnly(LanguageModel):
         keep = F.pad(prefix_mask, (0, T), value=True)  # (B, S)
         return prefix, prefix_mask, real_positions(keep), causal_mask(keep)
 
-    def hidden_states(self, prefix, target_ids, prefix_mask=None):
+    def hidden_states(self, prefix, target_ids, prefix_mask=None, memory=None):
         """As `forward` -> (B,T,D): what the head reads to predict target t."""
         self.check_targets(target_ids)
         read_ids = filled(target_ids[:, :-1])  # the last target is predicted, not read
         prefix, _, positions, mask = self.lay_out(prefix, prefix_mask, read_ids.shape[1])
         x = torch.cat([prefix, self.embed(read_ids)], dim=1)
-        x = self.read(x, positions, mask)
+        x = self.read(x, positions, mask, memory=memory)
         return x[:, prefix.shape[1] - 1 :]
 
-    def loss(self, prefix, target_ids, prefix_mask=None):
+    def loss(self, prefix, target_ids, prefix_mask=None, scored=None, memory=None):
         """(B,P,D), (B,T) or (B,K,T), (B,P) bool -> (sum of cross-entropies in float32, number of
         tokens); -100 does not count.
+
+        scored (B,T) bool: the targets that count, of which alone the head reads; see `loss` of
+        LanguageModel.
 
         K captions share one prefix, which is read once: each sees the prefix and itself, and its
         positions go on from the prefix's, so that the loss is the sum of what they give alone.
         Leave their ids on the CPU, and no GPU has to wait."""
+        check_scored(scored, target_ids)
         if target_ids.ndim == 2:
-            return super().loss(prefix, target_ids, prefix_mask)
-        return self.packed_loss(prefix, target_ids, prefix_mask)
+            return super().loss(prefix, target_ids, prefix_mask, scored, memory)
+        return self.packed_loss(prefix, target_ids, prefix_mask, memory)
 
-    def packed_loss(self, prefix, target_ids, prefix_mask):
+    def packed_loss(self, prefix, target_ids, prefix_mask, memory):
         """The loss of K captions behind one prefix."""
         _, K, T = target_ids.shape
         check_ids(filled(target_ids), self.vocab_size)
@@ -553,25 +719,56 @@ class DecoderOnly(LanguageModel):
         keep = F.pad(keep, (0, ids.shape[1]), value=True)
         mask = causal_mask(keep) & sees[:, None]
         words = self.embed(filled(ids))
-        x = self.read(torch.cat([prefix, words], dim=1), positions, mask)  # (B, S, D)
+        x = torch.cat([prefix, words], dim=1)  # (B, S, D)
+        x = self.read(x, positions, mask, memory=memory)
 
         firsts = x[:, P - 1, None].expand(-1, K, -1)  # the prefix's last position predicts all first tokens
         x = torch.cat([firsts, x[:, P:]], dim=1)
         targets = torch.cat([first_targets, targets], dim=1)
         return caption_loss(self.lm_head, x, targets)
 
-    def start(self, prefix, prefix_mask, steps, K):
-        """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of
-        K beams."""
-        prefix, prefix_mask, positions, mask = self.lay_out(prefix, prefix_mask, 0)
-        self.check_length(prefix.shape[1] + steps - 1)
-        cache = Cache(len(self.layers), self.kv_heads, self.head_dim, prefix, prefix_mask, steps - 1, K)
-        x = self.read(prefix, positions, mask, cache)
-        return word_scores(self.lm_head, x[:, -1:]), cache
+    @torch.inference_mode()
+    def read_prefix(self, prefix, prefix_mask=None, room=0, memory=None):
+        """Reads a prefix (B,P,D) once, for many questions or turns -> its Cache, with room for so many
+        positions more.
+
+        A memory whose rows are to be taken with the cache's has a method rows(index), too."""
+        cache = Cache(self, len(prefix), prefix.shape[1] + room, 1, memory)
+        self.read_on(cache, prefix, prefix_mask)
+        return cache
+
+    def read_on(self, cache, x, mask):
+        """Reads (B,S,D) behind what a cache holds -> (B,S,D) hidden states."""
+        before = cache.used
+        x, keep, positions, mask = self.lay_out(x, mask, 0)
+        S = x.shape[1]
+        self.check_length(before + S)
+        if before:
+            positions = cache.positions + 1 + positions
+        cache.append(S, keep)
+        if before:
+            mask = cache.mask_behind(mask, S)
+        return self.read(x, positions, mask, cache, cache.memory)
+
+    def new_cache(self, prefix, steps, K, memory=None, cache=None):
+        """A cache for a prefix, and for that many steps of K beams; behind another cache, a copy of
+        that."""
+        before = 0 if cache is None else cache.used
+        self.check_length(before + prefix.shape[1] + steps - 1)
+        columns = before + prefix.shape[1] + (steps - 1) * K
+        if cache is None:
+            return Cache(self, len(prefix), columns, K, memory)
+        self.check_cache(cache, prefix, memory)
+        return cache.copy(range(len(prefix)), columns, K)
+
+    def start(self, prefix, prefix_mask, cache):
+        """Reads a prefix into a cache -> logits of the next token (B,1,V)."""
+        x = self.read_on(cache, prefix, prefix_mask)
+        return word_scores(self.lm_head, x[:, -1:])
 
     def step(self, ids, cache):
         """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
-        x = self.read(self.embed(ids), cache.positions, cache.mask(), cache)
+        x = self.read(self.embed(ids), cache.positions, cache.mask(), cache, cache.memory)
         return word_scores(self.lm_head, x)
 
 
@@ -608,15 +805,16 @@ class OPTLayer(nn.Module):
         self.fc2 = nn.Linear(config["ffn_dim"], dim)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def feed_forward(self, x):
-        return self.fc2(self.fc1(x).relu())
+    def feed_forward(self, x, memory):
+        y = self.fc2(self.fc1(x).relu())
+        return add_memory(y, memory, x, F.relu)
 
-    def forward(self, x, mask=None, cache=None):
+    def forward(self, x, mask=None, cache=None, memory=None):
         if self.pre_norm:
             x = x + self.self_attn(self.self_attn_layer_norm(x), mask, cache)
-            return x + self.feed_forward(self.final_layer_norm(x))
+            return x + self.feed_forward(self.final_layer_norm(x), memory)
         x = self.self_attn_layer_norm(x + self.self_attn(x, mask, cache))
-        return self.final_layer_norm(x + self.feed_forward(x))
+        return self.final_layer_norm(x + self.feed_forward(x, memory))
 
 
 class OPTDecoder(nn.Module):
@@ -674,13 +872,13 @@ class OPT(DecoderOnly):
         project_in = self.model["decoder"].project_in
         return x if project_in is None else project_in(x)
 
-    def read(self, x, positions, mask=None, cache=None):
+    def read(self, x, positions, mask=None, cache=None, memory=None):
         """(B,S,D) embeddings -> (B,S,D) hidden states; positions count a row's real positions from
         0."""
         decoder = self.model["decoder"]
         x = x + decoder.embed_positions(positions + 2)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, None if cache is None else cache[i])
+            x = layer(x, mask, None if cache is None else cache[i], memory)
         if decoder.final_layer_norm is not None:
             x = decoder.final_layer_norm(x)
         return x if decoder.project_out is None else decoder.project_out(x)
@@ -776,13 +974,14 @@ class LLaMALayer(nn.Module):
             "up_proj": nn.Linear(dim, hidden, bias),
             "down_proj": nn.Linear(hidden, dim, bias)})
 
-    def feed_forward(self, x):
+    def feed_forward(self, x, memory):
         gate = F.silu(self.mlp["gate_proj"](x))
-        return self.mlp["down_proj"](gate * self.mlp["up_proj"](x))
+        y = self.mlp["down_proj"](gate * self.mlp["up_proj"](x))
+        return add_memory(y, memory, x, F.silu)
 
-    def forward(self, x, rotation, mask=None, cache=None):
+    def forward(self, x, rotation, mask=None, cache=None, memory=None):
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
-        return x + self.feed_forward(self.post_attention_layernorm(x))
+        return x + self.feed_forward(self.post_attention_layernorm(x), memory)
 
 
 class LLaMA(DecoderOnly):
@@ -828,13 +1027,13 @@ class LLaMA(DecoderOnly):
         """The repeated blocks, for torch.compile."""
         return self.model["layers"]
 
-    def read(self, x, positions, mask=None, cache=None):
+    def read(self, x, positions, mask=None, cache=None, memory=None):
         """(B,S,D) embeddings -> (B,S,D) hidden states; positions (B or 1,S) count a row's real
         positions from 0."""
         angles = (positions[:, None, :, None] * self.frequencies).repeat(1, 1, 1, 2)  # (B or 1, 1, S, hd)
         rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, mask, None if cache is None else cache[i])
+            x = layer(x, rotation, mask, None if cache is None else cache[i], memory)
         return self.model["norm"](x)
 
     @staticmethod
@@ -844,7 +1043,7 @@ class LLaMA(DecoderOnly):
         return None if name.endswith("rotary_emb.inv_freq") else name
 
 
-# -------------------------------------- T5 v1.1 and Flan-T5 (Raffel et al. 2020, Chung et al. 2022)
+# ------------------------------------------------ T5 and Flan-T5 (Raffel et al. 2020, Chung et al. 2022)
 
 
 def relative_buckets(distance, bidirectional, buckets, farthest):
@@ -891,19 +1090,33 @@ class T5Attention(nn.Module):
         return self.o(merge_heads(x))
 
 
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+
+
 class T5FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim = config["d_model"]
         hidden = config["d_ff"]
-        self.gelu = config["gelu"]
-        self.wi_0 = nn.Linear(dim, hidden, bias=False)
-        self.wi_1 = nn.Linear(dim, hidden, bias=False)
+        self.activation = ACTIVATIONS[config["dense_act_fn"]]
+        self.is_gated = config["is_gated_act"]  # False in T5 v1.0 alone
+        if self.is_gated:
+            self.wi_0 = nn.Linear(dim, hidden, bias=False)
+            self.wi_1 = nn.Linear(dim, hidden, bias=False)
+        else:
+            self.wi = nn.Linear(dim, hidden, bias=False)
         self.wo = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x):
-        gate = F.gelu(self.wi_0(x), approximate=self.gelu)
-        return self.wo(gate * self.wi_1(x))
+    def forward(self, x, memory):
+        if self.is_gated:
+            y = self.activation(self.wi_0(x)) * self.wi_1(x)
+        else:
+            y = self.activation(self.wi(x))
+        return add_memory(self.wo(y), memory, x, self.activation)
 
 
 class T5Block(nn.Module):
@@ -922,7 +1135,7 @@ class T5Block(nn.Module):
             norm = nn.RMSNorm(config["d_model"], config["layer_norm_epsilon"])
             self.layer.append(nn.ModuleDict({name: part, "layer_norm": norm}))
 
-    def forward(self, x, mask, encoded=None, encoded_mask=None, cache=None):
+    def forward(self, x, mask, encoded=None, encoded_mask=None, cache=None, memory=None):
         """`encoded`: the keys and values (B,H,P,hd) of what the encoder has read, for a decoder's
         block."""
         attend = self.layer[0]["SelfAttention"]
@@ -935,7 +1148,7 @@ class T5Block(nn.Module):
             y = self.layer[1]["layer_norm"](x)
             x = x + self.layer[1]["EncDecAttention"](y, encoded, encoded_mask)
         y = self.layer[-1]["layer_norm"](x)
-        return x + self.layer[-1]["DenseReluDense"](y)
+        return x + self.layer[-1]["DenseReluDense"](y, memory)
 
 
 class T5Stack(nn.Module):
@@ -959,29 +1172,34 @@ class T5Stack(nn.Module):
 
 
 class T5(LanguageModel):
-    """T5 v1.1 and Flan-T5, base to XXL. The encoder reads the prefix, soft prompts included, the
-    decoder the target.
+    """T5 v1.0 and v1.1, Flan-T5, base to XXL. The encoder reads the prefix, soft prompts included,
+    the decoder the target.
 
-    `config` is the checkpoint's config.json as a dict. Without dense_act_fn, "gated-gelu" means the
-    tanh form (google's files); the BLIP-2 ones say that theirs is exact."""
+    `config` is the checkpoint's config.json as a dict."""
 
     DEFAULTS = dict(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None,
                     num_heads=8, relative_attention_num_buckets=32, relative_attention_max_distance=128,
-                    layer_norm_epsilon=1e-6, feed_forward_proj="relu", dense_act_fn="gelu_new",
-                    is_gated_act=True, tie_word_embeddings=True, decoder_start_token_id=0, eos_token_id=1)
-    ONLY = dict(feed_forward_proj="gated-gelu", is_gated_act=True)
-    GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+                    layer_norm_epsilon=1e-6, feed_forward_proj="relu", tie_word_embeddings=True,
+                    decoder_start_token_id=0, eos_token_id=1)
+    # "gated-gelu" alone means the tanh form (google's files); BLIP-2's files say that theirs is exact
+    FEED_FORWARD = {
+        "relu": dict(dense_act_fn="relu", is_gated_act=False),
+        "gated-gelu": dict(dense_act_fn="gelu_new", is_gated_act=True)}
     WORDS = "shared.weight"
     PROJECT_IN = None
 
     def __init__(self, config):
         super().__init__()
-        config = read_options(config, self.DEFAULTS, self.ONLY)
+        kind = config.get("feed_forward_proj", self.DEFAULTS["feed_forward_proj"])
+        if kind not in self.FEED_FORWARD:
+            raise ValueError(f"feed_forward_proj = {kind!r} is not implemented for T5; only "
+                             f"{', '.join(self.FEED_FORWARD)} are")
+        form = self.FEED_FORWARD[kind]
+        config = read_options(config, self.DEFAULTS | form, only=dict(is_gated_act=form["is_gated_act"]))
         activation = config["dense_act_fn"]
-        if activation not in self.GELU:
+        if activation not in ACTIVATIONS:
             raise ValueError(f"dense_act_fn = {activation!r} is not implemented for T5; only "
-                             f"{', '.join(self.GELU)} are")
-        config["gelu"] = self.GELU[activation]
+                             f"{', '.join(ACTIVATIONS)} are")
         self.dim = config["d_model"]
         self.vocab_size = config["vocab_size"]
         self.heads = config["num_heads"]
@@ -1002,7 +1220,12 @@ class T5(LanguageModel):
         """The repeated blocks, for torch.compile."""
         return [*self.encoder.block, *self.decoder.block]
 
-    def encode(self, prefix, prefix_mask):
+    @property
+    def cache_shape(self):
+        """Layers, heads and their width, for a cache."""
+        return len(self.decoder.block), self.heads, self.head_dim
+
+    def encode(self, prefix, prefix_mask, memory):
         """The encoder: (B,P,D), (B,P) bool or None -> keys and values for each block of the
         decoder, and their mask."""
         x, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.shared.weight.dtype)
@@ -1010,48 +1233,51 @@ class T5(LanguageModel):
         positions = torch.arange(x.shape[1], device=x.device)
         bias = self.encoder.bias(positions, positions, keep)
         for block in self.encoder.block:
-            x = block(x, bias)
+            x = block(x, bias, memory=memory)
         x = self.encoder.final_layer_norm(x)
         readers = [block.layer[1]["EncDecAttention"] for block in self.decoder.block]
         return [reader.keys_values(x) for reader in readers], keep
 
-    def decode(self, x, bias, encoded, keep, cache=None):
+    def decode(self, x, bias, encoded, keep, cache=None, memory=None):
         """The decoder: (B,T,D) embeddings -> (B,T,D) what the head reads."""
         for i, block in enumerate(self.decoder.block):
-            x = block(x, bias, encoded[i], keep, None if cache is None else cache[i])
+            x = block(x, bias, encoded[i], keep, None if cache is None else cache[i], memory)
         return self.decoder.final_layer_norm(x) * self.scale
 
-    def hidden_states(self, prefix, target_ids, prefix_mask=None):
+    def hidden_states(self, prefix, target_ids, prefix_mask=None, memory=None):
         """As `forward` -> (B,T,D): what the head reads to predict target t."""
         self.check_targets(target_ids)
-        encoded, keep = self.encode(prefix, prefix_mask)
+        encoded, keep = self.encode(prefix, prefix_mask, memory)
         read_ids = filled(target_ids[:, :-1])  # the last target is predicted, not read
         read_ids = F.pad(read_ids, (1, 0), value=self.start_id)
         positions = torch.arange(read_ids.shape[1], device=read_ids.device)
         causal = positions[:, None] >= positions
         bias = self.decoder.bias(positions, positions, causal)
-        return self.decode(self.embed(read_ids), bias, encoded, keep)
+        return self.decode(self.embed(read_ids), bias, encoded, keep, memory=memory)
 
-    def start(self, prefix, prefix_mask, steps, K):
-        """Reads a prefix, and the token that starts the decoder. -> logits (B,1,V), and the cache
-        for K beams' steps."""
-        encoded, keep = self.encode(prefix, prefix_mask)
+    def new_cache(self, prefix, steps, K, memory=None, cache=None):
+        """A cache for the token that starts the decoder, and for that many steps of K beams."""
+        if cache is not None:
+            self.check_cache(cache, prefix, memory)
+        return Cache(self, len(prefix), 1 + (steps - 1) * K, K, memory)
+
+    def start(self, prefix, prefix_mask, cache):
+        """Reads a prefix, and the token that starts the decoder, into a cache -> logits (B,1,V)."""
+        cache.encoded, cache.keep = self.encode(prefix, prefix_mask, cache.memory)
         start_ids = torch.full((len(prefix), 1), self.start_id, device=prefix.device)
         x = self.embed(start_ids)
-        cache = Cache(len(self.decoder.block), self.heads, self.head_dim, x, None, steps - 1, K)
-        cache.encoded = encoded
-        cache.keep = keep
+        cache.append(1)
         position = torch.zeros(1, dtype=torch.long, device=x.device)
         bias = self.decoder.bias(position, position)
-        x = self.decode(x, bias, encoded, keep, cache)
-        return word_scores(self.lm_head, x), cache
+        x = self.decode(x, bias, cache.encoded, cache.keep, cache, cache.memory)
+        return word_scores(self.lm_head, x)
 
     def step(self, ids, cache):
         """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
         columns = torch.arange(cache.width(), device=ids.device)
         step = (columns - cache.P).div(cache.K, rounding_mode="floor")  # in which each column's token came
         bias = self.decoder.bias(cache.positions[0], cache.P + step, cache.mask())
-        x = self.decode(self.embed(ids), bias, cache.encoded, cache.keep, cache)
+        x = self.decode(self.embed(ids), bias, cache.encoded, cache.keep, cache, cache.memory)
         return word_scores(self.lm_head, x)
 
     @staticmethod
@@ -1206,6 +1432,26 @@ def complete_tied(tensors, words):
         tensors[words] = tensors[HEAD] = nn.Parameter(held[0], requires_grad=False)
 
 
+def as_sequences(ends):
+    """eos_token_id, a number, several or None, as stop sequences of `generate`."""
+    ends = ends if isinstance(ends, list) else [ends]
+    return [(end,) for end in ends if end is not None]
+
+
+def end_marks(folder, otherwise):
+    """The stop sequences of a checkpoint: generation_config.json has the last word, in which instruct
+    models name the ends of their turns."""
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        return otherwise
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
+    ends = config.get("eos_token_id")
+    return otherwise if ends is None else as_sequences(ends)
+
+
 def empty_llm(folder):
     """The language model of a folder as its config.json says, without weights: on the meta device,
     where tensors have shapes only."""
@@ -1226,6 +1472,7 @@ def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
     ValueError name the file and the option that is not implemented, or the tensor that is missing,
     misshapen or damaged."""
     llm = empty_llm(folder)
+    llm.stop = end_marks(folder, llm.stop)
     if isinstance(llm, T5) and dtype == torch.float16:
         raise ValueError(f"{folder}: T5 overflows in float16; load it in bfloat16 or float32")
     _, prefix = read_llm_config(folder)

@@ -460,7 +460,7 @@ class Run:
         if self.args.gate and not shuffled - matched >= self.args.gate:
             self.fail(f"after the warm-up, the validation loss is {matched:.3f} with the right images "
                       f"and {shuffled:.3f} with shuffled ones: the LLM does not use the image (--gate "
-                      f"{self.args.gate:g}). Look at whether captions fit their images (python data.py "
+                      f"{self.args.gate:g}). Look at whether captions fit their images (python pairs.py "
                       f"SPEC), at --src, and at the curves in {self.args.out}; try more --warm-up-steps or "
                       "another --warm-up-lr in a new --out. The state is saved: the same command with "
                       "--resume --gate 0 goes on regardless")

@@ -1,7 +1,7 @@
 """Move the visual prompt generator of one vision-language model to another language model.
 
     torchrun --nproc-per-node 8 train.py --src opt-2.7b --tgt opt-6.7b
-    python train.py --src demo/source --tgt demo/target --data demo/pairs/train.jsonl --steps 240
+    python train.py --src demo/source --tgt demo/target --data demo/pairs/train.tar --steps 240
 
 and the paper's baselines with the same loop: --init random (no word converter), --no-warm-up --init
 random (VPG inheritance alone), --from-scratch (TFS).
@@ -34,7 +34,7 @@ import loop
 import runs
 import transfer
 import vpgtrans
-from data import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs
+from pairs import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs
 from vpgtrans import STAGES
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -86,7 +86,7 @@ def add_data(parser):
                        help="image-text pairs: .jsonl, .json, .csv or .tsv of image and caption, "
                             "COCO captions, a folder of images with .txt beside them, or shards "
                             "(laion/{00000..01299}.tar); may be given several times, and is mixed "
-                            "by WEIGHT where that is given. python data.py SOURCE shows what is "
+                            "by WEIGHT where that is given. python pairs.py SOURCE shows what is "
                             "in it")
     pairs.add_argument("--warm-up-data", action="append", metavar=SPEC,
                        help="other pairs for stage 1 (default: as --data)")

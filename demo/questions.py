@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from demo.scenes import BACKGROUNDS, COLOURS, SHAPES, article, caption, random_scene, render, truth
+from study.scenes import BACKGROUNDS, COLOURS, SHAPES, article, caption, random_scene, render, truth
 
 DOMAINS = {"alone": "in-domain", "beside": "near-domain", "above": "out-domain"}
 

@@ -1,9 +1,12 @@
 """A world small enough for tests: a random BLIP-2, a random OPT, tokenizers trained on a few sentences, image-text pairs."""
 
+import io
 import json
 import multiprocessing
 import os
+import random
 import subprocess
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,11 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, normalizers, processors
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, OPTForCausalLM
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from llm import load_llm
+
+import data
+import pairs
 
 HAS_GPU, VISIBLE = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")  # as they were, for test_gpu.py
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
@@ -163,6 +170,7 @@ LLMS = {
     "qwen3": LLAMA_CONFIG | dict(model_type="qwen3", num_key_value_heads=2, head_dim=12),
     "flan-t5": T5_CONFIG,
     "blip-2 t5": T5_CONFIG | dict(dense_act_fn="gelu"),
+    "t5 v1.0": T5_CONFIG | dict(feed_forward_proj="relu", tie_word_embeddings=True),
     "t5, tied": T5_CONFIG | dict(tie_word_embeddings=True, decoder_start_token_id=3, layer_norm_epsilon=1e-2),
 }
 
@@ -234,3 +242,173 @@ def edit_tensors(folder, edit):
     tensors = edit(load_file(folder / "model.safetensors"))
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(copies, folder / "model.safetensors")
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def write(path, text):
+    """A file of text or bytes, and the folders that it stands in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(text, bytes):
+        path.write_bytes(text)
+    else:
+        path.write_text(text)
+    return path
+
+
+def write_json(folder, **files):
+    """{name: content} as NAME.json in a folder."""
+    for name, content in files.items():
+        write(folder / f"{name}.json", json.dumps(content))
+    return folder
+
+
+def generated_text(sentences=400):
+    """Sentences of made-up words and of the captions' words, and a few in other scripts."""
+    rng = random.Random(0)
+    syllables = "ka mi ro the in st er lo wa ne".split()
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(200)]
+    words += sorted(set(" ".join(TEXT).split())) * 8
+    made_up = [" ".join(rng.choices(words, k=8)) for _ in range(sentences)]
+    return [*TEXT, *made_up, "don't they?", "naïve café 漢字 12 345", "It is 7:30.  A, B or C"]
+
+
+CORPUS = generated_text()
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def byte_level(pattern=None):
+    """The content of a tokenizer.json of GPT-2's kind, or of Qwen's with its pattern."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIALS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return json.loads(tokenizer.to_str())
+
+
+def sentencepiece_bpe(form):
+    """As LLaMA's: <unk> <s> </s>, the bytes, then pieces; spaces as ▁ by a normalizer (old files)
+    or a pre-tokenizer (new ones)."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    # words, or BPE would learn whole sentences
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=700, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"] + BYTES))
+    if form == "normalizer":
+        tokenizer.pre_tokenizer = None
+        spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(spaces)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
+    content = json.loads(tokenizer.to_str())
+    return content | {"added_tokens": content["added_tokens"][:3]}
+
+
+def unigram(byte_fallback=False):
+    """As T5's: <pad> </s> <unk>, then pieces."""
+    tokenizer = Tokenizer(models.Unigram())
+    words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+    tokenizer.decoder = decoders.Metaspace()
+    if byte_fallback:
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+        tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.train_from_iterator(CORPUS, trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>",
+        show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
+    # as saved after a training
+    tokenizer.enable_truncation(50)
+    tokenizer.enable_padding(length=50)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"].append(["▁red", -3.0])
+    if byte_fallback:
+        content["model"]["vocab"] += [[byte, -20.0] for byte in BYTES]
+    content["model"]["byte_fallback"] = byte_fallback
+    return content
+
+
+LLAMA_TOKENS = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+T5_TOKENS = dict(eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+GPT2_TOKENS = dict(bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")
+QWEN_TOKENS = dict(bos_token=None, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+# content of tokenizer.json, model type, the class in transformers that reads it, the tokens in
+# tokenizer_config.json
+KINDS = {
+    "GPT-2": (byte_level, "opt", "GPT2Tokenizer", GPT2_TOKENS),
+    "Qwen": (lambda: byte_level(QWEN), "qwen2", "Qwen2Tokenizer", QWEN_TOKENS),
+    "LLaMA, normalizer": (lambda: sentencepiece_bpe("normalizer"), "llama", "TokenizersBackend",
+                          LLAMA_TOKENS),
+    "LLaMA, pre-tokenizer": (lambda: sentencepiece_bpe("pre-tokenizer"), "llama", "LlamaTokenizer",
+                             LLAMA_TOKENS),
+    "Unigram": (unigram, "t5", "T5Tokenizer", T5_TOKENS),
+    "Unigram, bytes": (lambda: unigram(True), "t5", "TokenizersBackend", T5_TOKENS),
+}
+
+
+def write_kind(folder, kind):
+    """A folder with a tokenizer of one of KINDS."""
+    content, model_type, class_name, tokens = KINDS[kind]
+    return write_json(folder, tokenizer=content(), config={"model_type": model_type},
+                      tokenizer_config={"tokenizer_class": class_name, **tokens})
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    """{kind: (our tokenizer, its folder)}"""
+    folders = {kind: write_kind(tmp_path_factory.mktemp("kind"), kind) for kind in KINDS}
+    return {kind: (data.load_tokenizer(folder), folder) for kind, folder in folders.items()}
+
+
+def encoded(seed, kind="JPEG"):
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, kind)
+    return file.getvalue()
+
+
+def decoded(content):
+    """The pixels of an image file's bytes."""
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def write_shard(path, samples):
+    """{member name: bytes} as a plain tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def save_image(path, mode="RGB", colour="red", size=(40, 30), **options):
+    """A plain picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+    return path
+
+
+def make_pairs(files, captions):
+    """Pairs of files and captions, in memory."""
+    rows = ((file, file, caption, None) for file, caption in zip(files, captions))
+    return pairs.Pairs("x", "", *pairs.collect_pairs(rows))

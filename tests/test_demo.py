@@ -7,23 +7,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import data
 from demo import report
-from demo.scenes import caption, named, random_scene, truth
+from pairs import read_pairs
+from study import captions
+from study.make import DEMO_PAIRS, SAMPLES, draw_pairs
+from study.scenes import caption, named, random_scene, truth
 
 ROOT = Path(report.__file__).parent.parent
+PAIRS = ROOT / "demo" / "pairs"
+SHORTER = " --warm-up-steps 4 --steps 4 --val-samples 20 --val-every 4"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """`make demo` with the Makefile's own commands, but a few steps: (its folder, what it printed)"""
-    out, printed = tmp_path_factory.mktemp("demo"), ""
-    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout.replace("\\\n", " ").splitlines()
-    commands = [line for line in recipe if "train.py" in line or "report.py" in line]
+    out = tmp_path_factory.mktemp("demo")
+    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
+    lines = recipe.replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if "train.py" in line or "demo.report" in line]
     assert len(commands) == 3
+    printed = ""
     for command in commands:
-        shorter = " --warm-up-steps 4 --steps 4 --val-samples 20 --val-every 4" if "train.py" in command else ""
-        command = command.replace(".venv/bin/python", sys.executable).replace("out/", f"{out}/") + shorter
+        command = command.replace(".venv/bin/python", sys.executable).replace("out/", f"{out}/")
+        if "train.py" in command:
+            command += SHORTER
         done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         printed += done.stdout
@@ -33,35 +43,84 @@ def demo(tmp_path_factory):
 @pytest.mark.slow
 def test_the_demo_runs_and_sums_up(demo):
     out, printed = demo
-    assert (out / "demo" / "captions.png").stat().st_size > 10_000 and (out / "demo" / "curves.png").exists()
-    for text in ("word converter: ", "stage warm-up", "stage fine-tune", "stage from-scratch", "colour and shape named right", "by chance"):
+    assert (out / "demo" / "captions.png").stat().st_size > 10_000
+    assert (out / "demo" / "curves.png").exists()
+    stages = "stage warm-up", "stage fine-tune", "stage from-scratch"
+    for text in ("word converter: ", *stages, "colour and shape named right", "by chance"):
         assert text in printed
 
 
 @pytest.mark.slow
 def test_the_source_sees_and_its_captions_are_no_chance(demo):
     """The embedded VPG with its own language model: 64 pairs of colour and shape there are."""
-    line = next(line for line in demo[1].splitlines() if "as it was" in line and "%" in line)
+    _, printed = demo
+    line = next(line for line in printed.splitlines() if "as it was" in line and "%" in line)
     right, claims, chance = line.split()[-3:]
-    assert float(right[:-1]) > 80 and float(chance[:-1]) < 10 and int(claims) > 300
+    assert float(right[:-1]) > 80
+    assert float(chance[:-1]) < 10
+    assert int(claims) > 300
 
 
 @pytest.mark.slow
 def test_warmed_up_soft_prompts_depend_on_the_image(demo):
-    rows = [row for row in map(json.loads, (demo[0] / "demo" / "metrics.jsonl").read_text().splitlines()) if "val_loss" in row]
-    assert rows[-1]["val_loss"] < rows[-1]["val_loss_shuffled"] - 0.1
+    out, _ = demo
+    last = report.validations(out / "demo")["fine-tune"][-1]
+    assert last["val_loss"] < last["val_loss_shuffled"] - 0.1
+
+
+# --------------------------------------------------------------------------------- what is embedded
 
 
 def test_what_is_embedded_is_small_and_whole():
-    files = [file for folder in ("pairs", "source", "target") for file in (ROOT / "demo" / folder).rglob("*") if file.is_file()]
+    folders = [ROOT / "demo" / name for name in ("pairs", "source", "target")]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 25e6
-    for name, count in (("train", 2400), ("val", 300)):
-        rows = [json.loads(line) for line in (ROOT / "demo" / "pairs" / f"{name}.jsonl").read_text().splitlines()]
-        assert len(rows) >= count and all((ROOT / "demo" / "pairs" / row["image"]).is_file() for row in rows)
+    assert len(files) < 40
+    for split, count in DEMO_PAIRS.items():
+        pairs = read_pairs(str(PAIRS / f"{split}.tar"))
+        assert len(pairs) == len(pairs.images) == count
+        assert not pairs.left_out
+
+
+@pytest.mark.parametrize("split", DEMO_PAIRS)
+def test_the_embedded_pairs_are_the_scenes_of_their_seed_in_their_order(split):
+    """As study.make draws them: pixels, captions and truths; and train.py reads the same."""
+    shard = PAIRS / f"{split}.tar"
+    files, texts, truths = captions.read_scenes(shard)
+    pairs = read_pairs(str(shard))
+    assert files == pairs.files() and list(pairs.image) == list(range(len(files)))
+    assert texts == list(pairs.captions)
+    for i, (image, known) in enumerate(draw_pairs(f"demo-{split}", DEMO_PAIRS[split])):
+        assert texts[i] == known["caption"]
+        assert truths[i] == {tuple(pair) for pair in known["objects"]}
+        assert data.load_image(files[i]).tobytes() == image.tobytes()
+
+
+def test_the_samples_to_look_at_are_the_first_held_out_pairs():
+    files, texts, _ = captions.read_scenes(PAIRS / "val.tar")
+    samples = sorted((PAIRS / "samples").glob("*.png"))
+    assert len(samples) == SAMPLES
+    for sample, file, text in zip(samples, files, texts):
+        assert Image.open(sample).tobytes() == data.load_image(file).tobytes()
+        assert sample.with_suffix(".txt").read_text() == text + "\n"
+
+
+def test_images_of_scenes_in_lines_are_found_beside_their_file(tmp_path):
+    """The study's pairs are lines of JSON beside their images, the demo's are shards."""
+    known = {"caption": "a red circle", "objects": [["red", "circle"]]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "val/0.png"} | known) + "\n")
+    files, texts, truths = captions.read_scenes(tmp_path / "pairs.jsonl")
+    assert files == [tmp_path / "val" / "0.png"]
+    assert texts == ["a red circle"]
+    assert truths == [{("red", "circle")}]
+
+
+# -------------------------------------------------------------------------------- what is measured
 
 
 def test_named_reads_what_captions_claim():
-    assert named("a crimson disc next to a big square that is navy blue on white") == {("red", "circle"), ("blue", "square")}
+    both = "a crimson disc next to a big square that is navy blue on white"
+    assert named(both) == {("red", "circle"), ("blue", "square")}
     assert named("a picture of a dog") == set()
     rng = random.Random(0)
     for _ in range(300):
@@ -71,4 +130,20 @@ def test_named_reads_what_captions_claim():
 
 def test_right_shares_are_counted_by_claim():
     truths = [{("red", "circle")}, {("blue", "square")}]
-    assert report.share_right(["a red circle and a red square", "a blue square"], truths) == (2 / 3, 3)
+    texts = ["a red circle and a red square", "a blue square"]
+    assert captions.share_right(texts, truths) == (2 / 3, 3)
+
+
+def test_a_run_is_compared_with_where_a_baseline_ends(tmp_path):
+    """Steps are counted through both stages."""
+    def write(name, **stages):
+        rows = [dict(stage=stage, step=10 * i, val_loss=loss)
+                for stage, losses in stages.items() for i, loss in enumerate(losses)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return tmp_path / name
+
+    run = write("run", warm=[3.0, 2.0], tune=[2.0, 1.2])
+    assert report.compare(run, write("slow", scratch=[3.0, 1.5])) == (
+        "slow ends at 1.500 after 10 steps; run is below that after 20 steps, warm-up counted.")
+    assert report.compare(run, write("fast", scratch=[3.0, 1.0])).endswith("run does not get there.")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import bench
-import data
+import pairs
 import estimate
 import llm as language_models
 import loop
@@ -122,7 +122,7 @@ def test_on_a_gpu_the_micro_batch_follows_from_its_memory(world, monkeypatch):
     stages = train.choose_stages(args)
     folder, tok = transfer.find_tokenizer(args.tgt)
     src, tgt = transfer.find_models(args.src, args.tgt, folder)
-    sets = {name: ([data.read_pairs(str(world[2]))], None) for name in stages}
+    sets = {name: ([pairs.read_pairs(str(world[2]))], None) for name in stages}
     shapes = transfer.shape_model(args, src, tgt)
     gpu, cpu = (loop.Processes(0, 1, torch.device(device), "bf16") for device in ("cuda", "cpu"))
 

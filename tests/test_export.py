@@ -17,8 +17,7 @@ import qformer
 import sample
 import train
 import transfer
-from test_data import write_kind
-from conftest import LLAMA_CONFIG as LLAMA, OPT_CONFIG as OPT, T5_CONFIG as T5, make_model
+from conftest import LLAMA_CONFIG as LLAMA, OPT_CONFIG as OPT, T5_CONFIG as T5, make_model, write_kind
 
 pytestmark = pytest.mark.slow
 

@@ -28,8 +28,8 @@ import sample
 import train
 import transfer
 import vpgtrans
-from test_data import write_kind, write_shard
-from conftest import LLAMA_CONFIG as LLAMA, T5_CONFIG as T5, make_model
+from conftest import LLAMA_CONFIG as LLAMA, T5_CONFIG as T5, make_model, write_kind, write_shard
+from pairs import Pairs, Strings, read_pairs
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +123,6 @@ def test_from_scratch_forgets_the_q_former_but_not_the_vit(world, tmp_path):
 
 def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_path, capsys, monkeypatch):
     """Unless there are no others."""
-    import data
     import hub
 
     source, target = hub.resolve(str(world[0]), "source"), hub.resolve(str(world[1]), "target")
@@ -133,7 +132,7 @@ def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_p
         line["image"] = str(world[2].parent / line["image"])
     (tmp_path / "broken.png").write_bytes(b"no image")
     lines += [lines[0] | {"image": str(tmp_path / "broken.png")}]
-    read = lambda some: (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some)) and [data.read_pairs(str(tmp_path / "pairs.jsonl"))]
+    read = lambda some: (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some)) and [read_pairs(str(tmp_path / "pairs.jsonl"))]
     fit = lambda some: transfer.refit_projector(projector, vpg, source, target, read(some), 4, processes)
     match = transfer.match_tokens
     monkeypatch.setattr(transfer, "match_tokens", lambda ids, *others: match(ids, *others) if len(ids) > 1 else [])
@@ -150,7 +149,6 @@ def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_p
 @pytest.mark.parametrize("kind", ["LLaMA, pre-tokenizer", "Unigram"])
 def test_a_first_word_is_one_word_to_all_tokenizers(world, tmp_path, kind):
     """OPT's has no space before it, those of LLaMA and T5 do. All other tokens match by the same bytes."""
-    import data
 
     tokenizers = [data.load_tokenizer(folder) for folder in (world[0], write_kind(tmp_path / "other", kind))]
     names = [{id: token for token, id in tok.vocab().items()} for tok in tokenizers]
@@ -166,7 +164,6 @@ def test_a_first_word_is_one_word_to_all_tokenizers(world, tmp_path, kind):
 
 def test_the_converter_heeds_how_often_captions_use_a_token(world):
     """Its fit is better on what the captions say than on the rest, and says so."""
-    import data
     import hub
 
     source, target, said = hub.resolve(str(world[0]), "source"), hub.resolve(str(world[1]), "target"), []
@@ -819,7 +816,7 @@ def test_bad_data_of_all_processes_and_of_a_resumed_run_is_written_down_once(wor
 
 
 def test_weights_are_shares_of_captions_where_these_are_packed():
-    pairs = lambda images, captions: data.Pairs("x", "/", data.Strings.of(map(str, range(images))), data.Strings.of(["a"] * images * captions),
+    pairs = lambda images, captions: Pairs("x", "/", Strings.of(map(str, range(images))), Strings.of(["a"] * images * captions),
                                                 np.repeat(np.arange(images), captions))
     sets = [pairs(10, 5), pairs(40, 1), pairs(2, 50)]
     assert train.mixture("each", sets, [0.1, 0.7, 0.2]) == ([0.1, 0.7, 0.2], 1)
