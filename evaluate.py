@@ -557,28 +557,64 @@ def question_prompt(tok):
     return "Question: {} Short answer:" if tok.encoder_decoder else "Question: {} Answer:"
 
 
-def answer_batch(model, tok, prompts, sees, index, batch_size, options):
+def common_start(rows):
+    """How many ids all rows begin with, at most all but the last of each."""
+    least = min(map(len, rows)) - 1
+    return next((n for n in range(least) if len({row[n] for row in rows}) > 1), least)
+
+
+def answer_prompts(model, tok, prompts, sees, index, batch_size, options):
     """Prompts as texts, what the model saw of some images, and which of these each prompt is about
     (a list) -> as many answers.
 
     Prompts of one length go together and shorter ones are padded on the left, so that no answer
-    depends on its neighbours."""
+    depends on its neighbours. Where an image has several questions, a decoder-only LLM reads what
+    they begin with, the image above all, once."""
     import torch
 
     import data
 
     ids = [data.prompt_ids(tok, model.vpg.num_query_tokens, text.rstrip(" ")) for text in prompts]
+    options = options | {"stop": ((tok.end_id,), (tok.eos_id,))}
+    images = len(next(iter(sees.values())))
+    shared = None
+    if len(ids) > images and not tok.encoder_decoder:
+        start = common_start(ids)
+        head = torch.tensor([ids[0][:start]]).expand(images, -1)
+        with torch.inference_mode():
+            shared = model.llm.read_prefix(*model.prefix(head, **sees))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [None] * len(ids)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        padded = data.pad([ids[i] for i in rows], data.PADDING, left=True)
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
         places = torch.tensor([index[i] for i in rows])
-        seen = {name: x[places.to(x.device)] for name, x in sees.items()}
-        found = model.generate(padded, **seen, stop=((tok.end_id,), (tok.eos_id,)), **options)
+        if shared is None:
+            padded = data.pad([ids[i] for i in rows], data.PADDING, left=True)
+            seen = {name: x[places.to(x.device)] for name, x in sees.items()}
+            found = model.generate(padded, **seen, **options)
+        else:
+            padded = data.pad([ids[i][start:] for i in rows], data.PADDING, left=True)
+            words = start - model.vpg.num_query_tokens
+            found = generate_behind(model.llm, shared.rows(places), padded, words, **options)
         for i, row in zip(rows, found):
             answers[i] = tok.decode(row).strip()
     return answers
+
+
+def generate_behind(llm, cache, ids, words_before, length_penalty_counts="new", **options):
+    """The LLM's answers to ids (B,P) behind what a cache holds, among it so many of the prompt's
+    tokens."""
+    import torch
+
+    import data
+
+    mask = ids != data.PADDING
+    if length_penalty_counts == "prompt":
+        options["prompt_lengths"] = words_before + mask.sum(1)
+    device = cache.keys.device
+    with torch.inference_mode():
+        words = llm.embed(ids.clamp(min=0).to(device))
+    return llm.generate(words, None if mask.all() else mask.to(device), cache=cache, **options)
 
 
 def read_ahead(files, size, count):
@@ -626,7 +662,7 @@ def answer_items(model, tok, items, prompt, options, batch_size):
             with torch.inference_mode():
                 sees = model.see(torch.stack(images).to(model.projector.weight.device))
             prompts = [prompt.replace("{}", clean_question(item["question"] or "")) for item in asked]
-            answers = answer_batch(model, tok, prompts, sees, index, batch_size, options)
+            answers = answer_prompts(model, tok, prompts, sees, index, batch_size, options)
             rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
         yield rows
 

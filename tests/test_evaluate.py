@@ -494,6 +494,7 @@ class Parrot:
 
 def test_every_question_meets_its_own_image_and_prompt(world, tmp_path):
     tok = data.load_tokenizer(world[0])
+    tok.encoder_decoder = True  # what a parrot reads is not shared
     items = []
     expected = {}
     for i in range(13):
@@ -514,6 +515,55 @@ def test_each_kind_of_language_model_is_asked_with_the_papers_prompt():
     assert evaluate.question_prompt(SimpleNamespace(encoder_decoder=True)) == "Question: {} Short answer:"
 
 
+@pytest.fixture(scope="module")
+def demo_source():
+    """The demo's source, which sees and speaks: random models say the same about every image."""
+    return transfer.load_model(str(HERE.parent / "demo" / "source"), torch.float32)
+
+
+@pytest.mark.parametrize("counts", ["new", "prompt"])
+def test_a_prefix_read_once_gives_what_each_prompt_gives_alone(demo_source, benchmarks, counts):
+    """For questions of unequal lengths, in any order, each of its own image."""
+    model, tok = demo_source
+    files = sorted((benchmarks / "coco/val2014").iterdir())[:4]
+    images = torch.stack([data.read_image(file, model.vpg.image_size) for file in files])
+    rng = random.Random(0)
+    words = "red green blue circle square table on a brown".split()
+    prompts = ["a picture of " + " ".join(rng.choices(words, k=rng.randint(0, 6))) for _ in range(12)]
+    index = [rng.randrange(4) for _ in prompts]
+    options = dict(num_beams=5, max_new_tokens=8, length_penalty=-1.0, length_penalty_counts=counts)
+    found = evaluate.answer_prompts(model, tok, prompts, model.see(images), index, 5, options)
+    alone = [transfer.answer(model, tok, images[i : i + 1], p, **options)[0] for p, i in zip(prompts, index)]
+    assert found == alone
+    assert len(set(found)) > 6
+    others = [(i + 1) % 4 for i in index]
+    assert found != evaluate.answer_prompts(model, tok, prompts, model.see(images), others, 5, options)
+
+
+@pytest.mark.parametrize("prompts", [["Question: red? Answer:", "Question: a blue circle? Answer:"],
+                                     ["Blue", "Red"]])
+def test_the_prompt_that_the_length_penalty_counts_is_bos_and_its_words(demo_source, monkeypatch, prompts):
+    model, tok = demo_source
+    counted = []
+
+    def generate(self, prefix, *_, prompt_lengths, **options):
+        counted.extend(prompt_lengths.tolist())
+        return [[]] * len(prefix)
+
+    monkeypatch.setattr(language_models.LanguageModel, "generate", generate)
+    sees = model.see(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    evaluate.answer_prompts(model, tok, prompts, sees, [0, 0], 1, {"length_penalty_counts": "prompt"})
+    evaluate.answer_prompts(model, tok, prompts[:1], sees, [0], 1, {"length_penalty_counts": "prompt"})
+    lengths = [1 + len(tok.encode(prompt)) for prompt in prompts]
+    assert counted == [*sorted(lengths), lengths[0]]
+
+
+def test_what_all_prompts_begin_with_leaves_each_a_token():
+    assert evaluate.common_start([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 9]]) == 2
+    assert evaluate.common_start([[1, 2], [1, 2, 3]]) == 1
+    assert evaluate.common_start([[1, 2, 3]] * 2) == 2
+
+
 def test_questions_are_asked_as_the_papers_ask_them():
     assert evaluate.clean_question('What\'s "this"; (No. 5)?  ') == "what's this no 5?"
     assert evaluate.clean_question("a well-known man, red?") == "a well-known man, red?"
@@ -525,24 +575,30 @@ def seen(monkeypatch):
     """The number of images that went through ViT and Q-Former, and of prompts answered."""
     counts = Counter()
     see = vpgtrans.VisualLLM.see
-    generate = vpgtrans.VisualLLM.generate
+    generate = language_models.LanguageModel.generate
 
     def counting_see(self, images):
         counts["images"] += len(images)
         return see(self, images)
 
-    def counting_generate(self, prompt_ids, **options):
-        counts["prompts"] += len(prompt_ids)
-        return generate(self, prompt_ids, **options)
+    def counting_generate(self, prefix, *arguments, **options):
+        counts["prompts"] += len(prefix)
+        counts["positions"] += prefix.shape[0] * prefix.shape[1]
+        return generate(self, prefix, *arguments, **options)
 
     monkeypatch.setattr(vpgtrans.VisualLLM, "see", counting_see)
-    monkeypatch.setattr(vpgtrans.VisualLLM, "generate", counting_generate)
+    monkeypatch.setattr(language_models.LanguageModel, "generate", counting_generate)
     return counts
 
 
 def test_an_image_is_seen_once_whatever_the_number_of_its_questions(world, benchmarks, tmp_path, seen):
     result = score(world, tmp_path, f"gqa={benchmarks / 'gqa'}", batch_size=5)["gqa"]
-    assert seen == {"images": 12, "prompts": result["items"]} and result["items"] > 40
+    assert seen["images"] == 12 and seen["prompts"] == result["items"] > 40
+    # Q = 5 places of the image, BOS and "Question:" are read with the image
+    asked = json.loads((benchmarks / "gqa/testdev_balanced_questions.json").read_text()).values()
+    tok = data.load_tokenizer(world[0])
+    longest = max(len(tok.encode(f" {row['question'].lower()} Answer:")) for row in asked)
+    assert seen["positions"] <= seen["prompts"] * longest
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"id": 300', b'{"id": 3001, "answer": "re'])
@@ -848,7 +904,9 @@ def test_options_that_make_no_sense_are_refused(world, tmp_path, capsys, options
 
 
 def test_empty_answers_and_answers_to_nothing_are_counted(world, benchmarks, tmp_path, monkeypatch):
-    monkeypatch.setattr(vpgtrans.VisualLLM, "generate", lambda self, ids, **_: [[]] * len(ids))
+    nothing = [[]]
+    monkeypatch.setattr(language_models.LanguageModel, "generate",
+                        lambda self, prefix, *_, **__: nothing * len(prefix))
     spec = f"coco={benchmarks / 'coco'}"
     result = score(world, tmp_path, spec)["coco"]
     assert result["scores"]["CIDEr"] == 0 and "12 answers are empty" in result["notes"]
