@@ -780,7 +780,7 @@ def score_task(task, rows, args, folder):
               "empty answers": sum(not answer for answer in answers.values()) - len(unread)}
     notes = []
     if len(answers) != benchmark.size:
-        notes.append(f"published scores are of {benchmark.size:,} items: these compare with no others")
+        notes.append(f"published scores are of {benchmark.size:,} items: they do not compare with these")
     for problem, places in task.left_out.items():
         notes.append(f"{len(places):,} left out: {problem}, such as {places[0]}")
     if unread:
@@ -802,16 +802,19 @@ def write_json(file, content):
 
 
 def table(model, results):
-    """Lines: this model's first scores beside the published ones."""
+    """Lines: this model's first scores, beside the published ones where they are of as many items."""
     names = list(results)
-    first = {name: next(iter(result["scores"].values())) for name, result in results.items()}
-    rows = {model: first} | {who: scores for who, scores in PUBLISHED.items() if scores.keys() & first.keys()}
+    whole = {name for name in names if results[name]["items"] == BENCHMARKS[name].size}
+    rows = {model: {name: next(iter(result["scores"].values())) for name, result in results.items()}}
+    for who, scores in PUBLISHED.items():
+        if whole & scores.keys():
+            rows[who] = {name: scores[name] for name in whole & scores.keys()}
     width = max(map(len, rows))
     yield " " * width + "".join(f"{BENCHMARKS[name].title:>9}" for name in names)
     for who, scores in rows.items():
         cells = [f"{scores[name]:9.1f}" if name in scores else f"{'-':>9}" for name in names]
         yield f"{who:{width}}" + "".join(cells)
-    if {"coco", "nocaps"} & set(names):
+    if {"coco", "nocaps"} & whole:
         yield "(captions: CIDEr. BLIP-2's are of models fine-tuned on COCO at 364 pixels, none is zero-shot.)"
 
 

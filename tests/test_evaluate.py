@@ -427,7 +427,8 @@ def test_all_that_lies_under_datasets_is_scored(world, benchmarks, tmp_path, mon
     score(world, tmp_path)
     folder = tmp_path / "evaluation"
     said = capsys.readouterr().out
-    assert "COCO" in said and "BLIP-2 OPT-6.7B" in said and "compare with no others" in said
+    assert "COCO" in said and "published scores are of 214,354 items: they do not compare" in said
+    assert "BLIP-2 OPT-6.7B" not in said
     scores = json.loads((folder / "scores.json").read_text())
     assert list(scores["benchmarks"]) == list(evaluate.BENCHMARKS)
     captions = {"image_id", "caption"}
@@ -443,6 +444,15 @@ def test_all_that_lies_under_datasets_is_scored(world, benchmarks, tmp_path, mon
         name.removeprefix("CIDEr, ") for name in scores["benchmarks"]["nocaps"]["scores"] if "domain" in name}
     assert {"yes/no", "number", "other"} < scores["benchmarks"]["vqav2"]["scores"].keys()
     assert {"query", "verify"} < scores["benchmarks"]["gqa"]["scores"].keys()
+
+
+def test_published_scores_stand_beside_those_of_as_many_items():
+    results = {"vqav2": {"items": 214354, "scores": {"accuracy": 57.16, "yes/no": 80.0}},
+               "gqa": {"items": 12, "scores": {"accuracy": 36.0}}}
+    rows = [line.split() for line in evaluate.table("out/run", results)]
+    assert rows[:2] == [["VQAv2", "GQA"], ["out/run", "57.2", "36.0"]]
+    assert ["VPGTrans", "OPT-2.7B", "to", "6.7B", "57.2", "-"] in rows
+    assert not any("epoch" in row for row in rows)  # that one has captions alone
 
 
 def test_the_result_file_is_what_pycocoevalcap_scores_alike(world, benchmarks, tmp_path):
