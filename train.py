@@ -39,7 +39,7 @@ from vpgtrans import STAGES
 
 # ---------------------------------------------------------------------------------------- arguments
 
-SPEC = "[NAME=]SOURCE[@IMAGES][:WEIGHT]"
+SPEC = "[NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]"
 
 
 def add_models(parser):
@@ -317,8 +317,9 @@ def name_data(args, stages, say):
 
 
 def place(spec):
-    """(source, images) of a spec: what several stages weight differently is read once."""
-    return parse_spec(spec)[1:3]
+    """(source, images, split) of a spec: what several stages weight differently is read once."""
+    spec = parse_spec(spec)
+    return spec.source, spec.images, spec.split
 
 
 def find_data(args, stages, say):
@@ -338,13 +339,13 @@ def find_data(args, stages, say):
         val = whole.without(held, instead=True)
         sets = {key: pairs.without(held) for key, pairs in sets.items()}
         say(f"validation: {len(held)} images of {whole.name} held out")
-    for (file, _), pairs in sets.items():
+    for (file, *_), pairs in sets.items():
         say(f"data: {pairs.name}, {len(pairs):,} pairs, {len(pairs.images):,} images ({file})")
         if not len(pairs):
             raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
     of_stages = {}
     for name in stages:
-        weights = [parse_spec(spec)[3] for spec in specs[name]]
+        weights = [parse_spec(spec).weight for spec in specs[name]]
         if any(weights) and not all(weights):
             raise ValueError(f"give each of {', '.join(specs[name])} a :WEIGHT above 0, or none of "
                              "them")
