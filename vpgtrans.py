@@ -240,9 +240,13 @@ class VisualLLM(nn.Module):
         prefix, mask = self.prefix(prompt_ids, **sees)
         return self.llm.loss(prefix, target_ids, mask, scored)
 
-    def generate(self, prompt_ids, images=None, features=None, queries=None, **options):
+    def generate(self, prompt_ids, images=None, features=None, queries=None,
+                 length_penalty_counts="new", **options):
         """The LLM's answers as B lists of ids; `options` are those of the LLM's generate
-        (num_beams, stop, ...)."""
+        (num_beams, stop, ...). `length_penalty_counts` "prompt": the length penalty counts the
+        prompt's words, too, as transformers did before 4.36."""
+        if length_penalty_counts == "prompt":
+            options["prompt_lengths"] = (prompt_ids >= 0).sum(1)
         with torch.inference_mode():
             prefix, mask = self.prefix(prompt_ids, images, features, queries)
         return self.llm.generate(prefix, mask, **options)
