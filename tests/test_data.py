@@ -19,6 +19,7 @@ from conftest import (
     make_llm_pair,
     make_pairs,
     save_image,
+    sentencepiece_bpe,
     write,
     write_json,
     write_kind,
@@ -411,7 +412,8 @@ def conversations(count=60):
     def text():
         return rng.choice(["", " "]).join(rng.choices(plain, k=rng.randint(1, 6)))
 
-    made = [[["What is it?", "A red square."]], [["What is it?", "A square."], ["And?", "Red."]]]
+    made = [[["What is it?", "A red square."]], [["What is it?", "A square."], ["And?", "Red."]],
+            [["  What? ", "\nA square.\n "], ["\t", " Red "]]]
     while len(made) < count:
         made.append([[text(), text()] for _ in range(rng.randint(1, 4))])
     return made
@@ -526,8 +528,14 @@ def test_vicuna_v0_is_written_as_it_was_trained(kinds):
     assert said == "The circle.### no###"
     without, _ = data.chat_ids(tok, template, [["Hi", "x"]])
     assert without == [1, *tok.encode("###Human: Hi ###Assistant: "), *tok.encode("x###")]
-    stops = data.stop_ids(tok, template)
-    assert len(stops) >= 1
+
+
+def test_all_spellings_of_vicuna_v0s_stop_are_known(tmp_path):
+    content = sentencepiece_bpe("normalizer", [*CORPUS, *["### a b ### c###"] * 200])
+    write_json(write_kind(tmp_path, "LLaMA, normalizer"), tokenizer=content)
+    tok = data.load_tokenizer(tmp_path)
+    stops = data.stop_ids(tok, data.TEMPLATES["vicuna-v0"])
+    assert len(stops) > 1
     for before in ("a", "a ", "a.", "a\n"):
         ids = tok.encode(f"{before}###")
         assert any(tuple(ids[-len(stop) :]) == stop for stop in stops)

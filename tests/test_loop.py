@@ -435,7 +435,7 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(world, tmp_path, 
 
 
 def names_of_bad(out, problem):
-    return sorted(where.split("/")[-1].rstrip("'") for where in bad_data(out, problem))
+    return sorted(where.split("/")[-1].split(":")[0] for where in bad_data(out, problem))
 
 
 @pytest.mark.slow
