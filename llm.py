@@ -448,10 +448,14 @@ def pick(x, index):
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
-def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, stop):
+def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, stop, prompt_lengths=None):
     """Beam search with transformers' rules: a hypothesis scores log-probability / length **
     length_penalty (its end mark counts), and a row is done when no running beam, at its present
-    length, beats its K finished ones. -> (B, n) ids"""
+    length, beats its K finished ones. -> (B, n) ids
+
+    With `prompt_lengths` (B,) the rules are those before transformers 4.36, at batch 1: the length is
+    the prompt's and the new tokens', without the end mark; any candidate of the step may keep a row
+    going, and what runs out of steps is a hypothesis whether it is among the best K or not."""
     B, _, V = logits.shape
     device = logits.device
     logits = logits.expand(B, K, V)
@@ -471,17 +475,25 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
         parents = index // V
         next_ids = index % V
         candidates = torch.cat([pick(beams, parents), next_ids[..., None]], dim=-1)  # (B, width, n)
-        ended = ends_with(candidates, stop) | (n == steps)
+        stops = ends_with(candidates, stop)
+        ended = stops | (n == steps)
 
         counts = ended & is_among_best & ~done  # transformers lets only the best K candidates finish
-        new_scores = (top / n**length_penalty).masked_fill(~counts, -1e9)
+        divisor = running_divisor = n**length_penalty
+        if prompt_lengths is not None:
+            counts |= ended & ~stops & ~done
+            length = prompt_lengths.clamp(min=1).to(device)[:, None] + n
+            running_divisor = length.float() ** length_penalty
+            divisor = (length - stops.long()).float() ** length_penalty
+        new_scores = (top / divisor).masked_fill(~counts, -1e9)
         finished_scores, chosen = torch.cat([finished_scores, new_scores], dim=1).topk(K)
         padded = F.pad(candidates, (0, steps - n), value=-1)
         finished = pick(torch.cat([finished, padded], dim=1), chosen)
 
         scores, chosen = (top - 1e9 * ended).topk(K)
         worst = finished_scores.min(1, keepdim=True).values
-        done |= worst >= scores[:, :1] / n**length_penalty
+        best = scores[:, :1] if prompt_lengths is None else top[:, :1]
+        done |= worst >= best / running_divisor
         if n == steps or done.all():
             return finished[:, 0]
         beams = pick(candidates, chosen)
@@ -535,14 +547,17 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0,
-                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, memory=None, cache=None):
+                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, memory=None, cache=None,
+                 prompt_lengths=None):
         """Continues a prefix. (B,P,D), (B,P) bool -> B lists of ids, without the stop sequence and
         what follows.
 
         `stop` holds the sequences of ids that end a text, such as ((2,), (835,), (2277, 29937));
         None: the checkpoint's end marks. `max_new_tokens` counts the end mark; none of the first
         `min_new_tokens` ids completes one. num_beams > 1 is beam search (temperature 0 only);
-        temperature > 0 samples from the `top_p` nucleus.
+        temperature > 0 samples from the `top_p` nucleus. `prompt_lengths` (B,) makes the length that
+        beam search penalises count so many tokens of each row's prompt, as transformers did before
+        4.36; VPGTrans's and BLIP-2's scores of questions rest on that.
 
         With a cache (`read_prefix`) the prefix is what comes behind it; the memory is the cache's,
         and the cache stays as it is."""
@@ -551,8 +566,10 @@ class LanguageModel(nn.Module):
         cache = self.new_cache(prefix, max_new_tokens, num_beams, memory, cache)
         logits = self.start(prefix, prefix_mask, cache)
         begun = self, logits, cache, max_new_tokens, min_new_tokens
+        if prompt_lengths is not None and not isinstance(self, DecoderOnly):
+            prompt_lengths = torch.ones_like(prompt_lengths)  # T5's decoder reads its start token alone
         if num_beams > 1:
-            ids = beam_search(*begun, num_beams, length_penalty, stop)
+            ids = beam_search(*begun, num_beams, length_penalty, stop, prompt_lengths)
         else:
             *_, ids = decode_tokens(*begun, temperature, top_p, stop)
         rows = [[i for i in row if i >= 0] for row in ids.tolist()]  # -1 is behind a beam's end

@@ -272,7 +272,7 @@ def compare_pairs(repeats, argv, count=96, batch=32):
 
 
 def main(argv=None):
-    parser = peers.new_parser(__doc__)
+    parser = peers.new_parser("benchmarks.data", __doc__)
     parser.add_argument("--images", action="store_true", help="reading and resizing of photographs")
     parser.add_argument("--pairs", action="store_true",
                         help="the whole path: read, decode, crop, tokenize, collate")

@@ -137,7 +137,7 @@ def compare_loading(args, argv, name="2 GB"):
 
 
 def parse_arguments(argv):
-    parser = peers.new_parser(__doc__)
+    parser = peers.new_parser("benchmarks.generation", __doc__)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--llm", choices=peers.LLMS,
                          help="a language model of these shapes, in the place of a BLIP-2's")

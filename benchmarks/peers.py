@@ -403,10 +403,11 @@ def print_heading(command, argv, what, device):
 # ----------------------------------------------------------------------------------------- arguments
 
 
-def new_parser(doc):
-    """A parser that explains itself by a module's docstring, with what every benchmark takes."""
+def new_parser(command, doc):
+    """A parser of `python -m command`, explained by a docstring, with what every benchmark takes."""
     kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=kind)
+    prog = f"python -m {command}"
+    parser = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=kind)
     parser.add_argument("--repeats", type=at_least_one, default=9,
                         help="timed turns of each (default: %(default)s)")
     return parser

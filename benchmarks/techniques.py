@@ -150,7 +150,7 @@ def time_stage(what, ways, autocast, repeats, device):
 
 
 def main(argv=None):
-    parser = peers.new_parser(__doc__)
+    parser = peers.new_parser("benchmarks.techniques", __doc__)
     peers.add_model_arguments(parser)
     parser.add_argument("--batch-size", type=peers.at_least_one, default=8,
                         help="samples a micro-batch (default: %(default)s)")

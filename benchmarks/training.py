@@ -387,7 +387,7 @@ def packed_rows(model, step, ways, args):
 
 
 def parse_arguments(argv):
-    parser = peers.new_parser(__doc__)
+    parser = peers.new_parser("benchmarks.training", __doc__)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--llm", choices=peers.LLMS,
                          help="a language model of these shapes alone, in the place of a BLIP-2")
