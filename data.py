@@ -22,9 +22,13 @@ import functools
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import resource
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -881,16 +885,119 @@ def block_signals(_=None):
     return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
-def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0):
+class Packed:
+    """A collate function whose batches travel from worker to process through a pipe, as bytes, and
+    not through shared memory, of which containers have 64 MB."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, samples):
+        packed = {}
+        for key, value in self.collate(samples).items():
+            if torch.is_tensor(value):
+                content = value.contiguous().flatten().view(torch.uint8).numpy()
+                value = content, value.dtype, value.shape
+            packed[key] = value
+        return packed
+
+
+def unpack(packed):
+    batch = {}
+    for key, value in packed.items():
+        if isinstance(value, tuple):
+            content, dtype, shape = value
+            value = torch.from_numpy(content).view(dtype).view(shape)
+            value = value.pin_memory() if torch.cuda.is_available() else value
+        batch[key] = value
+    return batch
+
+
+def shared_memory():
+    """Bytes that are free for what processes share."""
+    try:
+        place = os.statvfs("/dev/shm")
+    except OSError:  # a system that keeps it elsewhere
+        return float("inf")
+    return place.f_bavail * place.f_frsize
+
+
+def fits_in_shared_memory(samples, micro_batch, per_step, world, workers):
+    """Do the micro-batches that are on their way at once fit there, and their files into the limit
+    on open ones? If not, torch's workers die or stand still."""
+    ahead = 2 * workers + per_step + 2
+    size = micro_batch * 3 * samples.size**2
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    tensors = 5  # of a micro-batch, each an open file
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return ahead * size * neighbours < shared_memory() / 2 and ahead * tensors < files / 2
+
+
+class Stopped(Exception):
+    """The run was asked to stop while it waited for a batch."""
+
+
+LOOK_EVERY = 5  # seconds; between looks at whether a run that waits is to stop
+LONGEST_WAIT = 600  # seconds, for a micro-batch
+
+
+def wait_for(loader, stop):
+    """The next micro-batch of workers. Stopped if stop() says so meanwhile; OSError with the remedy
+    if none comes any more."""
+    began = time.monotonic()
+    while True:
+        try:
+            return next(loader)
+        except RuntimeError as error:
+            said = str(error)
+            if not said.startswith(("DataLoader", "Too many open files", "Pin memory thread")):
+                raise
+            if not said.startswith("DataLoader timed out"):
+                raise OSError(f"a worker that reads images was ended from outside ({said}): if memory "
+                              "ran out, take fewer --workers; if it was a limit on open files, raise "
+                              "it by ulimit -n") from error
+        if stop and stop():
+            raise Stopped
+        if time.monotonic() - began > LONGEST_WAIT:
+            raise OSError(f"no batch has come from the workers for {LONGEST_WAIT:,} seconds: look at "
+                          "whether the storage with the images answers")
+
+
+def start_workers(samples, batches, collate, workers):
+    """-> what gives the micro-batches, and its processes."""
+    # workers end with the process that they read for, and leave it to that one what to do when all
+    # are told to stop; and what becomes of them is seen while it waits, not in the middle of a step
+    before = block_signals()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_child = signal.getsignal(signal.SIGCHLD)
+    others = multiprocessing.active_children()
+    try:
+        loader = iter(torch.utils.data.DataLoader(
+            samples, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+            pin_memory=torch.cuda.is_available(), worker_init_fn=block_signals,
+            timeout=LOOK_EVERY if workers else 0))
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGCHLD, on_child)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return loader, [child for child in multiprocessing.active_children() if child not in others]
+
+
+def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0,
+                 stop=None):
     """Yields, for every optimizer step from first_step on, this rank's share of the batch as a list
     of micro-batches.
 
     Step s takes order[s * batch_size : (s + 1) * batch_size], sorted by the length of their texts,
-    so that those of a micro-batch need little padding; rank r takes every world-th of these
-    from r on, so that the union over ranks is the same however many there are. What does not fill
-    the last batch is left out."""
+    so that those of a micro-batch need little padding; rank r takes every world-th of these from r
+    on, so that the union over ranks is the same however many there are. What does not fill the last
+    batch is left out.
+
+    Waiting for workers has an end: Stopped when stop() says so, OSError when they are gone or
+    nothing comes; no worker is left behind."""
     steps = range(first_step, len(order) // batch_size)
     lengths = samples.lengths()
+    per_step = -(-len(range(rank, batch_size, world)) // micro_batch)
 
     def micro_batches():
         for step in steps:
@@ -900,18 +1007,17 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
             for i in range(0, len(positions), micro_batch):
                 yield [(int(p), int(order[p])) for p in positions[i : i + micro_batch]]
 
-    # workers end with the process that they read for, and leave it to that one what to do when all
-    # are told to stop
-    before = block_signals()
+    shared = fits_in_shared_memory(samples, micro_batch, per_step, world, workers)
+    collate = samples.collate if shared or not workers else Packed(samples.collate)
+    loader, children = start_workers(samples, micro_batches(), collate, workers)
     try:
-        loader = iter(torch.utils.data.DataLoader(
-            samples, batch_sampler=micro_batches(), collate_fn=samples.collate, num_workers=workers,
-            pin_memory=torch.cuda.is_available(), worker_init_fn=block_signals))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    per_step = -(-len(range(rank, batch_size, world)) // micro_batch)
-    for _ in steps:
-        yield [next(loader) for _ in range(per_step)]
+        for _ in steps:
+            batch = [wait_for(loader, stop) for _ in range(per_step)]
+            yield [unpack(micro) for micro in batch] if isinstance(collate, Packed) else batch
+    except (OSError, Stopped):
+        for child in children:  # they may hang in the storage, and heed no other signal
+            child.kill()
+        raise
 
 
 # ----------------------------------------------------------------- pictures that must not be trained on

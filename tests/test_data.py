@@ -2,11 +2,18 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import random
 import re
+import signal
 import struct
+import subprocess
+import sys
+import time
 import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -904,6 +911,147 @@ def test_starting_at_a_step_gives_what_would_have_come(samples):
             assert torch.equal(a["images"], b["images"])
             assert torch.equal(a["target_ids"], b["target_ids"])
             assert a["files"] == b["files"]
+
+
+def batches_equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if torch.is_tensor(value):
+                assert torch.equal(value, b[key])
+                assert value.dtype == b[key].dtype
+            else:
+                assert value == b[key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["no room", "few files"])
+def test_batches_travel_through_pipes_where_they_do_not_fit_elsewhere(samples, monkeypatch, way):
+    """The same come, to the bit."""
+    if way == "no room":
+        monkeypatch.setattr(data, "shared_memory", lambda: 1_000_000)
+    else:
+        monkeypatch.setattr(data.resource, "getrlimit", lambda _: (64, 64))
+    monkeypatch.setattr(samples, "size", 224)
+    assert not data.fits_in_shared_memory(samples, 4, 2, 1, 2)
+    monkeypatch.setattr(samples, "size", 28)
+    monkeypatch.setattr(data, "fits_in_shared_memory", lambda *_: False)
+    order = data.plan([40], 40, seed=0)
+    through = list(data.load_batches(samples, order, 8, 4, workers=2))
+    for ours, theirs in zip(through, data.load_batches(samples, order, 8, 4), strict=True):
+        batches_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool, torch.int64])
+def test_packed_batches_are_what_they_were(dtype):
+    batch = {"x": torch.arange(6).view(2, 3).to(dtype), "files": ["a"], "twins": {}}
+    batches_equal([data.unpack(data.Packed(lambda samples: samples)(batch))], [batch])
+
+
+def test_shared_memory_is_counted_beforehand(samples, monkeypatch):
+    """A container's 64 MB hold what two workers have on their way in micro-batches of 8 at 224
+    pixels, not what eight have of 36; neighbours share them."""
+    monkeypatch.setattr(data, "shared_memory", lambda: 64 * 2**20)
+    monkeypatch.setattr(samples, "size", 224)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert data.fits_in_shared_memory(samples, 8, 2, 1, 2)
+    assert not data.fits_in_shared_memory(samples, 36, 2, 1, 8)
+    assert not data.fits_in_shared_memory(samples, 8, 2, 8, 2)
+
+
+SMALL = """
+import sys
+import numpy as np
+import data
+from pairs import read_pairs
+
+if __name__ == "__main__":
+    samples = data.Samples([read_pairs(sys.argv[1])], data.load_tokenizer(sys.argv[2]), 224, 5)
+    steps = list(data.load_batches(samples, np.arange(40).repeat(20), 80, 40, workers=3))
+    print(sum(len(micro["images"]) for step in steps for micro in step), "samples")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["mount -t tmpfs -o size=8m tmpfs /dev/shm", "ulimit -n 64"])
+def test_little_shared_memory_or_few_open_files_do_not_end_a_run(tmp_path, world, limit):
+    """In a mount namespace of its own, where the machine allows that."""
+    space = ["unshare", "-m"] if limit.startswith("mount") else []
+    try:
+        subprocess.run([*space, "bash", "-c", limit], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no mount namespaces here; the test with a stand-in remains")
+    write(tmp_path / "small.py", SMALL)
+    pairs = write_pairs(tmp_path / "pairs", 40)
+    command = f"{limit} && exec {sys.executable} {tmp_path}/small.py {pairs} {world[1]}"
+    environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}
+    done = subprocess.run([*space, "bash", "-c", command], env=environment, capture_output=True,
+                          text=True, timeout=120)
+    assert done.stdout == "800 samples\n", done.stderr
+
+
+class Odd(data.Samples):
+    """Samples of which reading the fifth does what a test says."""
+
+    def look(self, pairs, file, position):
+        if position == 5:
+            self.happen()
+        return super().look(pairs, file, position)
+
+
+def kill_worker():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    time.sleep(1000)
+
+
+@pytest.fixture
+def odd(samples, tok, monkeypatch):
+    monkeypatch.setattr(data, "LOOK_EVERY", 1)
+
+    def load(happen, **options):
+        made = Odd(samples.sets, tok, 28, 5)
+        made.happen = happen
+        batches = data.load_batches(made, np.arange(40), 4, 4, workers=2, **options)
+        return [micro["files"] for step in batches for micro in step]
+
+    yield load
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_run_with_the_remedy(odd):
+    """As the system does where memory runs out; and in the main process nothing but waiting for a
+    batch is interrupted."""
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(OSError, match="a worker that reads images was ended .*fewer --workers"):
+        odd(kill_worker)
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+@pytest.mark.slow
+def test_storage_that_stops_answering_ends_the_run_with_the_remedy(odd, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_WAIT", 2)
+    with pytest.raises(OSError, match="no batch has come .* for 2 seconds: .*storage"):
+        odd(hang)
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_a_batch_can_be_stopped(odd):
+    with pytest.raises(data.Stopped):
+        odd(hang, stop=lambda: True)
+
+
+def test_what_goes_wrong_in_a_sample_is_no_matter_of_workers(odd):
+    """It is told as it is."""
+    class Broken:
+        def __next__(self):
+            raise RuntimeError("Caught RuntimeError in DataLoader worker process 0: mistake")
+
+    with pytest.raises(RuntimeError, match="mistake"):
+        data.wait_for(Broken(), None)
 
 
 def test_an_unreadable_image_is_replaced_and_named(tok, tmp_path):
