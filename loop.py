@@ -523,6 +523,21 @@ def begin_stage(run, job, resumed):
     return optimizer, state["step"]
 
 
+def leave_between_steps(run, optimizer, since, at, error, bar):
+    """Ends a run to which no more batches come, or that was asked to stop while it waited for one.
+    A single process saves where it stands; of several, the others wait for this one in the midst
+    of a step, so that there is what was saved last."""
+    if run.processes.world == 1 and at["step"]:
+        if since.losses:  # no state is saved whose loss was not looked at
+            run.report(since, optimizer, at, optimizer.param_groups[0]["lr"], bar)
+        run.save(optimizer, at)
+    if isinstance(error, data.Stopped):
+        run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
+                          "--resume continues")
+        sys.exit(130)
+    raise Failure(f"{error}. The same command with --resume goes on from where it was saved last")
+
+
 def train_stage(run, job, resumed=None):
     """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state,
     stands."""
@@ -536,12 +551,16 @@ def train_stage(run, job, resumed=None):
         run.validate(job.at(0))
     since = Since(job.at(first)["samples"])
     batches = data.load_batches(job.samples, job.order, stage.batch_size, args.micro_batch,
-                                processes.rank, processes.world, first, args.workers)
+                                processes.rank, processes.world, first, args.workers,
+                                must_stop)
     hidden = None if processes.rank == 0 else True  # None: where there is no terminal
     bar = tqdm(total=job.steps, initial=first, desc=job.name, unit="step", disable=hidden)
     with contextlib.closing(batches), bar:
         for step in range(first, job.steps):
-            micro_batches = next(batches)
+            try:
+                micro_batches = next(batches)
+            except (OSError, data.Stopped) as error:
+                leave_between_steps(run, optimizer, since, job.at(step), error, bar)
             lr = vpgtrans.learning_rate(stage, step, job.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
