@@ -11,12 +11,17 @@ scores or produces a target: OPT and LLaMA (with Vicuna, Mistral, SmolLM2, Qwen2
 [prefix | target]; T5 reads the prefix in its encoder. Parameter names equal the checkpoint's, so
 that loading needs no table of names.
 
+A *memory*, where one is given, is a function that every FFN calls with its own input (B,S,D) and its
+activation; the result (B,S,D) is added to the FFN's output, before residual and norm. MemVP shows
+images so; nothing here knows more of it.
+
 B batch, P prefix length, T target length, S positions read, D LLM width, V vocabulary, H heads, G
 key-value heads, hd width of a head, K beams.
 """
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,6 +77,11 @@ def split_heads(x, hd):
 
 def merge_heads(x):
     return rearrange(x, "b h s d -> b s (h d)")
+
+
+def add_memory(y, memory, x, activation):
+    """An FFN's output y, and what it reads in the memory with its input x."""
+    return y if memory is None else y + memory(x, activation)
 
 
 class Embedding(nn.Embedding):
@@ -157,7 +167,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         V = len(weight)
         block = max(1, FrozenHeadLoss.BLOCK[device] // (weight.element_size() * V))  # rows
         few = max(1, FrozenHeadLoss.SLICE[device] // (4 * V))  # rows
-        blocks = math.ceil(len(x) / block)
+        blocks = max(1, math.ceil(len(x) / block))
         differentiate = ctx.needs_input_grad[0]
         loss = torch.zeros((), device=x.device)
         gradient = torch.empty_like(x)
@@ -181,14 +191,18 @@ class FrozenHeadLoss(torch.autograd.Function):
         return gradient * upstream, None, None
 
 
-def caption_loss(head, x, target_ids):
+def caption_loss(head, x, target_ids, scored=None):
     """Hidden states (B,T,D), targets (B,T) -> (sum of cross-entropies in float32, number of
     tokens); -100 does not count.
 
     A sum and a count, so that ranks and micro-batches can be normalised by the global number of
-    tokens."""
+    tokens. Where scored (B,T) is False nothing counts, and the head reads nothing."""
     x = x.flatten(0, 1)  # (B * T, D)
     ids = target_ids.flatten()
+    if scored is not None:
+        rows = scored.flatten().nonzero()[:, 0]
+        x = x[rows.to(x.device, non_blocking=True)]
+        ids = ids[rows.to(ids.device, non_blocking=True)]
     if head.weight.requires_grad:
         loss = F.cross_entropy(head(x).float(), ids, ignore_index=-100, reduction="sum")
     else:
@@ -219,6 +233,17 @@ def check_ids(ids, vocab_size):
     if looked_at and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"ids from {ids.min()} to {ids.max()}: this LLM's vocabulary has 0 to "
                          f"{vocab_size - 1}; is it its tokenizer?")
+
+
+def check_scored(scored, target_ids):
+    if scored is None:
+        return
+    if target_ids.ndim != 2:
+        raise ValueError(f"scored is for targets (B,T), not {tuple(target_ids.shape)}: captions packed "
+                         "behind one prefix all count")
+    if scored.dtype != torch.bool or scored.shape != target_ids.shape:
+        raise ValueError(f"scored must be {tuple(target_ids.shape)} of torch.bool, as the targets, not "
+                         f"{tuple(scored.shape)} of {scored.dtype}")
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -413,19 +438,24 @@ class LanguageModel(nn.Module):
         check_ids(ids, self.vocab_size)
         return F.embedding(ids, self.get_parameter(self.WORDS))
 
-    def forward(self, prefix, target_ids, prefix_mask=None):
+    def forward(self, prefix, target_ids, prefix_mask=None, memory=None):
         """(B,P,D), (B,T), (B,P) bool -> logits (B,T,V): row t is the prediction of target t.
 
         `prefix_mask` is False at holes, anywhere; each row gives what it gives alone with its holes
         taken out. None means no holes and takes the fast path. Targets of -100 stand behind a row's
-        real targets."""
-        return word_scores(self.lm_head, self.hidden_states(prefix, target_ids, prefix_mask))
+        real targets. `memory`: see the top of this file."""
+        x = self.hidden_states(prefix, target_ids, prefix_mask, memory)
+        return word_scores(self.lm_head, x)
 
-    def loss(self, prefix, target_ids, prefix_mask=None):
+    def loss(self, prefix, target_ids, prefix_mask=None, scored=None, memory=None):
         """As `forward` -> (sum of cross-entropies in float32, number of tokens); -100 does not
-        count."""
-        x = self.hidden_states(prefix, target_ids, prefix_mask)
-        return caption_loss(self.lm_head, x, target_ids)
+        count.
+
+        scored (B,T) bool: the targets that count (a conversation's answers), of which alone the
+        head reads. Leave it on the CPU, and no GPU has to wait."""
+        check_scored(scored, target_ids)
+        x = self.hidden_states(prefix, target_ids, prefix_mask, memory)
+        return caption_loss(self.lm_head, x, target_ids, scored)
 
     def check_targets(self, target_ids):
         if target_ids.ndim != 2:
@@ -435,7 +465,7 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0,
-                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None):
+                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, memory=None):
         """Continues a prefix. (B,P,D), (B,P) bool -> B lists of ids, without the stop sequence and
         what follows.
 
@@ -445,7 +475,7 @@ class LanguageModel(nn.Module):
         temperature > 0 samples from the `top_p` nucleus."""
         stop = self.stop if stop is None else stop
         check_generation(max_new_tokens, num_beams, temperature, top_p, stop)
-        logits, cache = self.start(prefix, prefix_mask, max_new_tokens, num_beams)
+        logits, cache = self.start(prefix, prefix_mask, max_new_tokens, num_beams, memory)
         read = self, logits, cache, max_new_tokens, min_new_tokens
         if num_beams > 1:
             ids = beam_search(*read, num_beams, length_penalty, stop)
@@ -495,27 +525,31 @@ class DecoderOnly(LanguageModel):
         keep = F.pad(prefix_mask, (0, T), value=True)  # (B, S)
         return prefix, prefix_mask, real_positions(keep), causal_mask(keep)
 
-    def hidden_states(self, prefix, target_ids, prefix_mask=None):
+    def hidden_states(self, prefix, target_ids, prefix_mask=None, memory=None):
         """As `forward` -> (B,T,D): what the head reads to predict target t."""
         self.check_targets(target_ids)
         read_ids = filled(target_ids[:, :-1])  # the last target is predicted, not read
         prefix, _, positions, mask = self.lay_out(prefix, prefix_mask, read_ids.shape[1])
         x = torch.cat([prefix, self.embed(read_ids)], dim=1)
-        x = self.read(x, positions, mask)
+        x = self.read(x, positions, mask, memory=memory)
         return x[:, prefix.shape[1] - 1 :]
 
-    def loss(self, prefix, target_ids, prefix_mask=None):
+    def loss(self, prefix, target_ids, prefix_mask=None, scored=None, memory=None):
         """(B,P,D), (B,T) or (B,K,T), (B,P) bool -> (sum of cross-entropies in float32, number of
         tokens); -100 does not count.
+
+        scored (B,T) bool: the targets that count, of which alone the head reads; see `loss` of
+        LanguageModel.
 
         K captions share one prefix, which is read once: each sees the prefix and itself, and its
         positions go on from the prefix's, so that the loss is the sum of what they give alone.
         Leave their ids on the CPU, and no GPU has to wait."""
+        check_scored(scored, target_ids)
         if target_ids.ndim == 2:
-            return super().loss(prefix, target_ids, prefix_mask)
-        return self.packed_loss(prefix, target_ids, prefix_mask)
+            return super().loss(prefix, target_ids, prefix_mask, scored, memory)
+        return self.packed_loss(prefix, target_ids, prefix_mask, memory)
 
-    def packed_loss(self, prefix, target_ids, prefix_mask):
+    def packed_loss(self, prefix, target_ids, prefix_mask, memory):
         """The loss of K captions behind one prefix."""
         _, K, T = target_ids.shape
         check_ids(filled(target_ids), self.vocab_size)
@@ -537,25 +571,27 @@ class DecoderOnly(LanguageModel):
         keep = F.pad(keep, (0, ids.shape[1]), value=True)
         mask = causal_mask(keep) & sees[:, None]
         words = self.embed(filled(ids))
-        x = self.read(torch.cat([prefix, words], dim=1), positions, mask)  # (B, S, D)
+        x = torch.cat([prefix, words], dim=1)  # (B, S, D)
+        x = self.read(x, positions, mask, memory=memory)
 
         firsts = x[:, P - 1, None].expand(-1, K, -1)  # the prefix's last position predicts all first tokens
         x = torch.cat([firsts, x[:, P:]], dim=1)
         targets = torch.cat([first_targets, targets], dim=1)
         return caption_loss(self.lm_head, x, targets)
 
-    def start(self, prefix, prefix_mask, steps, K):
+    def start(self, prefix, prefix_mask, steps, K, memory=None):
         """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of
         K beams."""
         prefix, prefix_mask, positions, mask = self.lay_out(prefix, prefix_mask, 0)
         self.check_length(prefix.shape[1] + steps - 1)
         cache = Cache(len(self.layers), self.kv_heads, self.head_dim, prefix, prefix_mask, steps - 1, K)
-        x = self.read(prefix, positions, mask, cache)
+        cache.memory = memory
+        x = self.read(prefix, positions, mask, cache, memory)
         return word_scores(self.lm_head, x[:, -1:]), cache
 
     def step(self, ids, cache):
         """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
-        x = self.read(self.embed(ids), cache.positions, cache.mask(), cache)
+        x = self.read(self.embed(ids), cache.positions, cache.mask(), cache, cache.memory)
         return word_scores(self.lm_head, x)
 
 
@@ -592,15 +628,16 @@ class OPTLayer(nn.Module):
         self.fc2 = nn.Linear(config["ffn_dim"], dim)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def feed_forward(self, x):
-        return self.fc2(self.fc1(x).relu())
+    def feed_forward(self, x, memory):
+        y = self.fc2(self.fc1(x).relu())
+        return add_memory(y, memory, x, F.relu)
 
-    def forward(self, x, mask=None, cache=None):
+    def forward(self, x, mask=None, cache=None, memory=None):
         if self.pre_norm:
             x = x + self.self_attn(self.self_attn_layer_norm(x), mask, cache)
-            return x + self.feed_forward(self.final_layer_norm(x))
+            return x + self.feed_forward(self.final_layer_norm(x), memory)
         x = self.self_attn_layer_norm(x + self.self_attn(x, mask, cache))
-        return self.final_layer_norm(x + self.feed_forward(x))
+        return self.final_layer_norm(x + self.feed_forward(x, memory))
 
 
 class OPTDecoder(nn.Module):
@@ -658,13 +695,13 @@ class OPT(DecoderOnly):
         project_in = self.model["decoder"].project_in
         return x if project_in is None else project_in(x)
 
-    def read(self, x, positions, mask=None, cache=None):
+    def read(self, x, positions, mask=None, cache=None, memory=None):
         """(B,S,D) embeddings -> (B,S,D) hidden states; positions count a row's real positions from
         0."""
         decoder = self.model["decoder"]
         x = x + decoder.embed_positions(positions + 2)
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, None if cache is None else cache[i])
+            x = layer(x, mask, None if cache is None else cache[i], memory)
         if decoder.final_layer_norm is not None:
             x = decoder.final_layer_norm(x)
         return x if decoder.project_out is None else decoder.project_out(x)
@@ -760,13 +797,14 @@ class LLaMALayer(nn.Module):
             "up_proj": nn.Linear(dim, hidden, bias),
             "down_proj": nn.Linear(hidden, dim, bias)})
 
-    def feed_forward(self, x):
+    def feed_forward(self, x, memory):
         gate = F.silu(self.mlp["gate_proj"](x))
-        return self.mlp["down_proj"](gate * self.mlp["up_proj"](x))
+        y = self.mlp["down_proj"](gate * self.mlp["up_proj"](x))
+        return add_memory(y, memory, x, F.silu)
 
-    def forward(self, x, rotation, mask=None, cache=None):
+    def forward(self, x, rotation, mask=None, cache=None, memory=None):
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
-        return x + self.feed_forward(self.post_attention_layernorm(x))
+        return x + self.feed_forward(self.post_attention_layernorm(x), memory)
 
 
 class LLaMA(DecoderOnly):
@@ -812,13 +850,13 @@ class LLaMA(DecoderOnly):
         """The repeated blocks, for torch.compile."""
         return self.model["layers"]
 
-    def read(self, x, positions, mask=None, cache=None):
+    def read(self, x, positions, mask=None, cache=None, memory=None):
         """(B,S,D) embeddings -> (B,S,D) hidden states; positions (B or 1,S) count a row's real
         positions from 0."""
         angles = (positions[:, None, :, None] * self.frequencies).repeat(1, 1, 1, 2)  # (B or 1, 1, S, hd)
         rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, mask, None if cache is None else cache[i])
+            x = layer(x, rotation, mask, None if cache is None else cache[i], memory)
         return self.model["norm"](x)
 
     @staticmethod
@@ -828,7 +866,7 @@ class LLaMA(DecoderOnly):
         return None if name.endswith("rotary_emb.inv_freq") else name
 
 
-# -------------------------------------- T5 v1.1 and Flan-T5 (Raffel et al. 2020, Chung et al. 2022)
+# ------------------------------------------------ T5 and Flan-T5 (Raffel et al. 2020, Chung et al. 2022)
 
 
 def relative_buckets(distance, bidirectional, buckets, farthest):
@@ -875,19 +913,33 @@ class T5Attention(nn.Module):
         return self.o(merge_heads(x))
 
 
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+
+
 class T5FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim = config["d_model"]
         hidden = config["d_ff"]
-        self.gelu = config["gelu"]
-        self.wi_0 = nn.Linear(dim, hidden, bias=False)
-        self.wi_1 = nn.Linear(dim, hidden, bias=False)
+        self.activation = ACTIVATIONS[config["dense_act_fn"]]
+        self.is_gated = config["is_gated_act"]  # False in T5 v1.0 alone
+        if self.is_gated:
+            self.wi_0 = nn.Linear(dim, hidden, bias=False)
+            self.wi_1 = nn.Linear(dim, hidden, bias=False)
+        else:
+            self.wi = nn.Linear(dim, hidden, bias=False)
         self.wo = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x):
-        gate = F.gelu(self.wi_0(x), approximate=self.gelu)
-        return self.wo(gate * self.wi_1(x))
+    def forward(self, x, memory):
+        if self.is_gated:
+            y = self.activation(self.wi_0(x)) * self.wi_1(x)
+        else:
+            y = self.activation(self.wi(x))
+        return add_memory(self.wo(y), memory, x, self.activation)
 
 
 class T5Block(nn.Module):
@@ -906,7 +958,7 @@ class T5Block(nn.Module):
             norm = nn.RMSNorm(config["d_model"], config["layer_norm_epsilon"])
             self.layer.append(nn.ModuleDict({name: part, "layer_norm": norm}))
 
-    def forward(self, x, mask, encoded=None, encoded_mask=None, cache=None):
+    def forward(self, x, mask, encoded=None, encoded_mask=None, cache=None, memory=None):
         """`encoded`: the keys and values (B,H,P,hd) of what the encoder has read, for a decoder's
         block."""
         attend = self.layer[0]["SelfAttention"]
@@ -919,7 +971,7 @@ class T5Block(nn.Module):
             y = self.layer[1]["layer_norm"](x)
             x = x + self.layer[1]["EncDecAttention"](y, encoded, encoded_mask)
         y = self.layer[-1]["layer_norm"](x)
-        return x + self.layer[-1]["DenseReluDense"](y)
+        return x + self.layer[-1]["DenseReluDense"](y, memory)
 
 
 class T5Stack(nn.Module):
@@ -943,29 +995,34 @@ class T5Stack(nn.Module):
 
 
 class T5(LanguageModel):
-    """T5 v1.1 and Flan-T5, base to XXL. The encoder reads the prefix, soft prompts included, the
-    decoder the target.
+    """T5 v1.0 and v1.1, Flan-T5, base to XXL. The encoder reads the prefix, soft prompts included,
+    the decoder the target.
 
-    `config` is the checkpoint's config.json as a dict. Without dense_act_fn, "gated-gelu" means the
-    tanh form (google's files); the BLIP-2 ones say that theirs is exact."""
+    `config` is the checkpoint's config.json as a dict."""
 
     DEFAULTS = dict(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None,
                     num_heads=8, relative_attention_num_buckets=32, relative_attention_max_distance=128,
-                    layer_norm_epsilon=1e-6, feed_forward_proj="relu", dense_act_fn="gelu_new",
-                    is_gated_act=True, tie_word_embeddings=True, decoder_start_token_id=0, eos_token_id=1)
-    ONLY = dict(feed_forward_proj="gated-gelu", is_gated_act=True)
-    GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+                    layer_norm_epsilon=1e-6, feed_forward_proj="relu", tie_word_embeddings=True,
+                    decoder_start_token_id=0, eos_token_id=1)
+    # "gated-gelu" alone means the tanh form (google's files); BLIP-2's files say that theirs is exact
+    FEED_FORWARD = {
+        "relu": dict(dense_act_fn="relu", is_gated_act=False),
+        "gated-gelu": dict(dense_act_fn="gelu_new", is_gated_act=True)}
     WORDS = "shared.weight"
     PROJECT_IN = None
 
     def __init__(self, config):
         super().__init__()
-        config = read_options(config, self.DEFAULTS, self.ONLY)
+        kind = config.get("feed_forward_proj", self.DEFAULTS["feed_forward_proj"])
+        if kind not in self.FEED_FORWARD:
+            raise ValueError(f"feed_forward_proj = {kind!r} is not implemented for T5; only "
+                             f"{', '.join(self.FEED_FORWARD)} are")
+        form = self.FEED_FORWARD[kind]
+        config = read_options(config, self.DEFAULTS | form, only=dict(is_gated_act=form["is_gated_act"]))
         activation = config["dense_act_fn"]
-        if activation not in self.GELU:
+        if activation not in ACTIVATIONS:
             raise ValueError(f"dense_act_fn = {activation!r} is not implemented for T5; only "
-                             f"{', '.join(self.GELU)} are")
-        config["gelu"] = self.GELU[activation]
+                             f"{', '.join(ACTIVATIONS)} are")
         self.dim = config["d_model"]
         self.vocab_size = config["vocab_size"]
         self.heads = config["num_heads"]
@@ -986,7 +1043,7 @@ class T5(LanguageModel):
         """The repeated blocks, for torch.compile."""
         return [*self.encoder.block, *self.decoder.block]
 
-    def encode(self, prefix, prefix_mask):
+    def encode(self, prefix, prefix_mask, memory):
         """The encoder: (B,P,D), (B,P) bool or None -> keys and values for each block of the
         decoder, and their mask."""
         x, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.shared.weight.dtype)
@@ -994,40 +1051,41 @@ class T5(LanguageModel):
         positions = torch.arange(x.shape[1], device=x.device)
         bias = self.encoder.bias(positions, positions, keep)
         for block in self.encoder.block:
-            x = block(x, bias)
+            x = block(x, bias, memory=memory)
         x = self.encoder.final_layer_norm(x)
         readers = [block.layer[1]["EncDecAttention"] for block in self.decoder.block]
         return [reader.keys_values(x) for reader in readers], keep
 
-    def decode(self, x, bias, encoded, keep, cache=None):
+    def decode(self, x, bias, encoded, keep, cache=None, memory=None):
         """The decoder: (B,T,D) embeddings -> (B,T,D) what the head reads."""
         for i, block in enumerate(self.decoder.block):
-            x = block(x, bias, encoded[i], keep, None if cache is None else cache[i])
+            x = block(x, bias, encoded[i], keep, None if cache is None else cache[i], memory)
         return self.decoder.final_layer_norm(x) * self.scale
 
-    def hidden_states(self, prefix, target_ids, prefix_mask=None):
+    def hidden_states(self, prefix, target_ids, prefix_mask=None, memory=None):
         """As `forward` -> (B,T,D): what the head reads to predict target t."""
         self.check_targets(target_ids)
-        encoded, keep = self.encode(prefix, prefix_mask)
+        encoded, keep = self.encode(prefix, prefix_mask, memory)
         read_ids = filled(target_ids[:, :-1])  # the last target is predicted, not read
         read_ids = F.pad(read_ids, (1, 0), value=self.start_id)
         positions = torch.arange(read_ids.shape[1], device=read_ids.device)
         causal = positions[:, None] >= positions
         bias = self.decoder.bias(positions, positions, causal)
-        return self.decode(self.embed(read_ids), bias, encoded, keep)
+        return self.decode(self.embed(read_ids), bias, encoded, keep, memory=memory)
 
-    def start(self, prefix, prefix_mask, steps, K):
+    def start(self, prefix, prefix_mask, steps, K, memory=None):
         """Reads a prefix, and the token that starts the decoder. -> logits (B,1,V), and the cache
         for K beams' steps."""
-        encoded, keep = self.encode(prefix, prefix_mask)
+        encoded, keep = self.encode(prefix, prefix_mask, memory)
         start_ids = torch.full((len(prefix), 1), self.start_id, device=prefix.device)
         x = self.embed(start_ids)
         cache = Cache(len(self.decoder.block), self.heads, self.head_dim, x, None, steps - 1, K)
         cache.encoded = encoded
         cache.keep = keep
+        cache.memory = memory
         position = torch.zeros(1, dtype=torch.long, device=x.device)
         bias = self.decoder.bias(position, position)
-        x = self.decode(x, bias, encoded, keep, cache)
+        x = self.decode(x, bias, encoded, keep, cache, memory)
         return word_scores(self.lm_head, x), cache
 
     def step(self, ids, cache):
@@ -1035,7 +1093,7 @@ class T5(LanguageModel):
         columns = torch.arange(cache.width(), device=ids.device)
         step = (columns - cache.P).div(cache.K, rounding_mode="floor")  # in which each column's token came
         bias = self.decoder.bias(cache.positions[0], cache.P + step, cache.mask())
-        x = self.decode(self.embed(ids), bias, cache.encoded, cache.keep, cache)
+        x = self.decode(self.embed(ids), bias, cache.encoded, cache.keep, cache, cache.memory)
         return word_scores(self.lm_head, x)
 
     @staticmethod

@@ -228,11 +228,12 @@ class VisualLLM(nn.Module):
         prefix = words.scatter(1, columns.expand_as(soft_prompts), soft_prompts.to(words.dtype))
         return prefix, None if mask is None else mask.to(device, non_blocking=True)
 
-    def forward(self, prompt_ids, target_ids, **sees):
+    def forward(self, prompt_ids, target_ids, scored=None, **sees):
         """(B,P), (B,T) and the images in one of their forms -> (sum of the tokens' cross-entropies,
-        number of tokens). With several captions an image, (B,K,T), see the LLM's loss."""
+        number of tokens). scored (B,T) bool: the targets that count. With several captions an
+        image, (B,K,T), see the LLM's loss."""
         prefix, mask = self.prefix(prompt_ids, **sees)
-        return self.llm.loss(prefix, target_ids, mask)
+        return self.llm.loss(prefix, target_ids, mask, scored)
 
     def generate(self, prompt_ids, images=None, features=None, queries=None, **options):
         """The LLM's answers as B lists of ids; `options` are those of the LLM's generate

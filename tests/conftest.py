@@ -163,6 +163,7 @@ LLMS = {
     "qwen3": LLAMA_CONFIG | dict(model_type="qwen3", num_key_value_heads=2, head_dim=12),
     "flan-t5": T5_CONFIG,
     "blip-2 t5": T5_CONFIG | dict(dense_act_fn="gelu"),
+    "t5 v1.0": T5_CONFIG | dict(feed_forward_proj="relu", tie_word_embeddings=True),
     "t5, tied": T5_CONFIG | dict(tie_word_embeddings=True, decoder_start_token_id=3, layer_norm_epsilon=1e-2),
 }
 

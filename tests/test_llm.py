@@ -177,6 +177,87 @@ def test_packed_captions_that_do_not_fit_are_refused(tmp_path, target, says):
     assert opt.loss(random_prefix(1, 10), many)[1] == 300
 
 
+# --------------------------------------------------------------------- targets of which some are scored
+
+
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_scored_targets_alone_count(llm_pair, frozen_head):
+    """As transformers' loss with the labels of the others masked; a mark on padding counts nothing."""
+    ours = copy.deepcopy(llm_pair[0]).double()
+    theirs = copy.deepcopy(llm_pair[1]).double()
+    ours.lm_head.weight.requires_grad_(not frozen_head)
+    target = random_ids(3, 7)
+    target[0, 4:] = -100
+    scored = torch.zeros(3, 7, dtype=torch.bool)
+    scored[0, [1, 3, 5, 6]] = True
+    scored[1, [0, 6]] = True
+    a = random_prefix(3, 6).double().requires_grad_()
+    b = random_prefix(3, 6).double().requires_grad_()
+    loss, tokens = ours.loss(a, target, scored=scored)
+    reference = their_logits(theirs, b, target)
+    labels = target.masked_fill(~scored, -100)
+    reference_loss = F.cross_entropy(reference.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert tokens == 4
+    assert relative_error(loss, reference_loss) < 1e-6
+    loss.backward()
+    reference_loss.backward()
+    assert relative_error(a.grad, b.grad) < 1e-6
+    assert not a.grad[2].any()
+
+
+def test_the_head_reads_scored_positions_alone(llm_pair, monkeypatch):
+    ours, _, _ = llm_pair
+    heights = []
+    linear = nn.functional.linear
+
+    def watched(x, weight, *bias):
+        if weight is ours.lm_head.weight:
+            heights.append(len(x))
+        return linear(x, weight, *bias)
+
+    monkeypatch.setattr(language_models.F, "linear", watched)
+    scored = torch.zeros(2, 5, dtype=torch.bool)
+    scored[0, 1] = scored[1, 2] = scored[1, 3] = True
+    ours.loss(random_prefix(2, 4), random_ids(2, 5), scored=scored)
+    assert heights == [3]
+
+
+def test_holes_and_scored_targets_go_together(llm_pair):
+    ours, _, _ = llm_pair
+    target = random_ids(2, 5)
+    scored = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]], dtype=torch.bool)
+    mask = torch.tensor([[0, 1, 0, 1], [1, 1, 1, 0]], dtype=torch.bool)
+    prefix = random_prefix(2, 4)
+    log_p = ours(prefix, target, mask).log_softmax(-1).gather(2, target[..., None])[..., 0]
+    loss, tokens = ours.loss(prefix, target, mask, scored)
+    assert tokens == 4
+    assert relative_error(loss, -log_p[scored].sum()) < 1e-5
+
+
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_a_batch_in_which_nothing_is_scored_has_a_loss_of_zero(tmp_path, frozen_head):
+    """Of one rank or micro-batch among others; it has a gradient, which is zero, too."""
+    opt, _, _ = make_llm_pair(tmp_path, "opt")
+    opt.lm_head.weight.requires_grad_(not frozen_head)
+    prefix = random_prefix(2, 4).requires_grad_()
+    loss, tokens = opt.loss(prefix, random_ids(2, 5), scored=torch.zeros(2, 5, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert tokens == 0
+    assert not prefix.grad.any()
+
+
+@pytest.mark.parametrize("target, scored, says", [
+    (random_ids(2, 5), torch.ones(2, 4, dtype=torch.bool), r"\(2, 5\) of torch.bool.*not \(2, 4\)"),
+    (random_ids(2, 5), torch.ones(2, 5), "of torch.float32"),
+    (random_ids(4, 5).view(2, 2, 5), torch.ones(2, 2, 5, dtype=torch.bool), "packed")])
+@pytest.mark.parametrize("variant", ["opt", "flan-t5"])
+def test_scored_that_does_not_fit_is_refused(tmp_path, variant, target, scored, says):
+    ours, _, _ = make_llm_pair(tmp_path, variant)
+    with pytest.raises(ValueError, match=says):
+        ours.loss(random_prefix(2, 4), target, scored=scored)
+
+
 # ---------------------------------------------------------------------------- the loss of a frozen head
 
 
@@ -409,7 +490,8 @@ LEFT_OUT = {
             "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings"],
     "llama-1": ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "hidden_act",
                 "attention_bias", "mlp_bias", "tie_word_embeddings", "pretraining_tp"],
-    "flan-t5": ["dense_act_fn", "is_gated_act", "decoder_start_token_id", "layer_norm_epsilon"]}
+    "flan-t5": ["dense_act_fn", "is_gated_act", "decoder_start_token_id", "layer_norm_epsilon"],
+    "t5 v1.0": ["feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings"]}
 
 
 @pytest.mark.parametrize("variant", LEFT_OUT)
@@ -426,6 +508,7 @@ def test_fields_left_out_of_the_config_have_defaults(tmp_path, variant):
     dict(model_type="mistral"),
     dict(model_type="qwen2"),
     dict(model_type="qwen3", hidden_size=1024),
+    dict(model_type="t5"),
     dict(model_type="t5", feed_forward_proj="gated-gelu")])
 def test_defaults_are_transformers_defaults(said):
     """A config.json that says hardly more than its type gives transformers' shapes, on the meta device."""
@@ -450,9 +533,11 @@ def test_defaults_are_transformers_defaults(said):
     ("llama-1", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
     ("llama-1", "partial_rotary_factor", 0.5),
     ("llama-1", "quantization_config", {"bits": 4}),
-    ("flan-t5", "feed_forward_proj", "relu"),
+    ("flan-t5", "feed_forward_proj", "gated-silu"),
     ("flan-t5", "dense_act_fn", "silu"),
-    ("flan-t5", "is_gated_act", False)])
+    ("flan-t5", "is_gated_act", False),
+    ("t5 v1.0", "dense_act_fn", "silu"),
+    ("t5 v1.0", "is_gated_act", True)])
 def test_what_is_not_implemented_is_refused_by_name(tmp_path, variant, key, value):
     _, _, folder = make_llm_pair(tmp_path, variant)
     edit_config(folder, drop=["rope_parameters"] if key != "rope_parameters" else [], **{key: value})

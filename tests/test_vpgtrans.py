@@ -232,3 +232,16 @@ def test_saved_names_are_those_of_blip2(model, world):
     with safe_open(world[0] / "model.safetensors", framework="pt") as source:
         blip2 = {n for n in source.keys() if not n.startswith("language_model.") and (not n.startswith("vision_model.") or "post_layernorm" in n)}
     assert set(model.saved()) == blip2
+
+
+def test_of_a_models_targets_those_scored_count(model):
+    images = random(2, 3, 28, 28)
+    target = torch.tensor([[5, 6, 7], [8, 9, -100]])
+    scored = torch.tensor([[False, True, True], [True, False, False]])
+    prompt = torch.tensor([[IMAGE] * 5 + [2]] * 2)
+    loss, tokens = model(prompt, target, scored, images=images)
+    prefix, mask = model.prefix(prompt, images=images)
+    log_p = model.llm(prefix, target, mask).log_softmax(-1)
+    expected = -(log_p[0, 1, 6] + log_p[0, 2, 7] + log_p[1, 0, 8])
+    assert tokens == 3
+    assert relative_error(loss, expected) < 1e-5
