@@ -124,16 +124,29 @@ class ViTLayer(nn.Module):
         self.activation = ACTIVATIONS[config["hidden_act"]]
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
 
-    def forward(self, x):
+    def forward(self, x, beside=None):
         x = x + self.self_attn(self.layer_norm1(x))
-        hidden = self.activation(self.mlp["fc1"](self.layer_norm2(x)))
-        return x + self.mlp["fc2"](hidden)
+        y = self.layer_norm2(x)
+        hidden = self.activation(self.mlp["fc1"](y))
+        x = x + self.mlp["fc2"](hidden)
+        return x if beside is None else x + beside(y)
 
 
 def vit_layers(config, attention_class):
     """The repeated blocks, under the checkpoints' names."""
     layers = [ViTLayer(config, attention_class(config)) for _ in range(config["num_hidden_layers"])]
     return nn.ModuleDict({"layers": nn.ModuleList(layers)})
+
+
+def run_layers(layers, x, beside=None):
+    """(B,N,Dv) through all blocks; `beside` has a function for each, (B,N,Dv) -> the same, which is
+    added to what the block's MLP makes of the same input."""
+    beside = [None] * len(layers) if beside is None else beside
+    if len(beside) != len(layers):
+        raise ValueError(f"beside: {len(beside)} functions for {len(layers)} blocks")
+    for layer, function in zip(layers, beside):
+        x = layer(x, function)
+    return x
 
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which EVA and BLIP-2 share
@@ -167,12 +180,11 @@ class EVA(nn.Module):
         self.encoder = vit_layers(config, EVAAttention)
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
-    def forward(self, images):
+    def forward(self, images, beside=None):
+        """(B,3,H,W) -> (B,N,Dv), the class token first; `beside` is that of run_layers."""
         at = self.embeddings
         x = embed_patches(images, at.patch_embedding, at.class_embedding, at.position_embedding)
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        return x
+        return run_layers(self.encoder["layers"], x, beside)
 
 
 class CLIP(nn.Module):
@@ -196,15 +208,14 @@ class CLIP(nn.Module):
         self.encoder = vit_layers(config, CLIPAttention)
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
-    def forward(self, images):
+    def forward(self, images, beside=None):
+        """(B,3,H,W) -> (B,N,Dv), the class token first; `beside` is that of run_layers."""
         at = self.embeddings
         class_embedding = at.class_embedding[None, None]
         positions = at.position_embedding.weight[None]
         x = embed_patches(images, at.patch_embedding, class_embedding, positions)
         x = self.pre_layrnorm(x)
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        return x
+        return run_layers(self.encoder["layers"], x, beside)
 
 
 VITS = {"blip_2_vision_model": EVA, "clip_vision_model": CLIP}

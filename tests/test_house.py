@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["vpgtrans.py", "llm.py", "qformer.py", "data.py", "hub.py", "cache.py", "runs.py", "estimate.py"]
+ROOMS = ["vpgtrans.py", "memvp.py", "llm.py", "qformer.py", "data.py", "hub.py", "cache.py", "runs.py", "estimate.py"]
 
 
 @pytest.mark.slow
