@@ -221,6 +221,9 @@ def export(run, folder, precision="bf16"):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: is not empty; name a new folder")
     place = hub.resolve(run, "model")
+    if hub.read_config(place.folder).get("model_type") == "memvp":
+        raise ValueError(f"{run}: a run of MemVP, whose images are in the memory of the LLM's FFNs; "
+                         "transformers has no such model to export to")
     check_expressible(place)
     dtype = transfer.DTYPES[precision]
     model, tok = transfer.load_model(run, dtype)

@@ -213,6 +213,11 @@ def swap_neighbours(rows):
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
+def which_have(batch):
+    """{"has_image": (B,) bool} of a batch some of whose samples have no image, else nothing."""
+    return {name: batch[name] for name in ("has_image",) if name in batch}
+
+
 class Validation:
     """The loss on held-out pairs with their own and with other pairs' images: the difference is
     what the LLM sees."""
@@ -241,9 +246,9 @@ class Validation:
             prompts, targets = batch["prompt_ids"], batch["target_ids"].to(device)
             with evaluating(model), self.processes.autocast():
                 sees = model.see(batch["images"].to(device))
-                matched, tokens = model(prompts, targets, **sees)
+                matched, tokens = model(prompts, targets, **which_have(batch), **sees)
                 others = {name: swap_neighbours(x) for name, x in sees.items()}
-                shuffled, _ = model(prompts, targets, **others)
+                shuffled, _ = model(prompts, targets, **which_have(batch), **others)
             sums += torch.stack([matched, shuffled, tokens]).double().cpu()
         matched, shuffled, tokens = self.processes.sum(*sums)
         return matched / tokens, shuffled / tokens
@@ -253,10 +258,11 @@ class Validation:
         does."""
         batch = self.batches[0]
         images = batch["images"][:count].to(self.processes.device)
+        which = {name: mask[:count] for name, mask in which_have(batch).items()}
         stop = ((self.tok.end_id,), (self.tok.eos_id,))
         # a few steps are too short to compile for
         with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
-            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=stop)
+            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=stop, **which)
         for file, truth, answer in zip(batch["files"], batch["target_ids"].tolist(), answers):
             truth = self.tok.decode(i for i in truth if i >= 0).strip()
             yield f"    {Path(file).name}: {self.tok.decode(answer).strip()}  (people: {truth})"
@@ -292,7 +298,7 @@ def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
             targets = micro["target_ids"]
             if targets.ndim == 2:  # packed ones are laid out on the CPU
                 targets = targets.to(processes.device, non_blocking=True)
-            loss, _ = trained(micro["prompt_ids"], targets, **sees)
+            loss, _ = trained(micro["prompt_ids"], targets, **which_have(micro), **sees)
             # times world, since DDP takes the mean over processes
             (loss * (processes.world / tokens)).backward()
         loss_sum += loss.detach()

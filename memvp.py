@@ -145,9 +145,10 @@ class AdaptedViT(nn.Module):
     last but one, and on patches: the paper reads CLIP ViT-L/14 after 23 of its 24 blocks. `hidden`
     = 0: no adapters."""
 
-    def __init__(self, vit, hidden=12, normalise="imagenet"):
+    def __init__(self, vit, hidden=12, normalise="imagenet", image_size=224):
         super().__init__()
         self.vit = vit
+        self.image_size = image_size
         self.mean, self.deviation = NORMALISE[normalise]
         self.dim = vit.post_layernorm.weight.shape[0]
         self.adapters = nn.ModuleList(Adapter(self.dim, hidden) for _ in self.layers if hidden)
@@ -192,6 +193,8 @@ class MemoryLLM(nn.Module):
     (B,N,Dv) where nothing in the ViT trains; has_image (B,) bool says which rows have one, the
     others' picture is not looked at."""
 
+    num_query_tokens = 0  # places that a prompt keeps for an image
+
     def __init__(self, vit, memory, llm):
         super().__init__()
         widths = memory.projector[0].in_features, memory.projector[2].out_features
@@ -203,6 +206,10 @@ class MemoryLLM(nn.Module):
         self.llm = llm
         has_adapters = len(getattr(vit, "adapters", ())) > 0
         self.parts = {part: start for part, start in PARTS.items() if has_adapters or part != "adapters"}
+
+    @property
+    def image_size(self):
+        return self.vit.image_size
 
     @property
     def layers(self):

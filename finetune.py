@@ -1,0 +1,548 @@
+"""Adapt what sees to a task, by MemVP: images in the memory of a frozen language model's FFNs.
+
+    torchrun --nproc-per-node 8 finetune.py --llm llama-7b --vit openai/clip-vit-large-patch14 \\
+        --memvp scienceqa=datasets/scienceqa
+    python finetune.py --llm opt-6.7b --vit out/opt-2.7b-to-opt-6.7b --features queries ...
+
+The first is the paper's; the second puts in the memory what a transferred VPG's Q-Former makes of
+an image. --prompts input trains the comparison, the same features as soft prompts in the input.
+
+A run writes OUT/: model.safetensors (a memory and adapters, some 15 MB), config.json,
+metrics.jsonl, curves.png, bad_data.jsonl (which questions were left out, and why), and
+resume.safetensors, from which --resume continues a killed one with the same losses. sample.py takes
+OUT as its --model. """
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import estimate
+import hub
+import loop
+import memvp
+import runs
+import train
+import transfer
+import vpgtrans
+
+# -------------------------------------------------------------------- questions, as they lie on disk
+
+LETTERS = "ABCDE"  # ScienceQA has five choices at most
+
+GET_SCIENCEQA = """put there, of github.com/lupantech/ScienceQA (data: CC BY-NC-SA 4.0):
+  problems.json, pid_splits.json, and captions.json if captions are wanted (data/scienceqa/)
+  images/train/1/image.png and so on (tools/download.sh)"""
+
+
+def read_json(file, kind):
+    """The object of a kind, dict or list, in a JSON file; ValueError names one that is damaged."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{file}: holds no {kind.__name__}; is it the right file?")
+    return content
+
+
+def first_file(folder, names):
+    """The first of some files that is in a folder, else None."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def what_is_wrong(problem):
+    """Why a problem of ScienceQA cannot be asked, or None."""
+    if not isinstance(problem, dict) or not isinstance(problem.get("question"), str):
+        return "no question"
+    choices = problem.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return "no choices"
+    if len(choices) > len(LETTERS):
+        return f"more than {len(LETTERS)} choices"
+    answer = problem.get("answer")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        return "no answer among the choices"
+    return None
+
+
+def read_scienceqa(folder, split):
+    """ScienceQA as its authors distribute it (Lu et al. 2022) -> ([{id, image: a file or None,
+    question, choices, answer, hint, caption}], {what is wrong: [where]}).
+
+    FileNotFoundError and ValueError name file and remedy."""
+    problems_file = first_file(folder, ("problems.json", "problem.json"))  # readers of it use both names
+    splits_file = first_file(folder, ("pid_splits.json",))
+    if not problems_file or not splits_file:
+        missing = "pid_splits.json" if problems_file else "problems.json"
+        raise FileNotFoundError(f"{folder}: no {missing}; {GET_SCIENCEQA}")
+    problems = read_json(problems_file, dict)
+    splits = read_json(splits_file, dict)
+    if not isinstance(splits.get(split), list):
+        raise ValueError(f"{splits_file}: has no split {split!r}; it has {', '.join(splits)}")
+    captions_file = first_file(folder, ("captions.json",))
+    captions = read_json(captions_file, dict).get("captions", {}) if captions_file else {}
+    images = folder / "images" if (folder / "images").is_dir() else folder
+    items = []
+    left_out = {}
+    for id in map(str, splits[split]):
+        problem = problems.get(id)
+        wrong = "an id without a problem" if problem is None else what_is_wrong(problem)
+        image = None
+        if not wrong and problem.get("image"):
+            image = images / split / id / problem["image"]
+            wrong = None if image.is_file() else "image missing"
+        if wrong:
+            left_out.setdefault(wrong, []).append(f"{problems_file}, {id}")
+            continue
+        items.append({
+            "id": id,
+            "image": str(image) if image else None,
+            "question": problem["question"],
+            "choices": [str(choice) for choice in problem["choices"]],
+            "answer": problem["answer"],
+            "hint": problem.get("hint") or "",
+            "caption": str(captions.get(id, "")) if image else "",
+        })
+    if not any(item["image"] for item in items):
+        raise FileNotFoundError(f"{folder}: of {len(splits[split]):,} questions of {split} not one has its "
+                                f"image under {images}/; {GET_SCIENCEQA}")
+    return items, left_out
+
+
+# ---------------------------------------------------------------------------- questions, as they are asked
+
+
+def ask_scienceqa(item, with_caption=False):
+    """(prompt, target) of a question, the paper's QCM-A. They are joined without a blank.
+
+    As in MemVP's code, each pair of blanks becomes one, in one pass over the prompt."""
+    context = f"{item['hint']} {item['caption'] if with_caption else ''}".strip() or "N/A"
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, item["choices"]))
+    lines = [f"Question: {item['question']}", f"Context: {context}", f"Options: {options}", "Response:"]
+    return "\n".join(lines).replace("  ", " ").strip(), f"The answer is {LETTERS[item['answer']]}."
+
+
+def question_ids(tok, prompt, target):
+    """(prompt, target) as texts -> as ids: [BOS, prompt] and [target, EOS]; T5's encoder reads
+    [prompt, </s>].
+
+    A decoder-only LLM reads one text, whose tokens must part where the prompt ends: ValueError if
+    they do not."""
+    if tok.encoder_decoder:
+        return tok.encode(prompt) + [tok.eos_id], tok.encode(target) + [tok.eos_id]
+    ids = tok.encode(prompt)
+    joined = tok.encode(prompt + target)
+    if joined[: len(ids)] != ids:
+        raise ValueError(f"this tokenizer has a token across the end of {prompt[-20:]!r} and the beginning "
+                         f"of {target[:20]!r}: the prompt cannot be read alone")
+    bos = [] if tok.bos_id is None else [tok.bos_id]
+    return bos + ids, joined[len(ids) :] + [tok.eos_id]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a task is made of."""
+
+    read: object  # (folder, split) -> (items, what is left out)
+    ask: object  # item -> (prompt, target)
+    stage: vpgtrans.Stage
+    max_tokens: int  # of prompt and target
+    train: str = "train"  # splits
+    val: str = "val"
+
+
+TASKS = {"scienceqa": Task(read_scienceqa, ask_scienceqa, memvp.STAGES["scienceqa"], max_tokens=512)}
+
+
+class Questions(torch.utils.data.Dataset):
+    """Questions by (position in the plan, which), as load_batches asks for them: an image as the
+    ViT wants it or zeros, a prompt, a target.
+
+    A question that is longer than max_tokens is left out and named: cut on the right, it would lose
+    its end, and on the left the question. One whose image cannot be read is named, and gives way to
+    the one after it."""
+
+    def __init__(self, name, items, left_out, ask, tok, image_size, max_tokens, seed=0):
+        self.name = name
+        self.tok = tok
+        self.size = image_size
+        self.seed = seed
+        self.left_out = dict(left_out)
+        self.sets = [self]  # as data.Samples has them
+        self.cache = None
+        self.rows = []  # (file or None, prompt, target)
+        for item in items:
+            prompt, target = question_ids(tok, *ask(item))
+            if len(prompt) + len(target) > max_tokens:
+                where = f"{item['id']} ({len(prompt) + len(target)} tokens)"
+                self.left_out.setdefault(f"longer than --max-tokens {max_tokens}", []).append(where)
+                continue
+            self.rows.append((item["image"], item["id"], np.array(prompt), np.array(target)))
+        if not self.rows:
+            raise ValueError(f"{name}: no question is left; see --max-tokens")
+        self.starts = [0, len(self.rows)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def lengths(self):
+        """Tokens of every question: (samples,) int64."""
+        return np.array([len(prompt) + len(target) for _, _, prompt, target in self.rows])
+
+    def __getitem__(self, key):
+        _, index = key
+        failed = []
+        for i in range(index, index + len(self.rows)):
+            file, id, prompt, target = self.rows[i % len(self.rows)]
+            try:
+                image = data.read_image(file, self.size) if file else self.nothing()
+            except OSError as error:
+                failed.append(str(error))
+                if len(failed) == 10:
+                    break
+                continue
+            return {"image": image, "has_image": bool(file), "prompt": prompt.tolist(),
+                    "target": target.tolist(), "file": file or id, "bad": failed}
+        raise OSError(f"{len(failed)} images in a row cannot be read:\n" + "\n".join(failed))
+
+    def nothing(self):
+        """What stands in the place of an image."""
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+
+    def collate(self, samples):
+        """Samples -> a batch: images (B,3,size,size), has_image (B,), prompt_ids (B,P), target_ids
+        (B,T); files; bad, of which images could not be read."""
+        return {
+            "images": torch.stack([sample["image"] for sample in samples]),
+            "has_image": torch.tensor([sample["has_image"] for sample in samples]),
+            "prompt_ids": data.pad([sample["prompt"] for sample in samples], data.PADDING, left=True),
+            "target_ids": data.pad([sample["target"] for sample in samples], -100),
+            "files": [sample["file"] for sample in samples],
+            "bad": [message for sample in samples for message in sample["bad"]],
+            "twins": {},
+        }
+
+
+def read_questions(args, task, tok, image_size, say):
+    """-> Questions to train on, and some for validation: those with an image first, so that what is
+    shuffled are images."""
+    splits = []
+    for split in (task.train, task.val):
+        items, left_out = task.read(args.folder, split)
+        if split == task.val:
+            every = max(1, len(items) // args.val_samples)
+            items = sorted(items[::every][: args.val_samples], key=lambda item: not item["image"])
+        name = f"{args.task} {split}"
+        questions = Questions(name, items, left_out, task.ask, tok, image_size, args.max_tokens,
+                              args.seed)
+        train.check_left_out(questions, args.max_bad, say)
+        with_image = sum(file is not None for file, *_ in questions.rows)
+        say(f"data: {name}, {len(questions):,} questions, {with_image:,} with an image ({args.folder})")
+        splits.append(questions)
+    return splits
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def add_models(parser):
+    models = parser.add_argument_group("models: a short name (llama-7b), a Hub id, a folder, or a "
+                                       "run of ours")
+    models.add_argument("--llm", required=True, help="the language model whose FFNs read the memory")
+    models.add_argument("--llm-tokenizer", metavar="NAME",
+                        help="where its tokenizer is, if not with it (huggyllama/llama-7b for "
+                             "Vicuna)")
+    models.add_argument("--vit", required=True,
+                        help="what sees: CLIP (openai/clip-vit-large-patch14, the paper's), or a"
+                             " BLIP-2 or a transfer of ours")
+    models.add_argument("--features", choices=("patches", "queries"), default="patches",
+                        help="what the memory holds of an image: the ViT's patches, with "
+                             "adapters in the ViT; or what the Q-Former of a BLIP-2 or a "
+                             "transfer makes of them, as it is (not of the paper) (default: "
+                             "%(default)s)")
+    models.add_argument("--vit-layers", type=int, metavar="N",
+                        help="read patches after block N of the ViT (default: all but the last)")
+    models.add_argument("--out", type=Path, help="folder of this run (default: out/<llm>-memvp-<task>)")
+
+
+def add_method(parser):
+    method = parser.add_argument_group("method: the defaults are the paper's")
+    method.add_argument("--memvp", required=True, metavar="TASK=FOLDER",
+                        help=f"what to learn, of {', '.join(TASKS)}, and where it lies, such as "
+                             "scienceqa=datasets/scienceqa")
+    method.add_argument("--prompts", choices=("memory", "input"), default="memory",
+                        help="where an image goes: to the FFNs' memory, or (the comparison) in "
+                             "front of the question as soft prompts (default: %(default)s)")
+    method.add_argument("--rows", type=int, metavar="M",
+                        help="keys of the memory (default: 320; beside LLMs wider than 4096, 400)")
+    method.add_argument("--image-scale", type=float, default=0.01, metavar="S",
+                        help="times the projector's output (default: %(default)s, of MemVP's code)")
+    method.add_argument("--adapters", type=int, default=12, metavar="WIDTH",
+                        help="of those beside the ViT's MLPs; 0: none (default: %(default)s)")
+    method.add_argument("--normalise", choices=tuple(memvp.NORMALISE), default="imagenet",
+                        help="images by whose mean and deviation: ImageNet's, with which the "
+                             "paper's figures were made, or CLIP's own (default: %(default)s)")
+
+
+def add_data(parser):
+    questions = parser.add_argument_group("data")
+    questions.add_argument("--max-tokens", type=int, default=512,
+                           help="of prompt and answer; longer ones are left out and named "
+                                "(default: %(default)s)")
+    questions.add_argument("--val-samples", type=int, default=500,
+                           help="validation questions at most (default: %(default)s)")
+    questions.add_argument("--max-bad", type=float, default=0.01,
+                           help="stop when more than this share of the questions is unusable, or"
+                                " of the images cannot be read (default: %(default)s)")
+
+
+def add_length(parser):
+    length = parser.add_argument_group("length and rate: the defaults are the paper's")
+    length.add_argument("--batch-size", type=int,
+                        help="questions an optimizer step, over all GPUs (default: 32)")
+    length.add_argument("--steps", type=int, help="optimizer steps (default: 20 epochs)")
+    length.add_argument("--lr", type=float,
+                        help="peak rate (default: 9e-3 for 256 questions a step, in proportion)")
+    length.add_argument("--clip", type=float, metavar="NORM",
+                        help="scale gradients down to this norm where theirs is larger (default:"
+                             " never)")
+    length.add_argument("--seed", type=int, default=0,
+                        help="a run is a function of its arguments and this (default: %(default)s)")
+
+
+def add_machine(parser):
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--micro-batch", type=int, default=4,
+                         help="questions at a time on one GPU; but for the draws of dropout, the"
+                              " result is the same whatever it is (default: %(default)s)")
+    machine.add_argument("--dry-run", nargs="?", const="", metavar="CARD",
+                         help="print what would train, how long, and the memory, operations and "
+                              f"hours that it should take on CARD ({', '.join(estimate.CARDS)}; "
+                              "default: what is found here), and load no weights")
+    machine.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
+                         help="of frozen weights and of the arithmetic; trained weights are "
+                              "always float32 (default: %(default)s)")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                         default=torch.cuda.is_available(),
+                         help="torch.compile the repeated blocks (default: on GPUs)")
+    machine.add_argument("--workers", type=int, default=min(8, os.cpu_count() // 2),
+                         help="processes that read images, for each GPU (default: %(default)s)")
+    machine.add_argument("--resume", action="store_true",
+                         help="continue the run in --out where it stands")
+
+
+AT_LEAST_1 = ["steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"]
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for add in (add_models, add_method, add_data, add_length, add_machine, train.add_log):
+        add(parser)
+    args = parser.parse_args(argv)
+    args.task, _, folder = args.memvp.partition("=")
+    args.folder = Path(folder or Path(os.environ.get("VPGTRANS_DATA", "datasets")) / args.task)
+    if args.task not in TASKS:
+        parser.error(f"--memvp {args.task}: the tasks are {', '.join(TASKS)}")
+    for name in AT_LEAST_1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"{train.option(name)} must be at least 1")
+    if args.features == "queries" and args.vit_layers:
+        parser.error("--vit-layers is for --features patches: a Q-Former reads the block that it was "
+                     "trained on")
+    args.out = args.out or Path("out") / f"{Path(args.llm).name}-memvp-{args.task}"
+    args.cache = None
+    return args
+
+
+def choose_stage(args, task, has_adapters):
+    """The task's Stage, with the arguments' rate and batch size in the place of the paper's."""
+    stage = task.stage
+    batch_size = args.batch_size or stage.batch_size
+    lr = args.lr or stage.lr * batch_size / stage.batch_size
+    trains = tuple(part for part in stage.trains if has_adapters or part != "adapters")
+    return dataclasses.replace(stage, batch_size=batch_size, lr=lr, trains=trains)
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+FREE = train.FREE | {"cache"}  # a run's result does not depend on these
+
+
+def check_same_run(args, state):
+    """ValueError if a state is that of a run with other arguments, as far as they matter."""
+    now = transfer.arguments(args)
+    then = state["arguments"]
+    other = [f"{train.option(key)} was {then.get(key)}, is {now[key]}"
+             for key in now if key not in FREE and now[key] != then.get(key)]
+    if other:
+        raise ValueError(f"{args.out}: --resume with other arguments would be another run: "
+                         f"{'; '.join(other)}")
+
+
+def run_config(args, made, model):
+    """config.json of a run: how its memory is made, which ViT and LLM belong to it, its
+    arguments."""
+    found = transfer.memory_fingerprints(model)
+    tokenizer = args.llm_tokenizer and hub.lasting_name(args.llm_tokenizer)
+    return {
+        "model_type": "memvp",
+        "memory": made,
+        "vit": {"name": hub.lasting_name(args.vit), "fingerprint": found["vit"]},
+        "llm": {"name": hub.lasting_name(args.llm), "fingerprint": found["llm"], "tokenizer": tokenizer},
+        "arguments": transfer.arguments(args),
+    }
+
+
+def count_steps(args, stage, available, world):
+    """The number of optimizer steps over so many questions."""
+    if stage.batch_size < world:
+        raise ValueError(f"--batch-size {stage.batch_size} leaves some of the {world} processes without a "
+                         "question")
+    steps = args.steps or stage.epochs * (available // stage.batch_size)
+    if steps < 1:
+        raise ValueError(f"{available:,} questions do not fill one batch of {stage.batch_size:,}; lower "
+                         "--batch-size or set --steps")
+    return steps
+
+
+def example_batch(model, tokens, answer=7):
+    """Two questions of so many tokens for a model on the meta device."""
+    size = model.image_size
+    return {
+        "prompt_ids": torch.zeros(2, max(1, tokens - answer), dtype=torch.long),
+        "target_ids": torch.zeros(2, answer, dtype=torch.long, device="meta"),
+        "images": torch.empty(2, 3, size, size, dtype=torch.uint8, device="meta"),
+    }
+
+
+def dry_run(args, task, found):
+    """Prints what the run would do and need. Without data, ScienceQA's amounts are taken."""
+    model, world = found.shapes, found.processes.world
+    available, longest, typical = 12_726, args.max_tokens, 128
+    if found.questions:
+        lengths = found.questions[0].lengths()
+        available, longest, typical = len(lengths), int(lengths.max()), round(lengths.mean())
+    stage = choose_stage(args, task, "adapters" in model.parts)
+    steps = count_steps(args, stage, available, world)
+    table = vpgtrans.enter_stage(model, stage)
+    print(*loop.describe_stage(args.task, stage, steps, available, table), sep="\n")
+    machine = estimate.machine(args.dry_run)
+    batches = example_batch(model, longest), example_batch(model, typical)
+    samples = steps * stage.batch_size
+    print(*estimate.report(model, *batches, samples, machine, args.micro_batch, world), sep="\n")
+
+
+@dataclasses.dataclass
+class Found:
+    """What a run begins with."""
+
+    processes: loop.Processes
+    vit: hub.Place
+    llm: hub.Place
+    tok: data.Tokenizer
+    made: dict  # how the memory is made
+    shapes: memvp.MemoryLLM  # without weights
+    questions: tuple = None  # to train on, and for validation; a dry run may have none
+
+
+def find(args, task, held):
+    """Models and data. The first process goes first: it fetches, scans, and takes the run's folder
+    until `held` is closed."""
+    is_dry = args.dry_run is not None
+    processes = loop.Processes.start(args.precision)
+    with processes.first_goes_first():
+        if processes.rank == 0 and not is_dry:
+            train.take_folder(args, processes, held)
+        tokenizer, tok = transfer.find_tokenizer(args.llm, args.llm_tokenizer)
+        llm = hub.resolve(args.llm, "tokenizer" if is_dry else "target")
+        llm = dataclasses.replace(llm, tokenizer=tokenizer)
+        vit = hub.resolve(args.vit, "shapes" if is_dry else "vpg")
+        made = transfer.how_memory_is_made(args, vit, llm)
+        shapes = transfer.shape_memory_llm(made, vit, llm, transfer.DTYPES[args.precision])
+        found = Found(processes, vit, llm, tok, made, shapes)
+        if not is_dry:
+            train.check_disk(args.out, shapes)
+        try:
+            found.questions = read_questions(args, task, tok, shapes.image_size, processes.say)
+        except FileNotFoundError as error:
+            if not is_dry:
+                raise
+            processes.say(f"{str(error).splitlines()[0]}: taken are ScienceQA's amounts")
+    return found
+
+
+def set_up(args, task, found, watch):
+    """All that can be wrong with arguments, files and folders, before anything long begins.
+
+    -> (loop.Run, loop.Job, the state to resume from or None)"""
+    processes = found.processes
+    questions, held_out = found.questions
+    stage = choose_stage(args, task, "adapters" in found.shapes.parts)
+    steps = count_steps(args, stage, len(questions), processes.world)
+    resumed = runs.load_state(args.out, processes.say) if args.resume else None
+    if resumed:
+        check_same_run(args, resumed[0])
+    torch.manual_seed(args.seed)  # what the memory draws
+    dtype = transfer.DTYPES[args.precision]
+    model = transfer.build_memory_llm(found.made, found.vit, found.llm, dtype, processes.device)
+    transfer.check_vocabulary(found.tok, model.llm, found.llm)
+    validation = loop.Validation(held_out, args.micro_batch, processes)
+    log = runs.Log(args.out, processes.rank)
+    if resumed:
+        log.continue_from([args.task], resumed[0])
+    elif processes.rank == 0:
+        config = json.dumps(run_config(args, found.made, model), indent=2)
+        runs.write(args.out / "config.json", lambda file: file.write_text(config))
+        log.begin([(problem, where) for some in found.questions
+                   for problem, places in some.left_out.items() for where in places])
+    log.report(processes.gather(validation.bad))
+    run = loop.Run(args, transfer.arguments(args), processes, model, validation, log, watch)
+    order = data.plan([len(questions)], steps * stage.batch_size, args.seed)
+    return run, loop.Job(args.task, stage, questions, order, steps), resumed
+
+
+def main(argv=None, watch=None):
+    """The command. `watch` is told where the run stands, {"stage", "step", "samples"}, after each
+    line of the log."""
+    sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
+    args = parse_arguments(argv)
+    task = TASKS[args.task]
+    with contextlib.ExitStack() as held:
+        try:
+            found = find(args, task, held)
+            if args.dry_run is not None:
+                return dry_run(args, task, found) if found.processes.rank == 0 else None
+            run, job, resumed = set_up(args, task, found, watch)
+        except (OSError, ValueError) as error:
+            loop.end_with(error, "finetune.py")
+        try:
+            if args.compile:
+                loop.compile_layers(run.model)
+            with loop.stopping_when_asked():
+                loop.train_stage(run, job, resumed)
+        except torch.OutOfMemoryError as error:
+            loop.end_with(f"GPU memory ran out with --micro-batch {args.micro_batch}: lower it, the result "
+                          "stays the same but for the draws of dropout; with --resume if a state was saved "
+                          f"already ({error})", "finetune.py")
+        except (OSError, loop.Failure) as error:
+            loop.end_with(error, "finetune.py")
+        if run.processes.rank == 0:
+            (args.out / runs.PREVIOUS).unlink(missing_ok=True)
+        matched, shuffled = run.last_validation
+        run.processes.say(f"\n{args.llm} on {args.task}: {job.steps:,} steps, {run.log.seconds:.0f} s of "
+                          f"training; the validation loss is {shuffled - matched:.3f} higher with shuffled "
+                          f"images.\nWeights, metrics and curves are in {args.out}/. Try: python sample.py "
+                          f"IMAGE --model {args.out}")
+
+
+if __name__ == "__main__":
+    loop.run_command(main)

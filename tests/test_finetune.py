@@ -1,0 +1,337 @@
+"""Facts about finetune.py: how ScienceQA is read and asked, and whole runs on small models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COLOURS
+from safetensors.torch import load_file, save_file
+
+import data
+import export
+import finetune
+import llm as language_models
+import loop
+import memvp
+import sample
+import transfer
+
+ROOT = Path(finetune.__file__).parent
+
+
+def arguments(memvp_world, out, *more):
+    clip, llm, questions = memvp_world
+    return ["--llm", str(llm), "--vit", str(clip), "--memvp", f"scienceqa={questions}", "--out", str(out),
+            "--batch-size", "4", "--steps", "6", "--lr", "0.01", "--rows", "20", "--val-samples", "6",
+            "--micro-batch", "2", "--log-every", "1", "--workers", "0", "--precision", "fp32", *more]
+
+
+def metrics(folder):
+    """The lines of a run's log, without what depends on the clock."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    clock = ("seconds", "samples_per_second", "peak_memory")
+    return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
+
+
+def refused(capsys, command):
+    """What a command says that ends with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(command)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def tok(memvp_world):
+    return data.load_tokenizer(memvp_world[1])
+
+
+# --------------------------------------------------------------------------------------- questions
+
+
+def test_a_question_is_asked_as_by_memvps_code():
+    """QCM-A of util/base_prompt.py: an empty context is N/A; each pair of blanks becomes one, once."""
+    item = dict(question="Which  is it? ", choices=["a lake", "the  sea"], answer=1, hint="")
+    item["caption"] = "a bay"
+    assert finetune.ask_scienceqa(item) == (
+        "Question: Which is it? \nContext: N/A\nOptions: (A) a lake (B) the sea\nResponse:", "The answer is B.")
+    hinted = item | dict(hint=" Look   here.")
+    prompt, _ = finetune.ask_scienceqa(hinted, with_caption=True)
+    assert prompt.splitlines()[1] == "Context: Look  here. a bay"
+    assert finetune.ask_scienceqa(item, with_caption=True)[0].splitlines()[1] == "Context: a bay"
+
+
+def test_prompt_and_target_are_one_text_for_a_decoder_only_llm(tok):
+    prompt, target = finetune.question_ids(tok, "Options: (A) red\nResponse:", "The answer is A.")
+    assert prompt[0] == tok.bos_id and target[-1] == tok.eos_id
+    assert prompt[1:] + target[:-1] == tok.encode("Options: (A) red\nResponse:The answer is A.")
+    with pytest.raises(ValueError, match="a token across the end of 'Response: The ans'"):
+        finetune.question_ids(tok, "Response: The ans", "wer is A.")
+
+
+def test_a_t5_reads_the_prompt_in_its_encoder(tok):
+    tok.encoder_decoder = True
+    prompt, target = finetune.question_ids(tok, "Response:", "The answer is A.")
+    assert prompt == tok.encode("Response:") + [tok.eos_id]
+    assert target == tok.encode("The answer is A.") + [tok.eos_id]
+
+
+def test_scienceqa_is_read_as_it_is_distributed(memvp_world):
+    folder = memvp_world[2]
+    items, left_out = finetune.read_scienceqa(folder, "val")
+    assert [item["id"] for item in items] == [str(i) for i in range(13, 20)] and not left_out
+    assert [bool(item["image"]) for item in items] == [True, True, False, True, True, False, True]
+    assert items[1]["image"] == str(folder / "images" / "val" / "14" / "image.png")
+    assert items[1]["caption"] == "a green square" and items[2]["caption"] == ""
+    assert items[0]["hint"] == "Look." and items[0]["choices"] == ["red", "green", "blue"]
+
+
+WRONG = {
+    "no question": dict(question=None),
+    "no choices": dict(choices=[]),
+    "more than 5 choices": dict(choices=list("abcdef")),
+    "no answer among the choices": dict(answer=4),
+    "image missing": dict(image="other.png"),
+}
+
+
+def break_questions(folder, tmp_path):
+    """A copy of which half the questions to train on cannot be asked."""
+    folder = shutil.copytree(folder, tmp_path / "scienceqa")
+    problems = json.loads((folder / "problems.json").read_text())
+    for id, change in zip("12345", WRONG.values()):
+        problems[id] |= change
+    del problems["6"]
+    (folder / "problems.json").rename(folder / "problem.json")  # as MemVP's README calls it
+    (folder / "problem.json").write_text(json.dumps(problems))
+    return folder
+
+
+def test_what_cannot_be_asked_is_left_out_and_named(memvp_world, tmp_path):
+    folder = break_questions(memvp_world[2], tmp_path)
+    items, left_out = finetune.read_scienceqa(folder, "train")
+    assert [item["id"] for item in items] == ["7", "8", "9", "10", "11", "12"]
+    expected = dict(zip(WRONG, "12345")) | {"an id without a problem": "6"}
+    assert left_out == {why: [f"{folder / 'problem.json'}, {id}"] for why, id in expected.items()}
+
+
+def test_a_folder_without_scienceqa_says_what_to_put_where(memvp_world, tmp_path):
+    folder = shutil.copytree(memvp_world[2], tmp_path / "scienceqa")
+    with pytest.raises(ValueError, match="has no split 'dev'; it has train, val, test"):
+        finetune.read_scienceqa(folder, "dev")
+    shutil.rmtree(folder / "images")
+    with pytest.raises(FileNotFoundError, match="(?s)not one has its image .*images/train/1/image.png"):
+        finetune.read_scienceqa(folder, "train")
+    (folder / "pid_splits.json").write_text("{")
+    with pytest.raises(ValueError, match="pid_splits.json: not valid JSON"):
+        finetune.read_scienceqa(folder, "train")
+    (folder / "problems.json").write_text("[]")
+    with pytest.raises(ValueError, match="problems.json: holds no dict"):
+        finetune.read_scienceqa(folder, "train")
+    (folder / "problems.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"(?s)no problems.json; put there, .*pid_splits.json"):
+        finetune.read_scienceqa(folder, "train")
+
+
+def test_batches_hold_images_prompts_and_targets(memvp_world, tok):
+    items, _ = finetune.read_scienceqa(memvp_world[2], "train")
+    questions = finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, 28, 512)
+    batch = questions.collate([questions[0, i] for i in range(4)])
+    assert batch["has_image"].tolist() == [True, True, False, True]
+    assert batch["images"].shape == (4, 3, 28, 28) and not batch["images"][2].any()
+    assert batch["images"][1, :, 5, 5].tolist() == list(COLOURS["green"])
+    for row in range(4):
+        prompt, target = finetune.question_ids(tok, *finetune.ask_scienceqa(items[row]))
+        padded = batch["prompt_ids"][row].tolist()
+        assert padded == [data.PADDING] * (len(padded) - len(prompt)) + prompt
+        assert [i for i in batch["target_ids"][row].tolist() if i >= 0] == target
+
+
+def test_questions_over_the_limit_are_left_out_not_cut(memvp_world, tok):
+    items, _ = finetune.read_scienceqa(memvp_world[2], "train")
+    items[3]["question"] = "long " * 200
+    questions = finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, 28, 200)
+    (where,) = questions.left_out["longer than --max-tokens 200"]
+    assert where.startswith("4 (") and len(questions) == 11
+    assert max(questions.lengths()) <= 200
+    with pytest.raises(ValueError, match="no question is left"):
+        finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, 28, 10)
+
+
+def test_an_unreadable_image_gives_way_to_the_next(memvp_world, tok, tmp_path):
+    folder = shutil.copytree(memvp_world[2], tmp_path / "scienceqa")
+    broken = folder / "images" / "train" / "1" / "image.png"
+    broken.write_bytes(b"no image")
+    items, _ = finetune.read_scienceqa(folder, "train")
+    questions = finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, 28, 512)
+    got = questions[0, 0]
+    assert got["file"] == items[1]["image"] and str(broken) in got["bad"][0]
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def run(memvp_world, tmp_path_factory):
+    """A run of six steps, uninterrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    finetune.main(arguments(memvp_world, out))
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_saves_what_was_trained_alone(run):
+    rows = metrics(run)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    tensors = load_file(run / "model.safetensors")
+    assert set(tensors) == {
+        "memory.key_positions", "memory.value_positions", "memory.projector.0.weight",
+        "memory.projector.0.bias", "memory.projector.2.weight", "memory.projector.2.bias",
+        *(f"vit.adapters.{i}.{part}.weight" for i in range(2) for part in ("down", "up"))}
+    assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in tensors.values())
+    assert {file.name for file in run.iterdir()} >= {"config.json", "curves.png", "bad_data.jsonl"}
+
+
+@pytest.mark.slow
+def test_a_stopped_run_continues_with_the_same_losses(memvp_world, run, tmp_path):
+    """Stopped after step 3, and resumed with other micro-batches for what draws nothing."""
+    out = tmp_path / "stopped"
+
+    def stop(at):
+        if at["step"] == 3:
+            loop.stop_asked.set()
+
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(arguments(memvp_world, out), watch=stop)
+    assert stopped.value.code == 130
+    finetune.main(arguments(memvp_world, out, "--resume"))
+    seen = [row for row in metrics(out) if "loss" in row]
+    assert seen == [row for row in metrics(run) if "loss" in row]
+    resumed, whole = load_file(out / "model.safetensors"), load_file(run / "model.safetensors")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_though_one_has_no_image(memvp_world, tmp_path):
+    """Without dropout, whose draws differ: of a batch of two, sorted by length, one process has the text-only
+    question."""
+    clip, llm, _ = memvp_world
+    folder = shutil.copytree(memvp_world[2], tmp_path / "scienceqa")
+    splits = json.loads((folder / "pid_splits.json").read_text())
+    (folder / "pid_splits.json").write_text(json.dumps(splits | {"train": ["2", "3"]}))
+    code = "import memvp, finetune, loop; memvp.F.dropout = lambda x, p: x; loop.run_command(finetune.main)"
+    losses = []
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        (tmp_path / "main.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+        options = arguments((clip, llm, folder), out, "--batch-size", "2", "--steps", "3", "--adapters", "0")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        done = subprocess.run([sys.executable, *launcher, str(tmp_path / "main.py"), *options], cwd=ROOT,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in metrics(out) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_commands_take_the_run_as_a_model(memvp_world, run, tmp_path, capsys):
+    picture = str(memvp_world[2] / "images" / "val" / "13" / "image.png")
+    capsys.readouterr()
+    sample.main([picture, "--model", str(run), "--prompt", "Response:", "--precision", "fp32"])
+    assert capsys.readouterr().out.startswith(f"{picture}: ")
+    with pytest.raises(SystemExit):
+        export.main([str(run), str(tmp_path / "exported")])
+    assert "a run of MemVP" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_loaded_run_is_the_model_that_was_validated(memvp_world, run):
+    model, tok = transfer.load_model(run, torch.float32)
+    items, _ = finetune.read_scienceqa(memvp_world[2], "val")
+    items = sorted(items[:6], key=lambda item: not item["image"])
+    questions = finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, model.image_size, 512)
+    processes = loop.Processes(0, 1, torch.device("cpu"), "fp32")
+    matched, shuffled = loop.Validation(questions, 2, processes).losses(model)
+    last = [row for row in metrics(run) if "val_loss" in row][-1]
+    assert (matched, shuffled) == pytest.approx((last["val_loss"], last["val_loss_shuffled"]), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_memory_on_another_vit_or_llm_is_refused(memvp_world, run, tmp_path):
+    for part in ("vit", "llm"):
+        other = shutil.copytree(run, tmp_path / part)
+        config = json.loads((other / "config.json").read_text())
+        model = shutil.copytree(config[part]["name"], tmp_path / f"other {part}")
+        tensors = load_file(model / "model.safetensors")
+        name = next(name for name in tensors if "layers.0" in name and ("vision" in name or part == "llm"))
+        torch.manual_seed(0)
+        tensors[name] = torch.randn_like(tensors[name])
+        save_file(tensors, model / "model.safetensors")
+        config[part]["name"] = str(model)
+        (other / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"was trained with the {part} of .* put that one back"):
+            transfer.load_model(other, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--prompts", "input"], ["--features", "queries"], ["--adapters", "0"]])
+def test_what_may_be_compared_trains_in_the_same_loop(memvp_world, world, tmp_path, more):
+    clip, llm, questions = memvp_world
+    sees = world[0] if "queries" in more else clip
+    finetune.main(arguments((sees, llm, questions), tmp_path / "run", "--steps", "2", *more))
+    model, _ = transfer.load_model(tmp_path / "run", torch.float32)
+    assert isinstance(model, memvp.InputPromptLLM) == ("input" in more)
+    assert ("adapters" in model.parts) == (more == ["--prompts", "input"])
+
+
+@pytest.mark.slow
+def test_resuming_with_other_arguments_is_refused(memvp_world, run, capsys):
+    said = refused(capsys, arguments(memvp_world, run, "--resume", "--image-scale", "0.1"))
+    assert "--image-scale was 0.01, is 0.1" in said
+    assert "already holds a run" in refused(capsys, arguments(memvp_world, run))
+
+
+def test_a_dry_run_needs_no_data_and_loads_no_weights(memvp_world, tmp_path, capsys, monkeypatch):
+    clip, llm, _ = memvp_world
+    monkeypatch.setattr(language_models, "load_llm", None)
+    finetune.main(arguments((clip, llm, tmp_path / "nothing"), tmp_path / "run", "--dry-run", "a100"))
+    said = capsys.readouterr().out
+    assert "taken are ScienceQA's amounts" in said and "no problems.json" in said
+    assert "stage scienceqa: 6 steps of 4 = 24 samples" in said and "TFLOP a sample" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_papers_recipe_is_the_default(memvp_world):
+    clip, llm, questions = memvp_world
+    models = ["--llm", str(llm), "--vit", str(clip)]
+    args = finetune.parse_arguments([*models, "--memvp", f"scienceqa={questions}"])
+    task = finetune.TASKS["scienceqa"]
+    stage = finetune.choose_stage(args, task, True)
+    assert stage == memvp.STAGES["scienceqa"] and args.max_tokens == 512
+    assert finetune.count_steps(args, stage, 12_726, 8) == 7_940
+    args.batch_size = 64
+    assert finetune.choose_stage(args, task, False).lr == pytest.approx(9e-3 * 64 / 256)
+    assert finetune.choose_stage(args, task, False).trains == ("positions", "projector")
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--memvp", "nlvr2=x"], "the tasks are scienceqa"),
+    (["--steps", "0"], "--steps must be at least 1"),
+    (["--features", "queries", "--vit-layers", "2"], "--vit-layers is for --features patches"),
+])
+def test_arguments_that_make_no_sense_are_refused(memvp_world, tmp_path, capsys, more, says):
+    assert says in refused(capsys, arguments(memvp_world, tmp_path / "run", *more))
+
+
+def test_too_many_unusable_questions_end_the_run(memvp_world, tmp_path, capsys):
+    clip, llm, questions = memvp_world
+    folder = break_questions(questions, tmp_path)
+    command = arguments((clip, llm, folder), tmp_path / "run", "--max-bad", "0.005")
+    assert "6 of 12 annotations are unusable, more than --max-bad 0.005" in refused(capsys, command)
+    assert "no question is left; see --max-tokens" in refused(capsys, [*command, "--max-tokens", "20"])
