@@ -58,8 +58,9 @@ def test_a_question_is_asked_as_by_memvps_code():
     """QCM-A of util/base_prompt.py: an empty context is N/A; each pair of blanks becomes one, once."""
     item = dict(question="Which  is it? ", choices=["a lake", "the  sea"], answer=1, hint="")
     item["caption"] = "a bay"
-    assert finetune.ask_scienceqa(item) == (
-        "Question: Which is it? \nContext: N/A\nOptions: (A) a lake (B) the sea\nResponse:", "The answer is B.")
+    prompt, target = finetune.ask_scienceqa(item)
+    assert prompt == "Question: Which is it? \nContext: N/A\nOptions: (A) a lake (B) the sea\nResponse:"
+    assert target == "The answer is B."
     hinted = item | dict(hint=" Look   here.")
     prompt, _ = finetune.ask_scienceqa(hinted, with_caption=True)
     assert prompt.splitlines()[1] == "Context: Look  here. a bay"
