@@ -130,6 +130,12 @@ def ask_scienceqa(item, with_caption=False):
     return "\n".join(lines).replace("  ", " ").strip(), f"The answer is {LETTERS[item['answer']]}."
 
 
+def ask_in_words(item):
+    """(prompt, target) of a question that is answered in words and not by a letter: what a small LLM
+    can do that never learnt to read choices."""
+    return f"Question: {item['question']}\nAnswer:", f" {item['choices'][item['answer']]}"
+
+
 def question_ids(tok, prompt, target):
     """(prompt, target) as texts -> as ids: [BOS, prompt] and [target, EOS]; T5's encoder reads
     [prompt, </s>].
@@ -159,7 +165,10 @@ class Task:
     val: str = "val"
 
 
-TASKS = {"scienceqa": Task(read_scienceqa, ask_scienceqa, memvp.STAGES["scienceqa"], max_tokens=512)}
+TASKS = {
+    "scienceqa": Task(read_scienceqa, ask_scienceqa, memvp.STAGES["scienceqa"], max_tokens=512),
+    "scienceqa-words": Task(read_scienceqa, ask_in_words, memvp.STAGES["scienceqa"], max_tokens=512),
+}
 
 
 class Questions(torch.utils.data.Dataset):

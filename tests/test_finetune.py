@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COLOURS
+from conftest import COLOURS, randomise
 from safetensors.torch import load_file, save_file
 
 import data
 import export
 import finetune
+import hub
 import llm as language_models
 import loop
 import memvp
 import sample
 import transfer
+from study import memory
 
 ROOT = Path(finetune.__file__).parent
 
@@ -172,6 +174,47 @@ def test_an_unreadable_image_gives_way_to_the_next(memvp_world, tok, tmp_path):
     questions = finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, 28, 512)
     got = questions[0, 0]
     assert got["file"] == items[1]["image"] and str(broken) in got["bad"][0]
+
+
+# ------------------------------------------------------------------------------ questions of the study
+
+
+def test_the_studys_questions_are_in_scienceqas_layout(tmp_path):
+    """Two thirds have an image; answers are drawn evenly among three to five choices."""
+    memory.make(tmp_path, {"train": 300, "val": 3})
+    items, left_out = finetune.read_scienceqa(tmp_path, "train")
+    assert len(items) == 300 and not left_out
+    assert 0.55 < sum(bool(item["image"]) for item in items) / 300 < 0.78
+    sizes = {len(item["choices"]) for item in items}
+    assert sizes == {3, 4, 5} and all(len(set(item["choices"])) == len(item["choices"]) for item in items)
+    asked = [item for item in items if item["image"] and "color" in item["question"]]
+    colours = [item["choices"][item["answer"]] for item in asked]
+    assert len(set(colours)) == 8 and max(map(colours.count, colours)) < 0.35 * len(colours)
+
+
+def test_the_study_takes_the_choice_with_the_largest_logit(memvp_world):
+    """Side by side as alone, by the first id of each choice."""
+    clip, llm, questions = memvp_world
+    models = ["--llm", str(llm), "--vit", str(clip)]
+    args = finetune.parse_arguments([*models, "--memvp", f"scienceqa={questions}"])
+    tok = data.load_tokenizer(llm)
+    vit, place = hub.resolve(str(clip), "vpg"), hub.resolve(str(llm), "target")
+    made = transfer.how_memory_is_made(args, vit, place)
+    model = transfer.build_memory_llm(made, vit, place, torch.float32, "cpu").eval()
+    randomise(model.memory, scale=1.0)
+    items, _ = finetune.read_scienceqa(questions, "train")
+    items = [item | {"choices": ["red", "green", "blue", "white"]} for item in items]
+    seen = torch.tensor([bool(item["image"]) for item in items])
+    features = memory.read_image_features(model, items)
+    together = memory.chosen(model, tok, items, seen, features)
+    assert len(set(together)) > 1
+    for i, item in enumerate(items):
+        prompt, _ = finetune.question_ids(tok, *finetune.ask_in_words(item))
+        prefix, _, read = model.reads(torch.tensor([prompt]), seen[i : i + 1], features=features[i : i + 1])
+        with torch.no_grad():
+            logits = model.llm(prefix, torch.zeros(1, 1, dtype=torch.long), memory=read)[0, 0]
+        ids = [tok.encode(f"Answer: {choice}")[len(tok.encode("Answer:"))] for choice in item["choices"]]
+        assert together[i] == int(logits[ids].argmax())
 
 
 # --------------------------------------------------------------------------------------------- runs

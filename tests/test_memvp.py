@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import make_llm_pair, random_ids, random_prefix, relative_error, write_clip, write_source
 
@@ -382,6 +383,23 @@ def test_input_prompts_are_the_same_features_in_front_of_the_question(model):
             prefix = torch.cat([image[row, None], words], dim=1) if HAS_IMAGE[row] else words
             alone = model.llm(prefix, targets[row, None], memory=MemoryRead(keys, values))
             assert relative_error(logits[row, None], alone) < 1e-6
+
+
+@pytest.mark.slow
+def test_compiled_layers_read_each_batchs_memory_without_compiling_anew(model):
+    """Whose keys and values are other tensors each time."""
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = copy.deepcopy(model)
+    for layer in compiled.llm.layers:
+        layer.compile(backend=counter)
+    frames = []
+    for seed in range(3):
+        batch = dict(prompt_ids=random_prompts(), target_ids=random_ids(3, 4, seed), has_image=HAS_IMAGE)
+        images = random_images(seed=seed)
+        loss, _ = compiled(**batch, images=images)
+        assert relative_error(loss, model(**batch, images=images)[0]) < 1e-5
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[2] > 0
 
 
 # ----------------------------------------------------------------------------- numbers of the paper
