@@ -15,6 +15,7 @@ OUT as its --model. """
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import cache
 import data
 import estimate
 import hub
@@ -186,8 +188,8 @@ class Questions(torch.utils.data.Dataset):
         self.seed = seed
         self.left_out = dict(left_out)
         self.sets = [self]  # as data.Samples has them
-        self.cache = None
-        self.rows = []  # (file or None, prompt, target)
+        self.cache = None  # cache[file] -> features, to be used instead of an image's pixels
+        self.rows = []  # (image file or None, id, prompt, target)
         for item in items:
             prompt, target = question_ids(tok, *ask(item))
             if len(prompt) + len(target) > max_tokens:
@@ -212,7 +214,7 @@ class Questions(torch.utils.data.Dataset):
         for i in range(index, index + len(self.rows)):
             file, id, prompt, target = self.rows[i % len(self.rows)]
             try:
-                image = data.read_image(file, self.size) if file else self.nothing()
+                image = self.look(file)
             except OSError as error:
                 failed.append(str(error))
                 if len(failed) == 10:
@@ -222,15 +224,24 @@ class Questions(torch.utils.data.Dataset):
                     "target": target.tolist(), "file": file or id, "bad": failed}
         raise OSError(f"{len(failed)} images in a row cannot be read:\n" + "\n".join(failed))
 
-    def nothing(self):
-        """What stands in the place of an image."""
+    def files(self):
+        """All images, without duplicates."""
+        return list(dict.fromkeys(file for file, *_ in self.rows if file))
+
+    def look(self, file):
+        """The pixels of an image, (3,size,size) uint8, or its features from the cache; zeros where
+        there is none."""
+        if self.cache:
+            return self.cache[file] if file else torch.zeros(self.cache.shape, dtype=self.cache.dtype)
+        if file:
+            return data.read_image(file, self.size)
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
 
     def collate(self, samples):
-        """Samples -> a batch: images (B,3,size,size), has_image (B,), prompt_ids (B,P), target_ids
-        (B,T); files; bad, of which images could not be read."""
+        """Samples -> a batch: images (B,3,size,size) or features (B,N,Dv), has_image (B,),
+        prompt_ids (B,P), target_ids (B,T); files; bad, of which images could not be read."""
         return {
-            "images": torch.stack([sample["image"] for sample in samples]),
+            "features" if self.cache else "images": torch.stack([sample["image"] for sample in samples]),
             "has_image": torch.tensor([sample["has_image"] for sample in samples]),
             "prompt_ids": data.pad([sample["prompt"] for sample in samples], data.PADDING, left=True),
             "target_ids": data.pad([sample["target"] for sample in samples], -100),
@@ -344,6 +355,9 @@ def add_machine(parser):
                          help="torch.compile the repeated blocks (default: on GPUs)")
     machine.add_argument("--workers", type=int, default=min(8, os.cpu_count() // 2),
                          help="processes that read images, for each GPU (default: %(default)s)")
+    machine.add_argument("--cache", type=Path, metavar="DIR",
+                         help="keep there what stands still of each image, computed once for all "
+                              "runs; for --features queries or --adapters 0")
     machine.add_argument("--resume", action="store_true",
                          help="continue the run in --out where it stands")
 
@@ -368,7 +382,9 @@ def parse_arguments(argv=None):
         parser.error("--vit-layers is for --features patches: a Q-Former reads the block that it was "
                      "trained on")
     args.out = args.out or Path("out") / f"{Path(args.llm).name}-memvp-{args.task}"
-    args.cache = None
+    if args.cache and args.features == "patches" and args.adapters:
+        parser.error("--cache is for --features queries or --adapters 0: else the ViT's adapters train, and "
+                     "its features change")
     return args
 
 
@@ -381,17 +397,49 @@ def choose_stage(args, task, has_adapters):
     return dataclasses.replace(stage, batch_size=batch_size, lr=lr, trains=trains)
 
 
+# ---------------------------------------------------------------------------------------- the cache
+
+
+def fill_cache(args, questions, model, made, processes):
+    """Opens, and fills, the cache of what the frozen ViT or VPG makes of each image."""
+    dtype = transfer.DTYPES[args.precision]
+
+    @torch.no_grad()
+    def see(images):
+        with processes.autocast():
+            return model.see(images.to(processes.device))["features"]
+
+    nothing = torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8)
+    made_with = {name: made[name] for name in ("features", "vit_layers", "normalise", "image_size")}
+    made_with["vit"] = transfer.memory_fingerprints(model)["vit"]
+    files = questions.files()
+    features = cache.FeatureCache(args.cache / args.task, files, see(nothing)[0].shape, dtype, made_with)
+    whole, left = features.need()
+    free = train.free_space(args.cache)
+    size = estimate.readable_size
+    if left > free:
+        raise OSError(f"{args.cache}: the cache needs {size(left)} more, and {size(free)} are free on "
+                      "that disk")
+    processes.say(f"cache: {args.cache}, {len(files):,} images, {size(whole)}, of which {size(left)} are "
+                  "still to be computed")
+    read = functools.partial(data.read_image, size=model.image_size)
+    with loop.stopping_when_asked():
+        done = features.fill(read, see, args.micro_batch, args.workers, processes.rank, processes.world,
+                             loop.must_stop)
+        if processes.sum(not done)[0]:
+            processes.say("stopped while the cache was computed; the same command goes on with it")
+            sys.exit(130)
+    questions.cache = features
+
+
 # ------------------------------------------------------------------------------------------ the run
-
-FREE = train.FREE | {"cache"}  # a run's result does not depend on these
-
 
 def check_same_run(args, state):
     """ValueError if a state is that of a run with other arguments, as far as they matter."""
     now = transfer.arguments(args)
     then = state["arguments"]
     other = [f"{train.option(key)} was {then.get(key)}, is {now[key]}"
-             for key in now if key not in FREE and now[key] != then.get(key)]
+             for key in now if key not in train.FREE and now[key] != then.get(key)]
     if other:
         raise ValueError(f"{args.out}: --resume with other arguments would be another run: "
                          f"{'; '.join(other)}")
@@ -515,6 +563,9 @@ def set_up(args, task, found, watch):
                    for problem, places in some.left_out.items() for where in places])
     log.report(processes.gather(validation.bad))
     run = loop.Run(args, transfer.arguments(args), processes, model, validation, log, watch)
+    run.remedy = "Start anew with a lower --lr, with --clip 1 or --precision fp32, in a new --out"
+    if args.cache:
+        fill_cache(args, questions, model, found.made, processes)
     order = data.plan([len(questions)], steps * stage.batch_size, args.seed)
     return run, loop.Job(args.task, stage, questions, order, steps), resumed
 

@@ -293,7 +293,7 @@ def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
         last = i == len(micro_batches) - 1
         no_sync = contextlib.nullcontext() if last or processes.world == 1 else trained.no_sync()
         with no_sync, processes.autocast():
-            kinds = [kind for kind in ("images", "queries") if kind in micro]
+            kinds = [kind for kind in ("images", "features", "queries") if kind in micro]
             sees = {kind: micro[kind].to(processes.device, non_blocking=True) for kind in kinds}
             targets = micro["target_ids"]
             if targets.ndim == 2:  # packed ones are laid out on the CPU
@@ -376,6 +376,7 @@ class Run:
     log: runs.Log
     watch: Callable = None  # is told where the run stands, after each line of the log
     last_validation: tuple = None  # losses with matched and with shuffled images
+    remedy: str = ""  # what to do when the loss is NaN or infinite, for people
 
     def write(self, at, **row):
         self.log.add(**at, **row)
@@ -450,9 +451,7 @@ class Run:
         self.save(optimizer, at, name="broken.safetensors")
         self.fail(f"the loss or its gradient at step {at['step']:,} of stage {at['stage']} is "
                   f"{losses[wrong]}. {report} names the samples of that step, broken.safetensors holds "
-                  "the weights and moments before it. To go on from the weights last saved, with another "
-                  f"rate or precision: --src {self.args.out} --no-warm-up --lr ... --precision ... and a "
-                  "new --out")
+                  f"the weights and moments before it. {self.remedy}")
 
     def check_images(self, bad, seen):
         """Stops a run too many of whose images cannot be read."""

@@ -697,6 +697,8 @@ def set_up(args, stages, found, watch):
         begin_log(args, found, model, log)
     log.report(processes.gather(validation.bad))
     run = loop.Run(args, transfer.arguments(args), processes, model, validation, log, watch)
+    run.remedy = ("To go on from the weights last saved, with another rate or precision: --src "
+                  f"{args.out} --no-warm-up --lr ... --precision ... and a new --out")
     return run, jobs, resumed
 
 

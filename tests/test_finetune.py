@@ -335,10 +335,32 @@ def test_what_may_be_compared_trains_in_the_same_loop(memvp_world, world, tmp_pa
 
 
 @pytest.mark.slow
+def test_features_kept_give_the_losses_of_features_computed(memvp_world, tmp_path, monkeypatch):
+    """Once filled, the cache is all that training looks at."""
+    losses = []
+    for name, more in (("computed", []), ("kept", ["--cache", str(tmp_path / "cache")])):
+        command = arguments(memvp_world, tmp_path / name, "--adapters", "0", "--steps", "3", *more)
+        finetune.main(command)
+        losses.append([row["loss"] for row in metrics(tmp_path / name) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert (tmp_path / "cache" / "scienceqa" / "00000.safetensors").exists()
+    monkeypatch.setattr(finetune.cache.FeatureCache, "compute_rows", None)
+    finetune.main(arguments(memvp_world, tmp_path / "again", "--adapters", "0", "--steps", "3", *more))
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "kept")
+
+
+@pytest.mark.slow
 def test_resuming_with_other_arguments_is_refused(memvp_world, run, capsys):
     said = refused(capsys, arguments(memvp_world, run, "--resume", "--image-scale", "0.1"))
     assert "--image-scale was 0.01, is 0.1" in said
     assert "already holds a run" in refused(capsys, arguments(memvp_world, run))
+
+
+@pytest.mark.slow
+def test_a_run_whose_loss_is_nan_stops_and_says_what_to_do(memvp_world, tmp_path, capsys):
+    said = refused(capsys, arguments(memvp_world, tmp_path / "run", "--lr", "1e30"))
+    assert "at step" in said and "Start anew with a lower --lr" in said
+    assert (tmp_path / "run" / "broken.json").exists()
 
 
 def test_a_dry_run_needs_no_data_and_loads_no_weights(memvp_world, tmp_path, capsys, monkeypatch):
@@ -368,6 +390,7 @@ def test_the_papers_recipe_is_the_default(memvp_world):
     (["--memvp", "nlvr2=x"], "the tasks are scienceqa"),
     (["--steps", "0"], "--steps must be at least 1"),
     (["--features", "queries", "--vit-layers", "2"], "--vit-layers is for --features patches"),
+    (["--cache", "cache"], "--cache is for --features queries or --adapters 0"),
 ])
 def test_arguments_that_make_no_sense_are_refused(memvp_world, tmp_path, capsys, more, says):
     assert says in refused(capsys, arguments(memvp_world, tmp_path / "run", *more))
