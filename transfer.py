@@ -408,7 +408,7 @@ def answer(model, tok, images, prompt="", **options):
     LLM's generate."""
     ids = data.prompt_ids(tok, model.num_query_tokens, prompt.rstrip(" "))
     prompts = torch.tensor([ids]).expand(len(images), -1)
-    images = images.to(model.llm.lm_head.weight.device)
+    images = images.to(next(model.parameters()).device)
     stop = ((tok.end_id,), (tok.eos_id,))
     answers = model.generate(prompts, images=images, stop=stop, **options)
     return [tok.decode(row).strip() for row in answers]

@@ -9,9 +9,11 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import make_llm_pair, random_ids, random_prefix, relative_error, write_clip, write_source
+from torch.utils.flop_counter import FlopCounterMode
 
 import memvp
 import vpgtrans
+from llm import LLaMA
 from memvp import PADDING, AdaptedViT, InputPromptLLM, MemoryLLM, MemoryRead, VisualMemory
 from qformer import load_vit, load_vpg
 
@@ -442,3 +444,29 @@ def test_the_stage_is_the_papers():
 def test_the_stage_class_is_that_of_vpgtrans():
     assert inspect.getsource(memvp.Stage) == inspect.getsource(vpgtrans.Stage)
     assert memvp.PADDING == vpgtrans.PADDING
+
+
+def count_operations(llm, T, memory=None):
+    """Floating-point operations of the layers over T positions, without the head."""
+    x = torch.empty(1, T, llm.dim, device="meta")
+    positions = torch.arange(T, device="meta")[None]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        llm.read(x, positions, memory=memory)
+    return counter.get_total_flops()
+
+
+def test_operations_are_those_of_the_formulas_at_7b():
+    """N (2cT + 4T^2d + 4mTd) with the memory, N (2c(T+n) + 4(T+n)^2 d) with n soft prompts in the input; a
+    layer has c = 4d^2 + 3dD parameters. Half the work at 256 positions of text."""
+    layers, d, D, T, n, m = 32, 4096, 11008, 256, 256, 320
+    with torch.device("meta"):
+        llm = LLaMA(dict(model_type="llama")).to("meta")
+        read = MemoryRead(torch.empty(1, m, d), torch.empty(1, m, d))
+    c = 4 * d**2 + 3 * d * D
+    by_memory = layers * (2 * c * T + 4 * T**2 * d + 4 * m * T * d)
+    by_input = layers * (2 * c * (T + n) + 4 * (T + n) ** 2 * d)
+    counted = count_operations(llm, T, read)
+    assert counted == pytest.approx(by_memory, rel=0.01)
+    assert count_operations(llm, T + n) == pytest.approx(by_input, rel=0.01)
+    assert by_input / counted == pytest.approx(2.0, abs=0.02)
+    assert (counted - count_operations(llm, T)) / counted == pytest.approx(0.013, abs=0.001)
