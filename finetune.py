@@ -30,111 +30,31 @@ import estimate
 import hub
 import loop
 import memvp
+import pairs
 import runs
 import train
 import transfer
 import vpgtrans
 
-# -------------------------------------------------------------------- questions, as they lie on disk
+# ----------------------------------------------------------------------- questions, as they are asked
 
 LETTERS = "ABCDE"  # ScienceQA has five choices at most
-
-GET_SCIENCEQA = """put there, of github.com/lupantech/ScienceQA (data: CC BY-NC-SA 4.0):
-  problems.json, pid_splits.json, and captions.json if captions are wanted (data/scienceqa/)
-  images/train/1/image.png and so on (tools/download.sh)"""
-
-
-def read_json(file, kind):
-    """The object of a kind, dict or list, in a JSON file; ValueError names one that is damaged."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{file}: holds no {kind.__name__}; is it the right file?")
-    return content
-
-
-def first_file(folder, names):
-    """The first of some files that is in a folder, else None."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def what_is_wrong(problem):
-    """Why a problem of ScienceQA cannot be asked, or None."""
-    if not isinstance(problem, dict) or not isinstance(problem.get("question"), str):
-        return "no question"
-    choices = problem.get("choices")
-    if not isinstance(choices, list) or not choices:
-        return "no choices"
-    if len(choices) > len(LETTERS):
-        return f"more than {len(LETTERS)} choices"
-    answer = problem.get("answer")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        return "no answer among the choices"
-    return None
-
-
-def read_scienceqa(folder, split):
-    """ScienceQA as its authors distribute it (Lu et al. 2022) -> ([{id, image: a file or None,
-    question, choices, answer, hint, caption}], {what is wrong: [where]}).
-
-    FileNotFoundError and ValueError name file and remedy."""
-    problems_file = first_file(folder, ("problems.json", "problem.json"))  # readers of it use both names
-    splits_file = first_file(folder, ("pid_splits.json",))
-    if not problems_file or not splits_file:
-        missing = "pid_splits.json" if problems_file else "problems.json"
-        raise FileNotFoundError(f"{folder}: no {missing}; {GET_SCIENCEQA}")
-    problems = read_json(problems_file, dict)
-    splits = read_json(splits_file, dict)
-    if not isinstance(splits.get(split), list):
-        raise ValueError(f"{splits_file}: has no split {split!r}; it has {', '.join(splits)}")
-    captions_file = first_file(folder, ("captions.json",))
-    captions = read_json(captions_file, dict).get("captions", {}) if captions_file else {}
-    images = folder / "images" if (folder / "images").is_dir() else folder
-    items = []
-    left_out = {}
-    for id in map(str, splits[split]):
-        problem = problems.get(id)
-        wrong = "an id without a problem" if problem is None else what_is_wrong(problem)
-        image = None
-        if not wrong and problem.get("image"):
-            image = images / split / id / problem["image"]
-            wrong = None if image.is_file() else "image missing"
-        if wrong:
-            left_out.setdefault(wrong, []).append(f"{problems_file}, {id}")
-            continue
-        items.append({
-            "id": id,
-            "image": str(image) if image else None,
-            "question": problem["question"],
-            "choices": [str(choice) for choice in problem["choices"]],
-            "answer": problem["answer"],
-            "hint": problem.get("hint") or "",
-            "caption": str(captions.get(id, "")) if image else "",
-        })
-    if not any(item["image"] for item in items):
-        raise FileNotFoundError(f"{folder}: of {len(splits[split]):,} questions of {split} not one has its "
-                                f"image under {images}/; {GET_SCIENCEQA}")
-    return items, left_out
-
-
-# ---------------------------------------------------------------------------- questions, as they are asked
 
 
 def ask_scienceqa(item, with_caption=False):
     """(prompt, target) of a question, the paper's QCM-A. They are joined without a blank.
 
     As in MemVP's code, each pair of blanks becomes one, in one pass over the prompt."""
-    context = f"{item['hint']} {item['caption'] if with_caption else ''}".strip() or "N/A"
+    caption = item.get("caption", "") if with_caption else ""
+    context = f"{item.get('hint', '')} {caption}".strip() or "N/A"
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, item["choices"]))
     lines = [f"Question: {item['question']}", f"Context: {context}", f"Options: {options}", "Response:"]
     return "\n".join(lines).replace("  ", " ").strip(), f"The answer is {LETTERS[item['answer']]}."
 
 
 def ask_in_words(item):
-    """(prompt, target) of a question that is answered in words and not by a letter: what a small LLM
-    can do that never learnt to read choices."""
+    """(prompt, target) of a question that is answered in words and not by a letter: what a small
+    LLM can do that never learnt to read choices."""
     return f"Question: {item['question']}\nAnswer:", f" {item['choices'][item['answer']]}"
 
 
@@ -159,115 +79,95 @@ def question_ids(tok, prompt, target):
 class Task:
     """What a task is made of."""
 
-    read: object  # (folder, split) -> (items, what is left out)
+    files: tuple  # of questions, one of which lies in its folder
+    how: str  # to get them, for people
     ask: object  # item -> (prompt, target)
     stage: vpgtrans.Stage
-    max_tokens: int  # of prompt and target
     train: str = "train"  # splits
     val: str = "val"
 
 
+SCIENCEQA = ("problems.json", "problem.json")  # readers of it use both names
+GET_SCIENCEQA = """put there, of github.com/lupantech/ScienceQA (CC BY-NC-SA 4.0):
+  problems.json and pid_splits.json (data/scienceqa/)
+  images/train/1/image.png and so on (tools/download.sh)"""
+STAGE = memvp.STAGES["scienceqa"]
 TASKS = {
-    "scienceqa": Task(read_scienceqa, ask_scienceqa, memvp.STAGES["scienceqa"], max_tokens=512),
-    "scienceqa-words": Task(read_scienceqa, ask_in_words, memvp.STAGES["scienceqa"], max_tokens=512),
+    "scienceqa": Task(SCIENCEQA, GET_SCIENCEQA, ask_scienceqa, STAGE),
+    "scienceqa-words": Task(SCIENCEQA, GET_SCIENCEQA, ask_in_words, STAGE),
 }
 
 
-class Questions(torch.utils.data.Dataset):
-    """Questions by (position in the plan, which), as load_batches asks for them: an image as the
-    ViT wants it or zeros, a prompt, a target.
+# ------------------------------------------------------------------------------------- what is read
 
-    A question that is longer than max_tokens is left out and named: cut on the right, it would lose
-    its end, and on the left the question. One whose image cannot be read is named, and gives way to
-    the one after it."""
 
-    def __init__(self, name, items, left_out, ask, tok, image_size, max_tokens, seed=0):
-        self.name = name
-        self.tok = tok
-        self.size = image_size
-        self.seed = seed
-        self.left_out = dict(left_out)
-        self.sets = [self]  # as data.Samples has them
-        self.cache = None  # cache[file] -> features, to be used instead of an image's pixels
-        self.rows = []  # (image file or None, id, prompt, target)
-        for item in items:
-            prompt, target = question_ids(tok, *ask(item))
-            if len(prompt) + len(target) > max_tokens:
-                where = f"{item['id']} ({len(prompt) + len(target)} tokens)"
-                self.left_out.setdefault(f"longer than --max-tokens {max_tokens}", []).append(where)
-                continue
-            self.rows.append((item["image"], item["id"], np.array(prompt), np.array(target)))
-        if not self.rows:
-            raise ValueError(f"{name}: no question is left; see --max-tokens")
-        self.starts = [0, len(self.rows)]
+def make_text(tok, ask, content, has_image, rng):
+    """An item as Items keeps it -> its data.Text; what data.Samples asks for."""
+    prompt, target = question_ids(tok, *ask(json.loads(content)))
+    return data.Text(prompt, [target])
 
-    def __len__(self):
-        return len(self.rows)
 
-    def lengths(self):
-        """Tokens of every question: (samples,) int64."""
-        return np.array([len(prompt) + len(target) for _, _, prompt, target in self.rows])
-
-    def __getitem__(self, key):
-        _, index = key
-        failed = []
-        for i in range(index, index + len(self.rows)):
-            file, id, prompt, target = self.rows[i % len(self.rows)]
-            try:
-                image = self.look(file)
-            except OSError as error:
-                failed.append(str(error))
-                if len(failed) == 10:
-                    break
-                continue
-            return {"image": image, "has_image": bool(file), "prompt": prompt.tolist(),
-                    "target": target.tolist(), "file": file or id, "bad": failed}
-        raise OSError(f"{len(failed)} images in a row cannot be read:\n" + "\n".join(failed))
-
-    def files(self):
-        """All images, without duplicates."""
-        return list(dict.fromkeys(file for file, *_ in self.rows if file))
-
-    def look(self, file):
-        """The pixels of an image, (3,size,size) uint8, or its features from the cache; zeros where
-        there is none."""
-        if self.cache:
-            return self.cache[file] if file else torch.zeros(self.cache.shape, dtype=self.cache.dtype)
-        if file:
-            return data.read_image(file, self.size)
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+class Questions(data.Samples):
+    """Samples whose features, where they are kept, are called so."""
 
     def collate(self, samples):
-        """Samples -> a batch: images (B,3,size,size) or features (B,N,Dv), has_image (B,),
-        prompt_ids (B,P), target_ids (B,T); files; bad, of which images could not be read."""
-        return {
-            "features" if self.cache else "images": torch.stack([sample["image"] for sample in samples]),
-            "has_image": torch.tensor([sample["has_image"] for sample in samples]),
-            "prompt_ids": data.pad([sample["prompt"] for sample in samples], data.PADDING, left=True),
-            "target_ids": data.pad([sample["target"] for sample in samples], -100),
-            "files": [sample["file"] for sample in samples],
-            "bad": [message for sample in samples for message in sample["bad"]],
-            "twins": {},
-        }
+        batch = super().collate(samples)
+        if "queries" in batch:
+            batch["features"] = batch.pop("queries")
+        return batch
+
+
+def what_is_wrong(tok, ask, item, max_tokens):
+    """Why a question cannot be asked, or None. A longer one is not cut: on the right it would lose
+    its answer, on the left the question."""
+    if len(item["choices"]) > len(LETTERS):
+        return f"more than {len(LETTERS)} choices"
+    prompt, target = question_ids(tok, *ask(item))
+    if len(prompt) + len(target) > max_tokens:
+        return f"longer than --max-tokens {max_tokens}"
+    return None
+
+
+def read_split(args, task, tok, split):
+    """-> pairs.Items of a task's questions, without those that cannot be asked, which are named."""
+    source, _, images = args.source.partition("@")
+    if Path(source).is_dir():
+        source = next((Path(source) / name for name in task.files if (Path(source) / name).is_file()), source)
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: no {task.files[0]}; {task.how}")
+    items = pairs.read_questions(f"{source}#{split}" + (f"@{images}" if images else ""))
+    good = []
+    left_out = dict(items.left_out)
+    for i in range(len(items)):
+        item = items[i]
+        if wrong := what_is_wrong(tok, task.ask, item, args.max_tokens):
+            left_out.setdefault(wrong, []).append(f"{source}, question {item['id']}")
+        else:
+            good.append(i)
+    if not good:
+        raise ValueError(f"{source}#{split}: no question can be asked: {', '.join(left_out)}")
+    name = f"{args.task} {split}"
+    return dataclasses.replace(items.subset(np.array(good)), name=name, left_out=left_out)
 
 
 def read_questions(args, task, tok, image_size, say):
     """-> Questions to train on, and some for validation: those with an image first, so that what is
     shuffled are images."""
-    splits = []
+    both = []
     for split in (task.train, task.val):
-        items, left_out = task.read(args.folder, split)
+        items = read_split(args, task, tok, split)
+        train.check_left_out(items, args.max_bad, say)
         if split == task.val:
             every = max(1, len(items) // args.val_samples)
-            items = sorted(items[::every][: args.val_samples], key=lambda item: not item["image"])
-        name = f"{args.task} {split}"
-        questions = Questions(name, items, left_out, task.ask, tok, image_size, args.max_tokens,
-                              args.seed)
-        train.check_left_out(questions, args.max_bad, say)
-        with_image = sum(file is not None for file, *_ in questions.rows)
-        say(f"data: {name}, {len(questions):,} questions, {with_image:,} with an image ({args.folder})")
-        splits.append(questions)
-    return splits
+            some = np.arange(0, len(items), every)[: args.val_samples]
+            items = items.subset(some[np.argsort(items.image[some] < 0, kind="stable")])
+        with_image = (items.image >= 0).sum()
+        say(f"data: {items.name}, {len(items):,} questions, {with_image:,} with an image ({args.source})")
+        text = functools.partial(make_text, tok, task.ask)
+        samples = Questions([items], tok, image_size, 0, augment=False, split=False, seed=args.seed,
+                            text=text)
+        both.append(samples)
+    return both
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -295,7 +195,7 @@ def add_models(parser):
 
 def add_method(parser):
     method = parser.add_argument_group("method: the defaults are the paper's")
-    method.add_argument("--memvp", required=True, metavar="TASK=FOLDER",
+    method.add_argument("--memvp", required=True, metavar="TASK=FOLDER[@IMAGES]",
                         help=f"what to learn, of {', '.join(TASKS)}, and where it lies, such as "
                              "scienceqa=datasets/scienceqa")
     method.add_argument("--prompts", choices=("memory", "input"), default="memory",
@@ -371,8 +271,8 @@ def parse_arguments(argv=None):
     for add in (add_models, add_method, add_data, add_length, add_machine, train.add_log):
         add(parser)
     args = parser.parse_args(argv)
-    args.task, _, folder = args.memvp.partition("=")
-    args.folder = Path(folder or Path(os.environ.get("VPGTRANS_DATA", "datasets")) / args.task)
+    args.task, _, source = args.memvp.partition("=")
+    args.source = source or str(Path(os.environ.get("VPGTRANS_DATA", "datasets")) / args.task)
     if args.task not in TASKS:
         parser.error(f"--memvp {args.task}: the tasks are {', '.join(TASKS)}")
     for name in AT_LEAST_1:
@@ -412,7 +312,8 @@ def fill_cache(args, questions, model, made, processes):
     nothing = torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8)
     made_with = {name: made[name] for name in ("features", "vit_layers", "normalise", "image_size")}
     made_with["vit"] = transfer.memory_fingerprints(model)["vit"]
-    files = questions.files()
+    (items,) = questions.sets
+    files = items.files()
     features = cache.FeatureCache(args.cache / args.task, files, see(nothing)[0].shape, dtype, made_with)
     whole, left = features.need()
     free = train.free_space(args.cache)
@@ -429,7 +330,7 @@ def fill_cache(args, questions, model, made, processes):
         if processes.sum(not done)[0]:
             processes.say("stopped while the cache was computed; the same command goes on with it")
             sys.exit(130)
-    questions.cache = features
+    questions.sets = [dataclasses.replace(items, cache=features)]
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -486,8 +387,9 @@ def dry_run(args, task, found):
     model, world = found.shapes, found.processes.world
     available, longest, typical = 12_726, args.max_tokens, 128
     if found.questions:
-        lengths = found.questions[0].lengths()
-        available, longest, typical = len(lengths), int(lengths.max()), round(lengths.mean())
+        lengths = found.questions[0].measure().sum(1)
+        available = int(found.questions[0].starts[-1])
+        longest, typical = int(lengths.max()), round(lengths.mean())
     stage = choose_stage(args, task, "adapters" in model.parts)
     steps = count_steps(args, stage, available, world)
     table = vpgtrans.enter_stage(model, stage)
@@ -544,7 +446,8 @@ def set_up(args, task, found, watch):
     processes = found.processes
     questions, held_out = found.questions
     stage = choose_stage(args, task, "adapters" in found.shapes.parts)
-    steps = count_steps(args, stage, len(questions), processes.world)
+    available = int(questions.starts[-1])
+    steps = count_steps(args, stage, available, processes.world)
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
         check_same_run(args, resumed[0])
@@ -559,14 +462,16 @@ def set_up(args, task, found, watch):
     elif processes.rank == 0:
         config = json.dumps(run_config(args, found.made, model), indent=2)
         runs.write(args.out / "config.json", lambda file: file.write_text(config))
-        log.begin([(problem, where) for some in found.questions
-                   for problem, places in some.left_out.items() for where in places])
+        left_out = [(problem, where) for some in found.questions
+                    for problem, places in some.sets[0].left_out.items() for where in places]
+        log.begin(left_out)
     log.report(processes.gather(validation.bad))
-    run = loop.Run(args, transfer.arguments(args), processes, model, validation, log, watch)
+    saved = {"arguments": transfer.arguments(args)}
+    run = loop.Run(args, saved, processes, model, validation, log, watch)
     run.remedy = "Start anew with a lower --lr, with --clip 1 or --precision fp32, in a new --out"
     if args.cache:
         fill_cache(args, questions, model, found.made, processes)
-    order = data.plan([len(questions)], steps * stage.batch_size, args.seed)
+    order = data.plan([available], steps * stage.batch_size, args.seed)
     return run, loop.Job(args.task, stage, questions, order, steps), resumed
 
 

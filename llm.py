@@ -5,6 +5,8 @@ safetensors.
     llm = load_llm("facebook/opt-6.7b as a folder", dtype=torch.bfloat16, device="cuda")
     loss, tokens = llm.loss(soft_prompts, caption_ids)          # gradients flow to soft_prompts only
     captions = llm.generate(soft_prompts, num_beams=5)          # lists of ids
+    cache = llm.read_prefix(soft_prompts, room=500)             # read once, for many questions or turns
+    answers = llm.generate(question, cache=cache)
 
 Every language model here reads a *prefix* of embeddings (soft prompts, BOS, an instruction) and
 scores or produces a target: OPT and LLaMA (with Vicuna, Mistral, SmolLM2, Qwen2, Qwen3) read
@@ -256,21 +258,24 @@ class Cache:
     A text has one row of columns: its prefix, the K tokens of step 1, the K of step 2, ... A beam
     looks at the prefix and at the tokens that it has come through itself (`visible`). So beams
     share a prefix, one that goes on from another takes over its row of `visible`, and no key is
-    ever copied. On GPUs shapes stay the same, so that a step can be compiled as one graph."""
+    ever copied. On GPUs shapes stay the same, so that a step can be compiled as one graph.
 
-    def __init__(self, layers, heads, hd, prefix, prefix_mask, steps, K):
-        B, P, _ = prefix.shape
-        device = prefix.device
-        columns = P + steps * K
-        self.P = P
+    `llm.read_prefix` makes one that is kept: more can be read behind it (`extend`), its rows can be
+    taken (`rows`), and its end can be forgotten (`cut`)."""
+
+    def __init__(self, llm, B, columns, K, memory):
+        layers, heads, hd = llm.cache_shape
+        like = llm.lm_head.weight
+        self.llm = llm
+        self.memory = memory
         self.K = K
-        self.used = P  # columns
-        self.keys, self.values = prefix.new_zeros(2, layers, B, heads, columns, hd)
-        self.columns = None  # (K,) of the tokens being read; None for the prefix
-        self.visible = torch.zeros(B, 1, K, columns, dtype=torch.bool, device=device)
-        self.visible[..., :P] = True if prefix_mask is None else prefix_mask[:, None, None]
-        lengths = torch.full((B,), P, device=device) if prefix_mask is None else prefix_mask.sum(1)
-        self.positions = lengths[:, None] - 1  # (B, 1) of the tokens being read, the same for all beams
+        self.P = 0  # columns of the prefix
+        self.used = 0  # columns in use
+        self.keys, self.values = like.new_zeros(2, layers, B, heads, columns, hd)
+        self.visible = torch.zeros(B, 1, K, columns, dtype=torch.bool, device=like.device)
+        # of the last tokens read, the same for all beams
+        self.positions = torch.full((B, 1), -1, device=like.device)
+        self.columns = None  # (S,) of the tokens being read; None for the beginning of a prefix
 
     def width(self):
         """Columns that a step looks at: on CPUs those in use, else all of them."""
@@ -285,6 +290,31 @@ class Cache:
         values = self.values[layer, :, :, :width]
         return keys, values, self.columns
 
+    def check_room(self, S):
+        left = self.keys.shape[-2] - self.used
+        if S > left:
+            raise ValueError(f"the cache has room for {left} positions more, not {S}; give read_prefix "
+                             "more room")
+
+    def append(self, S, keep=None):
+        """Makes room for S more columns of the prefix, of which keep (B,S) are real; None: all."""
+        self.check_room(S)
+        start = self.used
+        end = start + S
+        self.visible[..., start:end] = True if keep is None else keep[:, None, None]
+        self.positions += S if keep is None else keep.sum(1, keepdim=True)
+        self.columns = torch.arange(start, end, device=self.keys.device) if start else None
+        self.P = self.used = end
+
+    def mask_behind(self, mask, S):
+        """What the last S columns of the prefix look at: all that came before, and by a mask
+        (B,1,S,S) each other; None: causal. -> (B,1,S,columns)"""
+        if mask is None:
+            mask = torch.ones(S, S, dtype=torch.bool, device=self.keys.device).tril()
+        whole = self.mask()[:, :, :1].repeat(1, 1, S, 1)
+        whole[..., self.P - S : self.P] = mask
+        return whole
+
     def advance(self, parents=None):
         """Makes room for the next token of each beam; beam k goes on from beam parents[b,k] (B,K),
         or from itself."""
@@ -292,13 +322,46 @@ class Cache:
         if parents is not None:
             index = parents[:, None, :, None].expand_as(self.visible)
             self.visible.copy_(self.visible.gather(2, index))
-        if self.columns is None:
+        if self.used == self.P:
             self.columns = torch.arange(self.K, device=device) + self.P
         else:
             self.columns += self.K
         self.used += self.K
         self.positions += 1
         self.visible[:, 0, torch.arange(self.K, device=device), self.columns] = True
+
+    @torch.inference_mode()
+    def extend(self, embeddings, mask=None):
+        """Reads (B,S,D) behind the prefix; mask (B,S) bool is False at holes."""
+        self.llm.check_cache(self, embeddings)
+        self.llm.read_on(self, embeddings, mask)
+
+    @torch.inference_mode()
+    def rows(self, index):
+        """A cache of its own whose row i goes on from row index[i] of this one. A memory needs a method
+        rows(index) for that, too."""
+        index = torch.as_tensor(index, device=self.keys.device)
+        other = self.copy(index, self.keys.shape[-2], K=1)
+        if self.memory is not None:
+            other.memory = self.memory.rows(index)
+        return other
+
+    def copy(self, index, columns, K):
+        """These rows, with so many columns in all, to be continued by K beams."""
+        other = Cache(self.llm, len(index), columns, K, self.memory)
+        other.keys[..., : self.used, :] = self.keys[:, index, :, : self.used]
+        other.values[..., : self.used, :] = self.values[:, index, :, : self.used]
+        other.visible[..., : self.used] = self.visible[index, ..., : self.used]
+        other.positions.copy_(self.positions[index])
+        other.P = other.used = self.used
+        return other
+
+    @torch.inference_mode()
+    def cut(self, columns):
+        """Forgets all but the first columns, holes counted."""
+        self.visible[..., columns:] = False
+        self.positions.copy_(self.visible[:, 0, 0].sum(1, keepdim=True) - 1)
+        self.P = self.used = columns
 
 
 def remember(cache, k, v):
@@ -342,6 +405,14 @@ def without_end(ids, stop):
     return ids
 
 
+def open_end(ids, stop):
+    """How many ids at the end of a list may be the beginning of a stop sequence."""
+    for n in range(len(ids), 0, -1):
+        if any(len(sequence) > n and list(sequence[:n]) == ids[-n:] for sequence in stop):
+            return n
+    return 0
+
+
 def sample_next(logits, temperature, top_p):
     """(B,V) -> (B,): the most probable token, or at temperature > 0 one drawn from the smallest set
     of tokens whose probabilities add up to top_p (nucleus sampling, Holtzman et al. 2020)."""
@@ -353,8 +424,8 @@ def sample_next(logits, temperature, top_p):
 
 
 def decode_tokens(llm, logits, cache, steps, min_new_tokens, temperature, top_p, stop):
-    """Greedy decoding or sampling, all rows side by side, until every row has ended. -> (B, n)
-    ids"""
+    """Greedy decoding or sampling, all rows side by side, until every row has ended. Yields the ids
+    so far, (B,n)."""
     ids = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for n in range(1, steps + 1):
@@ -363,9 +434,10 @@ def decode_tokens(llm, logits, cache, steps, min_new_tokens, temperature, top_p,
             scores = forbid_end(scores, ids, stop)
         next_ids = sample_next(scores, temperature, top_p)
         ids = torch.cat([ids, next_ids[:, None]], dim=1)
+        yield ids
         ended |= ends_with(ids, stop)
         if n == steps or ended.all():
-            return ids
+            return
         cache.advance()
         logits = llm.step(ids[:, -1:].contiguous(), cache)
 
@@ -376,10 +448,14 @@ def pick(x, index):
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
-def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, stop):
+def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, stop, prompt_lengths=None):
     """Beam search with transformers' rules: a hypothesis scores log-probability / length **
     length_penalty (its end mark counts), and a row is done when no running beam, at its present
-    length, beats its K finished ones. -> (B, n) ids"""
+    length, beats its K finished ones. -> (B, n) ids
+
+    With `prompt_lengths` (B,) the rules are those before transformers 4.36, at batch 1: the length is
+    the prompt's and the new tokens', without the end mark; any candidate of the step may keep a row
+    going, and what runs out of steps is a hypothesis whether it is among the best K or not."""
     B, _, V = logits.shape
     device = logits.device
     logits = logits.expand(B, K, V)
@@ -399,17 +475,25 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
         parents = index // V
         next_ids = index % V
         candidates = torch.cat([pick(beams, parents), next_ids[..., None]], dim=-1)  # (B, width, n)
-        ended = ends_with(candidates, stop) | (n == steps)
+        stops = ends_with(candidates, stop)
+        ended = stops | (n == steps)
 
         counts = ended & is_among_best & ~done  # transformers lets only the best K candidates finish
-        new_scores = (top / n**length_penalty).masked_fill(~counts, -1e9)
+        divisor = running_divisor = n**length_penalty
+        if prompt_lengths is not None:
+            counts |= ended & ~stops & ~done
+            length = prompt_lengths.clamp(min=1).to(device)[:, None] + n
+            running_divisor = length.float() ** length_penalty
+            divisor = (length - stops.long()).float() ** length_penalty
+        new_scores = (top / divisor).masked_fill(~counts, -1e9)
         finished_scores, chosen = torch.cat([finished_scores, new_scores], dim=1).topk(K)
         padded = F.pad(candidates, (0, steps - n), value=-1)
         finished = pick(torch.cat([finished, padded], dim=1), chosen)
 
         scores, chosen = (top - 1e9 * ended).topk(K)
         worst = finished_scores.min(1, keepdim=True).values
-        done |= worst >= scores[:, :1] / n**length_penalty
+        best = scores[:, :1] if prompt_lengths is None else top[:, :1]
+        done |= worst >= best / running_divisor
         if n == steps or done.all():
             return finished[:, 0]
         beams = pick(candidates, chosen)
@@ -426,9 +510,7 @@ class LanguageModel(nn.Module):
         tokens end a text."""
         if config["tie_word_embeddings"]:
             self.tie_head()
-        ends = config.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        self.stop = [(end,) for end in ends if end is not None]
+        self.stop = as_sequences(config.get("eos_token_id"))
 
     def tie_head(self):
         self.lm_head.weight = self.get_parameter(self.WORDS)
@@ -465,24 +547,89 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0,
-                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, memory=None):
+                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, memory=None, cache=None,
+                 prompt_lengths=None):
         """Continues a prefix. (B,P,D), (B,P) bool -> B lists of ids, without the stop sequence and
         what follows.
 
         `stop` holds the sequences of ids that end a text, such as ((2,), (835,), (2277, 29937));
-        None: config.json's eos_token_id. `max_new_tokens` counts the end mark; none of the first
+        None: the checkpoint's end marks. `max_new_tokens` counts the end mark; none of the first
         `min_new_tokens` ids completes one. num_beams > 1 is beam search (temperature 0 only);
-        temperature > 0 samples from the `top_p` nucleus."""
+        temperature > 0 samples from the `top_p` nucleus. `prompt_lengths` (B,) makes the length that
+        beam search penalises count so many tokens of each row's prompt, as transformers did before
+        4.36; VPGTrans's and BLIP-2's scores of questions rest on that.
+
+        With a cache (`read_prefix`) the prefix is what comes behind it; the memory is the cache's,
+        and the cache stays as it is."""
         stop = self.stop if stop is None else stop
         check_generation(max_new_tokens, num_beams, temperature, top_p, stop)
-        logits, cache = self.start(prefix, prefix_mask, max_new_tokens, num_beams, memory)
-        read = self, logits, cache, max_new_tokens, min_new_tokens
+        cache = self.new_cache(prefix, max_new_tokens, num_beams, memory, cache)
+        logits = self.start(prefix, prefix_mask, cache)
+        begun = self, logits, cache, max_new_tokens, min_new_tokens
+        if prompt_lengths is not None and not isinstance(self, DecoderOnly):
+            prompt_lengths = torch.ones_like(prompt_lengths)  # T5's decoder reads its start token alone
         if num_beams > 1:
-            ids = beam_search(*read, num_beams, length_penalty, stop)
+            ids = beam_search(*begun, num_beams, length_penalty, stop, prompt_lengths)
         else:
-            ids = decode_tokens(*read, temperature, top_p, stop)
+            *_, ids = decode_tokens(*begun, temperature, top_p, stop)
         rows = [[i for i in row if i >= 0] for row in ids.tolist()]  # -1 is behind a beam's end
         return [without_end(row, stop) for row in rows]
+
+    def stream(self, prefix, prefix_mask=None, max_new_tokens=30, min_new_tokens=0, temperature=0.0,
+               top_p=1.0, stop=None, memory=None, cache=None):
+        """As `generate` for one row (1,P,D), but yields its ids as they come. Ids that may be the
+        beginning of a stop sequence are held back until that is decided.
+
+        With a cache of one row, what is read stays in it, and it needs room for that: the prefix
+        and all ids but the last, the stop sequence's among them. `cache.used` counts them, also
+        after a stream that was closed or interrupted."""
+        stop = self.stop if stop is None else stop
+        check_generation(max_new_tokens, 1, temperature, top_p, stop)
+        if len(prefix) != 1:
+            raise ValueError(f"stream: one row, not {len(prefix)}; generate takes several")
+        if cache is None:
+            cache = self.new_cache(prefix, max_new_tokens, 1, memory)
+        else:
+            self.check_cache(cache, prefix, memory)
+            cache.check_room(prefix.shape[1] + max_new_tokens - 1)
+        options = max_new_tokens, min_new_tokens, temperature, top_p, stop
+        return stream_tokens(self, prefix, prefix_mask, cache, options)
+
+    def read_prefix(self, prefix, prefix_mask=None, room=0, memory=None):
+        raise ValueError(f"{type(self).__name__} has an encoder, which reads a prefix whole: give all of "
+                         "it to generate or stream")
+
+    def check_cache(self, cache, prefix, memory=None):
+        """ValueError where a cache does not go with what comes behind it."""
+        if cache.llm is not self:
+            raise ValueError("the cache is another language model's")
+        if memory is not None:
+            raise ValueError("the memory behind a cache is the one that read_prefix was given")
+        B = len(cache.positions)
+        if len(prefix) != B:
+            raise ValueError(f"the cache has {B} rows, what comes behind it {len(prefix)}; cache.rows(index) "
+                             "takes rows")
+
+
+@torch.inference_mode()
+def stream_tokens(llm, prefix, prefix_mask, cache, options):
+    """Yields the ids of one row as they are decided; the cache keeps what has been read."""
+    *_, stop = options
+    complete = cache.used  # columns with their keys
+    given = 0
+    try:
+        logits = llm.start(prefix, prefix_mask, cache)
+        for ids in decode_tokens(llm, logits, cache, *options):
+            complete = cache.used
+            (ids,) = ids.tolist()
+            text = without_end(ids, stop)
+            if text == ids:
+                text = ids[: len(ids) - open_end(ids, stop)]
+            yield from text[given:]
+            given = len(text)
+        yield from without_end(ids, stop)[given:]
+    finally:
+        cache.cut(complete)  # a step that was interrupted has left a column without keys
 
 
 def check_generation(max_new_tokens, num_beams, temperature, top_p, stop):
@@ -506,6 +653,11 @@ class DecoderOnly(LanguageModel):
 
     At most `longest` positions can be read, if that is not None; a cache has `kv_heads` heads of
     width `head_dim`."""
+
+    @property
+    def cache_shape(self):
+        """Layers, heads and their width, for a cache."""
+        return len(self.layers), self.kv_heads, self.head_dim
 
     def check_length(self, S):
         if self.longest is not None and S > self.longest:
@@ -579,15 +731,47 @@ class DecoderOnly(LanguageModel):
         targets = torch.cat([first_targets, targets], dim=1)
         return caption_loss(self.lm_head, x, targets)
 
-    def start(self, prefix, prefix_mask, steps, K, memory=None):
-        """Reads a prefix. -> logits of the next token (B,1,V), and the cache for that many steps of
-        K beams."""
-        prefix, prefix_mask, positions, mask = self.lay_out(prefix, prefix_mask, 0)
-        self.check_length(prefix.shape[1] + steps - 1)
-        cache = Cache(len(self.layers), self.kv_heads, self.head_dim, prefix, prefix_mask, steps - 1, K)
-        cache.memory = memory
-        x = self.read(prefix, positions, mask, cache, memory)
-        return word_scores(self.lm_head, x[:, -1:]), cache
+    @torch.inference_mode()
+    def read_prefix(self, prefix, prefix_mask=None, room=0, memory=None):
+        """Reads a prefix (B,P,D) once, for many questions or turns -> its Cache, with room for so many
+        positions more."""
+        columns = prefix.shape[1] + room
+        self.check_length(columns)
+        cache = Cache(self, len(prefix), columns, 1, memory)
+        self.read_on(cache, prefix, prefix_mask)
+        return cache
+
+    def read_on(self, cache, x, mask):
+        """Reads (B,S,D) behind what a cache holds -> (B,S,D) hidden states."""
+        before = cache.used
+        x, keep, positions, mask = self.lay_out(x, mask, 0)
+        S = x.shape[1]
+        self.check_length(before + S)
+        if before:
+            positions = cache.positions + 1 + positions
+        cache.append(S, keep)
+        if before:
+            mask = cache.mask_behind(mask, S)
+        return self.read(x, positions, mask, cache, cache.memory)
+
+    def new_cache(self, prefix, steps, K, memory=None, cache=None):
+        """A cache for a prefix, and for that many steps of K beams; behind another cache, a copy of
+        that."""
+        P = prefix.shape[1]
+        if cache is not None:
+            self.check_cache(cache, prefix, memory)
+            P += cache.used
+        self.check_length(P + steps - 1)
+        columns = P + (steps - 1) * K
+        if cache is None:
+            return Cache(self, len(prefix), columns, K, memory)
+        every_row = torch.arange(len(prefix), device=prefix.device)
+        return cache.copy(every_row, columns, K)
+
+    def start(self, prefix, prefix_mask, cache):
+        """Reads a prefix into a cache -> logits of the next token (B,1,V)."""
+        x = self.read_on(cache, prefix, prefix_mask)
+        return word_scores(self.lm_head, x[:, -1:])
 
     def step(self, ids, cache):
         """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
@@ -1043,6 +1227,11 @@ class T5(LanguageModel):
         """The repeated blocks, for torch.compile."""
         return [*self.encoder.block, *self.decoder.block]
 
+    @property
+    def cache_shape(self):
+        """Layers, heads and their width, for a cache."""
+        return len(self.decoder.block), self.heads, self.head_dim
+
     def encode(self, prefix, prefix_mask, memory):
         """The encoder: (B,P,D), (B,P) bool or None -> keys and values for each block of the
         decoder, and their mask."""
@@ -1073,20 +1262,22 @@ class T5(LanguageModel):
         bias = self.decoder.bias(positions, positions, causal)
         return self.decode(self.embed(read_ids), bias, encoded, keep, memory=memory)
 
-    def start(self, prefix, prefix_mask, steps, K, memory=None):
-        """Reads a prefix, and the token that starts the decoder. -> logits (B,1,V), and the cache
-        for K beams' steps."""
-        encoded, keep = self.encode(prefix, prefix_mask, memory)
+    def new_cache(self, prefix, steps, K, memory=None, cache=None):
+        """A cache for the token that starts the decoder, and for that many steps of K beams."""
+        if cache is not None:
+            self.check_cache(cache, prefix, memory)
+        return Cache(self, len(prefix), 1 + (steps - 1) * K, K, memory)
+
+    def start(self, prefix, prefix_mask, cache):
+        """Reads a prefix, and the token that starts the decoder, into a cache -> logits (B,1,V)."""
+        cache.encoded, cache.keep = self.encode(prefix, prefix_mask, cache.memory)
         start_ids = torch.full((len(prefix), 1), self.start_id, device=prefix.device)
         x = self.embed(start_ids)
-        cache = Cache(len(self.decoder.block), self.heads, self.head_dim, x, None, steps - 1, K)
-        cache.encoded = encoded
-        cache.keep = keep
-        cache.memory = memory
+        cache.append(1)
         position = torch.zeros(1, dtype=torch.long, device=x.device)
         bias = self.decoder.bias(position, position)
-        x = self.decode(x, bias, encoded, keep, cache, memory)
-        return word_scores(self.lm_head, x), cache
+        x = self.decode(x, bias, cache.encoded, cache.keep, cache, cache.memory)
+        return word_scores(self.lm_head, x)
 
     def step(self, ids, cache):
         """Reads one more token of each beam, (B,K) -> logits of the next (B,K,V)."""
@@ -1248,6 +1439,26 @@ def complete_tied(tensors, words):
         tensors[words] = tensors[HEAD] = nn.Parameter(held[0], requires_grad=False)
 
 
+def as_sequences(ends):
+    """eos_token_id, a number, several or None, as stop sequences of `generate`."""
+    ends = ends if isinstance(ends, list) else [ends]
+    return [(end,) for end in ends if end is not None]
+
+
+def end_marks(folder, otherwise):
+    """The stop sequences of a checkpoint: generation_config.json has the last word, in which instruct
+    models name the ends of their turns."""
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        return otherwise
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); download it again") from error
+    ends = config.get("eos_token_id")
+    return otherwise if ends is None else as_sequences(ends)
+
+
 def empty_llm(folder):
     """The language model of a folder as its config.json says, without weights: on the meta device,
     where tensors have shapes only."""
@@ -1268,6 +1479,7 @@ def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
     ValueError name the file and the option that is not implemented, or the tensor that is missing,
     misshapen or damaged."""
     llm = empty_llm(folder)
+    llm.stop = end_marks(folder, llm.stop)
     if isinstance(llm, T5) and dtype == torch.float16:
         raise ValueError(f"{folder}: T5 overflows in float16; load it in bfloat16 or float32")
     _, prefix = read_llm_config(folder)

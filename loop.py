@@ -2,7 +2,7 @@
 run goes on.
 
     processes = Processes.start("bf16")                      # one a GPU under torchrun
-    run = Run(args, arguments, processes, model, Validation(...), log)
+    run = Run(args, saved, processes, model, Validation(...), log)
     for job in jobs:
         train_stage(run, job)
 
@@ -213,9 +213,11 @@ def swap_neighbours(rows):
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def which_have(batch):
-    """{"has_image": (B,) bool} of a batch some of whose samples have no image, else nothing."""
-    return {name: batch[name] for name in ("has_image",) if name in batch}
+def marks(batch):
+    """Of a batch, what a model is told beside prompts, targets and images, where it is not plain: which
+    targets are scored (B,T), and which samples have an image (B,)."""
+    told = {name: batch[name] for name in ("scored", "has_image") if name in batch}
+    return {name: mask for name, mask in told.items() if not mask.all()}
 
 
 class Validation:
@@ -245,10 +247,13 @@ class Validation:
         for batch in self.batches:
             prompts, targets = batch["prompt_ids"], batch["target_ids"].to(device)
             with evaluating(model), self.processes.autocast():
-                sees = model.see(batch["images"].to(device))
-                matched, tokens = model(prompts, targets, **which_have(batch), **sees)
+                if "queries" in batch:
+                    sees = {"queries": batch["queries"].to(device)}
+                else:
+                    sees = model.see(batch["images"].to(device))
+                matched, tokens = model(prompts, targets, **marks(batch), **sees)
                 others = {name: swap_neighbours(x) for name, x in sees.items()}
-                shuffled, _ = model(prompts, targets, **which_have(batch), **others)
+                shuffled, _ = model(prompts, targets, **marks(batch), **others)
             sums += torch.stack([matched, shuffled, tokens]).double().cpu()
         matched, shuffled, tokens = self.processes.sum(*sums)
         return matched / tokens, shuffled / tokens
@@ -258,7 +263,9 @@ class Validation:
         does."""
         batch = self.batches[0]
         images = batch["images"][:count].to(self.processes.device)
-        which = {name: mask[:count] for name, mask in which_have(batch).items()}
+        which = {}
+        if "has_image" in marks(batch):
+            which["has_image"] = batch["has_image"][:count]
         stop = ((self.tok.end_id,), (self.tok.eos_id,))
         # a few steps are too short to compile for
         with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
@@ -286,7 +293,7 @@ def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
 
     Each token counts alike, whichever process and micro-batch it is in: -> (their number in all,
     this process's loss sum, has any process been asked to stop)."""
-    own_tokens = sum((micro["target_ids"] != -100).sum() for micro in micro_batches)
+    own_tokens = sum(data.count_targets(micro) for micro in micro_batches)
     tokens, stop = processes.sum(own_tokens, must_stop())
     loss_sum = torch.zeros((), device=processes.device)
     for i, micro in enumerate(micro_batches):
@@ -298,7 +305,7 @@ def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
             targets = micro["target_ids"]
             if targets.ndim == 2:  # packed ones are laid out on the CPU
                 targets = targets.to(processes.device, non_blocking=True)
-            loss, _ = trained(micro["prompt_ids"], targets, **which_have(micro), **sees)
+            loss, _ = trained(micro["prompt_ids"], targets, **marks(micro), **sees)
             # times world, since DDP takes the mean over processes
             (loss * (processes.world / tokens)).backward()
         loss_sum += loss.detach()
@@ -369,7 +376,7 @@ class Run:
     """What the stages of a run share: what is logged, saved and checked along the way."""
 
     args: argparse.Namespace  # of the command: out, micro_batch, workers, clip, gate, ..._every
-    arguments: dict  # all of them as JSON has them, saved with the state
+    saved: dict  # what is saved with the state: all arguments, as JSON has them, and the start
     processes: Processes
     model: nn.Module
     validation: Validation
@@ -423,7 +430,7 @@ class Run:
         """Writes where the run stands, and the weights alone."""
         if self.processes.rank == 0:
             parameters = self.model.saved()
-            state = {**at, "seconds": self.log.seconds, "arguments": self.arguments}
+            state = {**at, "seconds": self.log.seconds, **self.saved}
             runs.save_state(self.args.out, parameters, optimizer, state, name)
             if name == runs.STATE:
                 runs.save_model(self.args.out, parameters)
@@ -465,7 +472,7 @@ class Run:
         if self.args.gate and not shuffled - matched >= self.args.gate:
             self.fail(f"after the warm-up, the validation loss is {matched:.3f} with the right images "
                       f"and {shuffled:.3f} with shuffled ones: the LLM does not use the image (--gate "
-                      f"{self.args.gate:g}). Look at whether captions fit their images (python data.py "
+                      f"{self.args.gate:g}). Look at whether captions fit their images (python pairs.py "
                       f"SPEC), at --src, and at the curves in {self.args.out}; try more --warm-up-steps or "
                       "another --warm-up-lr in a new --out. The state is saved: the same command with "
                       "--resume --gate 0 goes on regardless")
@@ -493,20 +500,27 @@ def compile_layers(model):
         block.compile()
 
 
-def train_stage(run, job, resumed=None):
-    """One stage from its first step, or from where `resumed`, the (state,
-    tensors) of load_state, stands."""
-    args, processes, model, stage = run.args, run.processes, run.model, job.stage
+def begin_stage(run, job, resumed):
+    """What trains in a stage does, and what was saved is back. -> (the optimizer, the first step)"""
+    model, stage = run.model, job.stage
     table = vpgtrans.enter_stage(model, stage)
-    processes.say("\n".join(describe_stage(job.name, stage, job.steps, job.samples.starts[-1], table)))
+    lines = describe_stage(job.name, stage, job.steps, job.samples.starts[-1], table)
+    run.processes.say("\n".join(lines))
     optimizer = new_optimizer(model, stage)
-    first = 0
-    if resumed:
-        state, tensors = resumed
-        first = state["step"]
-        runs.restore(model.saved(), optimizer, tensors)
-        if processes.rank == 0:  # a kill may have come between the two files of a save
-            runs.save_model(args.out, model.saved())
+    if not resumed:
+        return optimizer, 0
+    state, tensors = resumed
+    runs.restore(model.saved(), optimizer, tensors)
+    if run.processes.rank == 0:  # a kill may have come between the two files of a save
+        runs.save_model(run.args.out, model.saved())
+    return optimizer, state["step"]
+
+
+def train_stage(run, job, resumed=None):
+    """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state,
+    stands."""
+    args, processes, model, stage = run.args, run.processes, run.model, job.stage
+    optimizer, first = begin_stage(run, job, resumed)
     trained = model
     if processes.world > 1:
         trained = nn.parallel.DistributedDataParallel(model, init_sync=False)

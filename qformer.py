@@ -128,25 +128,14 @@ class ViTLayer(nn.Module):
         x = x + self.self_attn(self.layer_norm1(x))
         y = self.layer_norm2(x)
         hidden = self.activation(self.mlp["fc1"](y))
-        x = x + self.mlp["fc2"](hidden)
-        return x if beside is None else x + beside(y)
+        z = self.mlp["fc2"](hidden)
+        return x + (z if beside is None else z + beside(y))
 
 
 def vit_layers(config, attention_class):
     """The repeated blocks, under the checkpoints' names."""
     layers = [ViTLayer(config, attention_class(config)) for _ in range(config["num_hidden_layers"])]
     return nn.ModuleDict({"layers": nn.ModuleList(layers)})
-
-
-def run_layers(layers, x, beside=None):
-    """(B,N,Dv) through all blocks; `beside` has a function for each, (B,N,Dv) -> the same, which is
-    added to what the block's MLP makes of the same input."""
-    beside = [None] * len(layers) if beside is None else beside
-    if len(beside) != len(layers):
-        raise ValueError(f"beside: {len(beside)} functions for {len(layers)} blocks")
-    for layer, function in zip(layers, beside):
-        x = layer(x, function)
-    return x
 
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which EVA and BLIP-2 share
@@ -159,6 +148,17 @@ def normalise(images):
     mean = torch.tensor(MEAN).view(3, 1, 1).to(images.device, non_blocking=True)  # else a GPU is waited for
     std = torch.tensor(STD).view(3, 1, 1).to(images.device, non_blocking=True)
     return torch.addcmul(-mean / std, images, 1 / (255 * std))
+
+
+def run_blocks(layers, x, beside):
+    """(B,N,Dv) -> (B,N,Dv); `beside` has a function for each block, or is None."""
+    if beside is None:
+        beside = [None] * len(layers)
+    if len(beside) != len(layers):
+        raise ValueError(f"this ViT has {len(layers)} blocks; beside them stand {len(beside)} functions")
+    for layer, function in zip(layers, beside):
+        x = layer(x, function)
+    return x
 
 
 class EVA(nn.Module):
@@ -181,10 +181,11 @@ class EVA(nn.Module):
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
     def forward(self, images, beside=None):
-        """(B,3,H,W) -> (B,N,Dv), the class token first; `beside` is that of run_layers."""
+        """(B,3,H,W) -> (B,N,Dv). `beside`: a function for each block, (B,N,Dv) -> the same, which is
+        added to what the block's MLP makes of the same input (MemVP's adapters)."""
         at = self.embeddings
         x = embed_patches(images, at.patch_embedding, at.class_embedding, at.position_embedding)
-        return run_layers(self.encoder["layers"], x, beside)
+        return run_blocks(self.encoder["layers"], x, beside)
 
 
 class CLIP(nn.Module):
@@ -209,13 +210,12 @@ class CLIP(nn.Module):
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
     def forward(self, images, beside=None):
-        """(B,3,H,W) -> (B,N,Dv), the class token first; `beside` is that of run_layers."""
+        """As EVA's."""
         at = self.embeddings
         class_embedding = at.class_embedding[None, None]
         positions = at.position_embedding.weight[None]
         x = embed_patches(images, at.patch_embedding, class_embedding, positions)
-        x = self.pre_layrnorm(x)
-        return run_layers(self.encoder["layers"], x, beside)
+        return run_blocks(self.encoder["layers"], self.pre_layrnorm(x), beside)
 
 
 VITS = {"blip_2_vision_model": EVA, "clip_vision_model": CLIP}

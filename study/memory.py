@@ -21,6 +21,7 @@ from PIL import Image
 import data
 import finetune
 import loop
+import pairs
 import transfer
 from study.scenes import COLOURS, RGB, SHAPES, random_scene, render, vary
 
@@ -135,10 +136,9 @@ def score(run, folder, split, limit=None):
     """Percent right with an image, by the right, a shuffled and no image, in all and by kind of
     question; and of text-only questions."""
     model, tok = transfer.load_model(run, torch.bfloat16)
-    items, _ = finetune.read_scienceqa(folder, split)
-    items = items[:limit]
-    problems = json.loads((folder / "problems.json").read_text())
-    kinds = [problems[item["id"]]["category"] for item in items]
+    questions = pairs.read_questions(f"{folder}/problems.json#{split}")
+    items = [questions[i] for i in range(len(questions))][:limit]
+    kinds = [item["category"] for item in items]
     answers = torch.tensor([item["answer"] for item in items])
     seen = torch.tensor([bool(item["image"]) for item in items])
     nothing = torch.zeros_like(seen)

@@ -17,6 +17,7 @@ from torch import nn
 
 import data
 from llm import ARCHITECTURES
+from pairs import clean_caption
 from qformer import VPG
 from qformer import normalise as normalise_pixels
 from study import scenes
@@ -239,7 +240,7 @@ def make_stage1(args):
     model = FirstStage(vpg, LLMS["opt-128"]["vocab_size"])
     pairs = args.out / "pairs"
     rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()]
-    captions = tok.encode_all([data.clean_caption(row["caption"]) for row in rows])
+    captions = tok.encode_all([clean_caption(row["caption"]) for row in rows])
     features = features_of(vpg, [np.asarray(Image.open(pairs / row["image"])) for row in rows])
     steps = args.steps["stage1"]
     index = list(batches(len(rows), 64, steps, np.random.default_rng(SEEDS["stage1"])))

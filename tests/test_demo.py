@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 from demo import report
+from pairs import read_pairs
 from study import captions
 from study.make import DEMO_PAIRS, SAMPLES, draw_pairs
 from study.scenes import caption, named, random_scene, truth
@@ -76,7 +77,7 @@ def test_what_is_embedded_is_small_and_whole():
     assert sum(file.stat().st_size for file in files) < 25e6
     assert len(files) < 40
     for split, count in DEMO_PAIRS.items():
-        pairs = data.read_pairs(str(PAIRS / f"{split}.tar"))
+        pairs = read_pairs(str(PAIRS / f"{split}.tar"))
         assert len(pairs) == len(pairs.images) == count
         assert not pairs.left_out
 
@@ -86,7 +87,7 @@ def test_the_embedded_pairs_are_the_scenes_of_their_seed_in_their_order(split):
     """As study.make draws them: pixels, captions and truths; and train.py reads the same."""
     shard = PAIRS / f"{split}.tar"
     files, texts, truths = captions.read_scenes(shard)
-    pairs = data.read_pairs(str(shard))
+    pairs = read_pairs(str(shard))
     assert files == pairs.files() and list(pairs.image) == list(range(len(files)))
     assert texts == list(pairs.captions)
     for i, (image, known) in enumerate(draw_pairs(f"demo-{split}", DEMO_PAIRS[split])):

@@ -2,137 +2,163 @@
 
 import pytest
 import torch
-from torch import nn
+from conftest import FAMILIES, make_visual_llm, write_source, write_target
 
-import bench
-import data
 import estimate
-import llm as language_models
 import loop
-import qformer
+import pairs
 import train
 import transfer
 import vpgtrans
-from conftest import write_source, write_target
+from benchmarks import training
 
 
-LLMS = {"opt": dict(model_type="opt", hidden_size=128, ffn_dim=512, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=128, vocab_size=1000),
-        "llama": dict(model_type="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000),
-        "t5": dict(model_type="t5", d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, vocab_size=1000, feed_forward_proj="gated-gelu")}
+def inputs(device, B=2, T=14):
+    return {
+        "prompt_ids": torch.tensor([vpgtrans.IMAGE] * 32 + [2]).expand(B, -1),
+        "target_ids": torch.full((B, T), 7, device=device),
+        "images": torch.zeros(B, 3, 56, 56, device=device),
+    }
 
 
-def build(device, llm="opt"):
-    vit = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=7)
-    former = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, encoder_hidden_size=96)
-    with torch.device(device):
-        vpg = qformer.VPG({"vision_config": vit, "qformer_config": former})
-        llm = language_models.ARCHITECTURES[llm](LLMS[llm])
-        return vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm).to(device)
+def make_model(stage, device="meta", family="opt"):
+    """A model as a stage trains it."""
+    model = make_visual_llm(device, family)
+    vpgtrans.enter_stage(model, vpgtrans.STAGES[stage])
+    return model
 
 
-def inputs(model, device, B=2, T=14):
-    return {"prompt_ids": torch.tensor([vpgtrans.IMAGE] * 32 + [2]).expand(B, -1), "target_ids": torch.full((B, T), 7, device=device),
-            "images": torch.zeros(B, 3, 56, 56, device=device)}
+def trace(model, device="meta", **size):
+    return estimate.trace(model, inputs(device, **size))
 
 
-@pytest.mark.parametrize("name", vpgtrans.STAGES)
-def test_operations_are_those_of_the_formulas(name):
-    """bench.py counts them by hand, from parameters and tokens."""
-    model, stage = build("meta"), vpgtrans.STAGES[name]
-    vpgtrans.enter_stage(model, stage)
-    step = estimate.trace(model, inputs(model, "meta"))
-    assert abs(step.operations / (bench.step_flops(model, stage, 2, 14) / 2) - 1) < 0.04  # they count half of a causal attention
+# ----------------------------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("stage", vpgtrans.STAGES)
+def test_operations_are_those_of_the_formulas(stage):
+    """The benchmarks count them by hand, from parameters and tokens."""
+    model = make_model(stage)
+    step = trace(model)
+    by_hand = training.step_flops(model, vpgtrans.STAGES[stage], 2, 14) / 2
+    assert abs(step.operations / by_hand - 1) < 0.04  # they count half of a causal attention
     assert step.logits == 4 * 1000 * 14
 
 
-@pytest.mark.parametrize("llm", LLMS)
-@pytest.mark.parametrize("name", ["warm-up", "fine-tune"])
-def test_what_is_kept_is_what_a_real_step_keeps(name, llm):
-    """On the CPU attention is written out, as it is on the meta device, so that they keep the same up to details of it."""
-    kept = []
-    for device in ("meta", "cpu"):
-        torch.manual_seed(0)
-        model = build(device, llm)
-        vpgtrans.enter_stage(model, vpgtrans.STAGES[name])
-        kept.append(estimate.trace(model, inputs(model, device)).kept)
-    assert 0.8 < kept[0] / kept[1] < 1.25
-    model = build("meta", llm)
-    vpgtrans.enter_stage(model, vpgtrans.STAGES[name])
-    assert 0.98 < estimate.trace(model, inputs(model, "meta", B=8)).kept / kept[0] <= 1  # per sample: weights are not among it
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stage", ["warm-up", "fine-tune"])
+def test_what_is_kept_is_what_a_real_step_keeps(stage, family):
+    """On the CPU attention is written out, as it is on the meta device, so that they keep the same up to
+    details of it."""
+    expected = trace(make_model(stage, "meta", family)).kept
+    real = trace(make_model(stage, "cpu", family), "cpu").kept
+    assert 0.8 < expected / real < 1.25
+    eight = trace(make_model(stage, "meta", family), B=8).kept
+    assert 0.98 < eight / expected <= 1  # per sample: weights are not among it
 
 
 def test_memory_is_weights_gradients_and_moments():
-    model = build("meta").bfloat16()
-    vpgtrans.enter_stage(model, vpgtrans.STAGES["fine-tune"])
-    count = lambda trains: sum(p.numel() for p in model.parameters() if p.requires_grad == trains)
+    model = make_model("fine-tune").bfloat16()
     step = estimate.Step(operations=2e9, kept=5e6, logits=1e6)
-    assert list(estimate.memory(model, step, 3).values()) == [2 * count(False), 18 * count(True), 15e6, 7.5e6]
-    assert list(estimate.memory(model, step, 3, world=8).values())[1] == 22 * count(True)
-    assert list(estimate.memory(model.float(), step, 3).values())[:2] == [4 * count(False), 16 * count(True)]
-    assert list(estimate.memory(model, step, 10**6).values())[3] == 3 * 2**28  # a block of logits is all there is
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
+    def needs(micro_batch=3, world=1):
+        return list(estimate.memory(model, step, micro_batch, world).values())
 
-def test_hours_are_those_of_all_cards(monkeypatch):
-    monkeypatch.setattr(estimate, "trace", lambda model, step: step)  # batches stand for what they need
-    model, step = build("meta"), estimate.Step(operations=2e12, kept=5e6, logits=1e6)
-    longer = estimate.Step(operations=9e12, kept=5e6, logits=1e6)
-    first, *_ = estimate.report(model, longer, step, samples=36_000_000, machine=("card", None, 1e13), micro_batch=4, world=8)
-    assert first.strip() == "2 TFLOP a sample, 72,000.0 PFLOP in all: 250.0 hours on 8 x card, 2,000.0 hours of one"
+    assert needs() == [2 * frozen, 18 * trained, 15e6, 7.5e6]
+    assert needs(world=8)[1] == 22 * trained
+    assert needs(micro_batch=10**6)[3] == 3 * 2**28  # a block of logits is all there is
+    model.float()
+    assert needs()[:2] == [4 * frozen, 16 * trained]
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
-    model = build("meta")
-    vpgtrans.enter_stage(model, vpgtrans.STAGES["fine-tune"])
-    step = estimate.trace(model, inputs(model, "meta"))
-    total = lambda n, world=1: sum(estimate.memory(model, step, n, world).values())
+    model = make_model("fine-tune")
+    step = trace(model)
+
+    def total(micro_batch, world=1):
+        return sum(estimate.memory(model, step, micro_batch, world).values())
+
     for capacity in (2e8, 1e9):
         most = estimate.largest_micro_batch(model, step, capacity, 10**9)
-        assert total(most) <= 0.9 * capacity < total(most + 1) or step.logits * most > 2**28
-    assert estimate.largest_micro_batch(model, step, 1e9, most=3) == 3 and total(3, world=2) > total(3)
+        assert total(most) <= 0.9 * capacity
+        assert 0.9 * capacity < total(most + 1) or step.logits * most > 2**28
+    assert estimate.largest_micro_batch(model, step, 1e9, most=3) == 3
+    assert total(3, world=2) > total(3)
     with pytest.raises(ValueError, match="GPU memory"):
         estimate.largest_micro_batch(model, step, 1e6)
 
 
-def test_a_dry_run_reads_no_weights(world, tmp_path, capsys):
-    write_source(tmp_path / "source"), write_target(tmp_path / "target")
+def test_hours_are_those_of_all_cards(monkeypatch):
+    monkeypatch.setattr(estimate, "trace", lambda model, step: step)  # batches stand for what they need
+    typical = estimate.Step(operations=2e12, kept=5e6, logits=1e6)
+    longest = estimate.Step(operations=9e12, kept=5e6, logits=1e6)
+    machine = ("card", None, 1e13)
+    hours, *_ = estimate.report(make_visual_llm("meta"), longest, typical, samples=36_000_000,
+                                machine=machine, micro_batch=4, world=8)
+    assert hours.strip() == ("2 TFLOP a sample, 72,000.0 PFLOP in all: 250.0 hours on 8 x card, "
+                             "2,000.0 hours of one")
+
+
+# --------------------------------------------------------------------------- of a run of train.py
+
+
+@pytest.fixture
+def without_weights(tmp_path, world):
+    """Arguments of train.py for models whose weights are not there."""
+    write_source(tmp_path / "source")
+    write_target(tmp_path / "target")
     for folder in ("source", "target"):
         (tmp_path / folder / "model.safetensors").unlink()
-    argv = ["--src", str(tmp_path / "source"), "--tgt", str(tmp_path / "target"), "--data", str(world[2]), "--out", str(tmp_path / "out"), "--batch-size", "4"]
-    for card in ("h100", "", "no-card"):
-        try:
-            train.main([*argv, "--dry-run", card])
-        except SystemExit as stop:
-            assert card == "no-card" and stop.code == 2 and "rtx-4090" in capsys.readouterr().err
-            continue
-        said = capsys.readouterr().out
-        assert "stage warm-up: 5 steps of 4" in said and "stage fine-tune: 55 steps" in said and said.count("TFLOP a sample") == 2
-        assert said.count("  projector ") == 2 and ("any micro-batch would fit" in said) == (card == "h100") and "are free on that disk" in said
+    models = ["--src", str(tmp_path / "source"), "--tgt", str(tmp_path / "target")]
+    return [*models, "--data", str(world[2]), "--batch-size", "4", "--out", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize("card", ["h100", ""])
+def test_a_dry_run_reads_no_weights(without_weights, tmp_path, capsys, card):
+    train.main([*without_weights, "--dry-run", card])
+    said = capsys.readouterr().out
+    assert "stage warm-up: 5 steps of 4" in said
+    assert "stage fine-tune: 55 steps" in said
+    assert said.count("TFLOP a sample") == 2
+    assert said.count("  projector ") == 2
+    assert ("any micro-batch would fit" in said) == (card == "h100")
+    assert "are free on that disk" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_for_an_unknown_card_names_those_that_are_known(without_weights, refused):
+    refused(train.main, [*without_weights, "--dry-run", "no-card"], "rtx-4090")
 
 
 def test_a_dry_run_without_data_takes_the_papers_amounts(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VPGTRANS_DATA", str(tmp_path))
     train.main(["--src", str(world[0]), "--tgt", str(world[1]), "--dry-run", "a100"])
     said = capsys.readouterr().out
-    assert "the paper's amounts" in said and "810 steps of 1,728" in said and "7,500 steps of 1,728 = 12,960,000 samples" in said
+    assert "the paper's amounts" in said
+    assert "810 steps of 1,728" in said
+    assert "7,500 steps of 1,728 = 12,960,000 samples" in said
 
 
 def test_on_a_gpu_the_micro_batch_follows_from_its_memory(world, monkeypatch):
     args = train.parse_arguments(["--src", str(world[0]), "--tgt", str(world[1]), "--data", str(world[2])])
     stages = train.choose_stages(args)
-    folder, tok = transfer.find_tokenizer(args.tgt)
-    src, tgt = transfer.find_models(args.src, args.tgt, folder)
-    sets = {name: ([data.read_pairs(str(world[2]))], None) for name in stages}
+    tokenizer, tok = transfer.find_tokenizer(args.tgt)
+    src, tgt = transfer.find_models(args.src, args.tgt, tokenizer)
     shapes = transfer.shape_model(args, src, tgt)
-    gpu, cpu = (loop.Processes(0, 1, torch.device(device), "bf16") for device in ("cuda", "cpu"))
+    sets = {name: ([pairs.read_pairs(str(world[2]))], None) for name in stages}
 
-    def chosen(processes, size, stages=stages):
+    def chosen(size, device="cuda", stages=stages):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size))
-        return train.choose_micro_batch(args, stages, train.Found(processes, src, tgt, tok, shapes, sets))
+        processes = loop.Processes(0, 1, torch.device(device), "bf16")
+        found = train.Found(processes, src, tgt, tok, shapes, sets)
+        return train.choose_micro_batch(args, stages, found)
 
-    assert chosen(gpu, 24e9) == 36 == chosen(cpu, 1)
-    both = chosen(gpu, 6e6)
-    alone = [chosen(gpu, 6e6, {name: stage}) for name, stage in stages.items()]
+    assert chosen(24e9) == 36
+    assert chosen(1, device="cpu") == 36
+    both = chosen(6e6)
+    alone = [chosen(6e6, stages={name: stage}) for name, stage in stages.items()]
     assert 1 <= both == min(alone) < max(alone)
     args.micro_batch = 5
-    assert chosen(gpu, 24e9) == 5
+    assert chosen(24e9) == 5

@@ -19,6 +19,7 @@ import hub
 import llm as language_models
 import loop
 import memvp
+import pairs
 import sample
 import transfer
 from study import memory
@@ -84,66 +85,47 @@ def test_a_t5_reads_the_prompt_in_its_encoder(tok):
     assert target == tok.encode("The answer is A.") + [tok.eos_id]
 
 
-def test_scienceqa_is_read_as_it_is_distributed(memvp_world):
-    folder = memvp_world[2]
-    items, left_out = finetune.read_scienceqa(folder, "val")
-    assert [item["id"] for item in items] == [str(i) for i in range(13, 20)] and not left_out
-    assert [bool(item["image"]) for item in items] == [True, True, False, True, True, False, True]
-    assert items[1]["image"] == str(folder / "images" / "val" / "14" / "image.png")
-    assert items[1]["caption"] == "a green square" and items[2]["caption"] == ""
-    assert items[0]["hint"] == "Look." and items[0]["choices"] == ["red", "green", "blue"]
+def read_items(folder, split):
+    items = pairs.read_questions(f"{folder}/problems.json#{split}")
+    return [items[i] for i in range(len(items))]
 
 
-WRONG = {
-    "no question": dict(question=None),
-    "no choices": dict(choices=[]),
-    "more than 5 choices": dict(choices=list("abcdef")),
-    "no answer among the choices": dict(answer=4),
-    "image missing": dict(image="other.png"),
-}
+def read_questions(memvp_world, tok, *more):
+    """-> (to train on, for validation)"""
+    args = finetune.parse_arguments(arguments(memvp_world, "run", *more))
+    return finetune.read_questions(args, finetune.TASKS["scienceqa"], tok, 28, lambda line: None)
 
 
-def break_questions(folder, tmp_path):
-    """A copy of which half the questions to train on cannot be asked."""
-    folder = shutil.copytree(folder, tmp_path / "scienceqa")
+def test_questions_that_cannot_be_asked_are_left_out_and_named(memvp_world, tok, tmp_path):
+    """Six choices, and a prompt over the limit, which is not cut: its end would be lost."""
+    clip, llm, questions = memvp_world
+    folder = shutil.copytree(questions, tmp_path / "scienceqa")
     problems = json.loads((folder / "problems.json").read_text())
-    for id, change in zip("12345", WRONG.values()):
-        problems[id] |= change
+    problems["2"]["choices"] = list("abcdef")
+    problems["4"]["question"] = "long " * 200
     del problems["6"]
-    (folder / "problems.json").rename(folder / "problem.json")  # as MemVP's README calls it
-    (folder / "problem.json").write_text(json.dumps(problems))
-    return folder
-
-
-def test_what_cannot_be_asked_is_left_out_and_named(memvp_world, tmp_path):
-    folder = break_questions(memvp_world[2], tmp_path)
-    items, left_out = finetune.read_scienceqa(folder, "train")
-    assert [item["id"] for item in items] == ["7", "8", "9", "10", "11", "12"]
-    expected = dict(zip(WRONG, "12345")) | {"an id without a problem": "6"}
-    assert left_out == {why: [f"{folder / 'problem.json'}, {id}"] for why, id in expected.items()}
-
-
-def test_a_folder_without_scienceqa_says_what_to_put_where(memvp_world, tmp_path):
-    folder = shutil.copytree(memvp_world[2], tmp_path / "scienceqa")
-    with pytest.raises(ValueError, match="has no split 'dev'; it has train, val, test"):
-        finetune.read_scienceqa(folder, "dev")
-    shutil.rmtree(folder / "images")
-    with pytest.raises(FileNotFoundError, match="(?s)not one has its image .*images/train/1/image.png"):
-        finetune.read_scienceqa(folder, "train")
-    (folder / "pid_splits.json").write_text("{")
-    with pytest.raises(ValueError, match="pid_splits.json: not valid JSON"):
-        finetune.read_scienceqa(folder, "train")
-    (folder / "problems.json").write_text("[]")
-    with pytest.raises(ValueError, match="problems.json: holds no dict"):
-        finetune.read_scienceqa(folder, "train")
+    (folder / "problem.json").write_text(json.dumps(problems))  # as MemVP's README calls it
     (folder / "problems.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"(?s)no problems.json; put there, .*pid_splits.json"):
-        finetune.read_scienceqa(folder, "train")
+    train_set, _ = read_questions((clip, llm, folder), tok, "--max-tokens", "200")
+    (items,) = train_set.sets
+    assert [items[i]["id"] for i in range(len(items))] == ["1", "3", "5", "7", "8", "9", "10", "11", "12"]
+    place = f"{folder / 'problem.json'}, question"
+    assert items.left_out == {
+        "more than 5 choices": [f"{place} 2"], "longer than --max-tokens 200": [f"{place} 4"],
+        "a question that is not there": [f"{place} 6"]}
+    assert train_set.measure().sum(1).max() <= 200
+
+
+def test_a_folder_without_scienceqa_says_what_to_put_where(memvp_world, tok, tmp_path):
+    clip, llm, _ = memvp_world
+    says = r"(?s)no problems.json; put there, .*images/train/1/image.png"
+    with pytest.raises(FileNotFoundError, match=says):
+        read_questions((clip, llm, tmp_path), tok)
 
 
 def test_batches_hold_images_prompts_and_targets(memvp_world, tok):
-    items, _ = finetune.read_scienceqa(memvp_world[2], "train")
-    questions = finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, 28, 512)
+    items = read_items(memvp_world[2], "train")
+    questions, _ = read_questions(memvp_world, tok)
     batch = questions.collate([questions[0, i] for i in range(4)])
     assert batch["has_image"].tolist() == [True, True, False, True]
     assert batch["images"].shape == (4, 3, 28, 28) and not batch["images"][2].any()
@@ -155,25 +137,11 @@ def test_batches_hold_images_prompts_and_targets(memvp_world, tok):
         assert [i for i in batch["target_ids"][row].tolist() if i >= 0] == target
 
 
-def test_questions_over_the_limit_are_left_out_not_cut(memvp_world, tok):
-    items, _ = finetune.read_scienceqa(memvp_world[2], "train")
-    items[3]["question"] = "long " * 200
-    questions = finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, 28, 200)
-    (where,) = questions.left_out["longer than --max-tokens 200"]
-    assert where.startswith("4 (") and len(questions) == 11
-    assert max(questions.lengths()) <= 200
-    with pytest.raises(ValueError, match="no question is left"):
-        finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, 28, 10)
-
-
-def test_an_unreadable_image_gives_way_to_the_next(memvp_world, tok, tmp_path):
-    folder = shutil.copytree(memvp_world[2], tmp_path / "scienceqa")
-    broken = folder / "images" / "train" / "1" / "image.png"
-    broken.write_bytes(b"no image")
-    items, _ = finetune.read_scienceqa(folder, "train")
-    questions = finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, 28, 512)
-    got = questions[0, 0]
-    assert got["file"] == items[1]["image"] and str(broken) in got["bad"][0]
+def test_validation_questions_with_an_image_come_first(memvp_world, tok):
+    """So that neighbours lend each other images."""
+    _, held_out = read_questions(memvp_world, tok, "--val-samples", "7")
+    (items,) = held_out.sets
+    assert [items[i]["id"] for i in range(7)] == ["13", "14", "16", "17", "19", "15", "18"]
 
 
 # ------------------------------------------------------------------------------ questions of the study
@@ -182,8 +150,8 @@ def test_an_unreadable_image_gives_way_to_the_next(memvp_world, tok, tmp_path):
 def test_the_studys_questions_are_in_scienceqas_layout(tmp_path):
     """Two thirds have an image; answers are drawn evenly among three to five choices."""
     memory.make(tmp_path, {"train": 300, "val": 3})
-    items, left_out = finetune.read_scienceqa(tmp_path, "train")
-    assert len(items) == 300 and not left_out
+    items = read_items(tmp_path, "train")
+    assert len(items) == 300
     assert 0.55 < sum(bool(item["image"]) for item in items) / 300 < 0.78
     sizes = {len(item["choices"]) for item in items}
     assert sizes == {3, 4, 5} and all(len(set(item["choices"])) == len(item["choices"]) for item in items)
@@ -202,7 +170,7 @@ def test_the_study_takes_the_choice_with_the_largest_logit(memvp_world):
     made = transfer.how_memory_is_made(args, vit, place)
     model = transfer.build_memory_llm(made, vit, place, torch.float32, "cpu").eval()
     randomise(model.memory, scale=1.0)
-    items, _ = finetune.read_scienceqa(questions, "train")
+    items = read_items(questions, "train")
     items = [item | {"choices": ["red", "green", "blue", "white"]} for item in items]
     seen = torch.tensor([bool(item["image"]) for item in items])
     features = memory.read_image_features(model, items)
@@ -297,9 +265,7 @@ def test_commands_take_the_run_as_a_model(memvp_world, run, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_loaded_run_is_the_model_that_was_validated(memvp_world, run):
     model, tok = transfer.load_model(run, torch.float32)
-    items, _ = finetune.read_scienceqa(memvp_world[2], "val")
-    items = sorted(items[:6], key=lambda item: not item["image"])
-    questions = finetune.Questions("q", items, {}, finetune.ask_scienceqa, tok, model.image_size, 512)
+    _, questions = read_questions(memvp_world, tok)
     processes = loop.Processes(0, 1, torch.device("cpu"), "fp32")
     matched, shuffled = loop.Validation(questions, 2, processes).losses(model)
     last = [row for row in metrics(run) if "val_loss" in row][-1]
@@ -398,7 +364,14 @@ def test_arguments_that_make_no_sense_are_refused(memvp_world, tmp_path, capsys,
 
 def test_too_many_unusable_questions_end_the_run(memvp_world, tmp_path, capsys):
     clip, llm, questions = memvp_world
-    folder = break_questions(questions, tmp_path)
+    folder = shutil.copytree(questions, tmp_path / "scienceqa")
+    problems = json.loads((folder / "problems.json").read_text())
+    for id in "123456":
+        problems[id]["answer"] = 7
+    (folder / "problems.json").write_text(json.dumps(problems))
     command = arguments((clip, llm, folder), tmp_path / "run", "--max-bad", "0.005")
-    assert "6 of 12 annotations are unusable, more than --max-bad 0.005" in refused(capsys, command)
-    assert "no question is left; see --max-tokens" in refused(capsys, [*command, "--max-tokens", "20"])
+    said = refused(capsys, command)
+    assert "6 of 12 annotations are unusable, more than --max-bad 0.005" in said
+    assert "an answer that is none of the choices" in said
+    said = refused(capsys, [*command, "--max-tokens", "20"])
+    assert "no question can be asked" in said and "longer than --max-tokens 20" in said

@@ -171,6 +171,7 @@ def test_options_of_generate_that_make_no_sense_are_refused(llm_pair, options):
     ("opt", [(2,)]), ("llama-1", [(2,)]), ("flan-t5", [(1,)]), ("qwen2", [(2,)])])
 def test_without_stop_sequences_the_eos_of_config_json_ends_a_text(tmp_path, variant, ends):
     _, _, folder = make_llm_pair(tmp_path, variant)
+    (folder / "generation_config.json").unlink(missing_ok=True)
     assert load_llm(folder).stop == ends
     edit_config(folder, drop=["eos_token_id"])
     assert load_llm(folder).stop == ([] if variant == "qwen2" else ends)
@@ -182,3 +183,223 @@ def test_without_stop_sequences_the_eos_of_config_json_ends_a_text(tmp_path, var
     texts = ours.generate(prefix)
     assert texts == ours.generate(prefix, stop=((first,), (second,)))
     assert texts != whole
+
+
+@pytest.mark.parametrize("written, ends", [
+    ('{"eos_token_id": [7, 9]}', [(7,), (9,)]),
+    ('{"eos_token_id": 7}', [(7,)]),
+    ('{"eos_token_id": null}', [(2,)]),
+    ("{}", [(2,)])])
+def test_generation_config_has_the_last_word_on_end_marks(tmp_path, written, ends):
+    """Instruct models name the ends of their turns there."""
+    _, _, folder = make_llm_pair(tmp_path, "llama-1")
+    (folder / "generation_config.json").write_text(written)
+    assert load_llm(folder).stop == ends
+
+
+def test_a_damaged_generation_config_is_named(tmp_path):
+    _, _, folder = make_llm_pair(tmp_path, "llama-1")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json: not valid JSON"):
+        load_llm(folder)
+
+
+# -------------------------------------------------------------------- a prefix that is read once, and streams
+
+
+QUESTION_HOLES = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=torch.bool)
+
+
+@pytest.fixture(params=["opt", "opt-350m", "llama-3.1", "mistral", "qwen3"], scope="module")
+def decoder_only(request, tmp_path_factory):
+    ours, _, _ = make_llm_pair(tmp_path_factory.mktemp("llm"), request.param)
+    return ours
+
+
+@pytest.fixture(params=["CPU", "GPU"])
+def device_kind(request, monkeypatch):
+    """On GPUs every step looks at all columns of the cache; on CPUs at those in use."""
+    if request.param == "GPU":
+        monkeypatch.setattr(language_models.Cache, "width", lambda cache: cache.keys.shape[-2])
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_behind_a_cache_it_generates_as_behind_the_whole_prefix(decoder_only, device_kind, num_beams, holes):
+    ours = decoder_only
+    prefix = random_prefix(4, 5)
+    question = random_prefix(4, 3, seed=7)
+    masks = (HOLES, QUESTION_HOLES) if holes else (None, None)
+    whole_mask = torch.cat(masks, dim=1) if holes else None
+    options = dict(max_new_tokens=9, num_beams=num_beams, stop=((5,), (17, 30)))
+    expected = ours.generate(torch.cat([prefix, question], dim=1), whole_mask, **options)
+    cache = ours.read_prefix(prefix, masks[0])
+    assert ours.generate(question, masks[1], **options, cache=cache) == expected
+    assert ours.generate(question, masks[1], **options, cache=cache) == expected  # it stays as it was
+
+
+def test_rows_of_a_cache_go_on_from_the_prefixes_that_they_name(decoder_only, device_kind):
+    """One picture, many questions."""
+    ours = decoder_only
+    prefix = random_prefix(4, 5)
+    question = random_prefix(3, 3, seed=7)
+    index = [2, 0, 2]
+    whole = torch.cat([prefix[index], question], dim=1)
+    whole_mask = torch.cat([HOLES[index], QUESTION_HOLES[:3]], dim=1)
+    expected = ours.generate(whole, whole_mask, stop=())
+    cache = ours.read_prefix(prefix, HOLES).rows(index)
+    assert ours.generate(question, QUESTION_HOLES[:3], stop=(), cache=cache) == expected
+
+
+def test_a_cache_is_extended_piece_by_piece_and_cut(decoder_only, device_kind):
+    ours = decoder_only
+    pieces = [random_prefix(4, 3, seed=seed) for seed in range(4)]
+    masks = [QUESTION_HOLES, QUESTION_HOLES.roll(1, 0), QUESTION_HOLES.roll(2, 0), QUESTION_HOLES]
+    expected = ours.generate(torch.cat(pieces, dim=1), torch.cat(masks, dim=1), stop=())
+    cache = ours.read_prefix(pieces[0], masks[0], room=9)
+    cache.extend(pieces[3])
+    cache.cut(3)
+    cache.extend(pieces[1], masks[1])
+    cache.extend(pieces[2], masks[2])
+    assert ours.generate(pieces[3], masks[3], stop=(), cache=cache) == expected
+    cache.extend(pieces[3], masks[3])
+    assert cache.used == 12
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_stream_yields_what_generate_gives(llm_pair, temperature):
+    ours, _, _ = llm_pair
+    prefix = random_prefix(1, 5)
+    options = dict(max_new_tokens=12, temperature=temperature, top_p=0.9)
+    torch.manual_seed(0)
+    (whole,) = ours.generate(prefix, HOLES[2:3], **options, stop=())
+    for stop in ((), [tuple(whole[4:6])], [tuple(whole[4:7]), tuple(whole[5:7])], [(*whole[9:12], 1)]):
+        torch.manual_seed(0)
+        expected = ours.generate(prefix, HOLES[2:3], **options, stop=stop)
+        torch.manual_seed(0)
+        assert [list(ours.stream(prefix, HOLES[2:3], **options, stop=stop))] == expected
+
+
+def test_a_stream_holds_back_what_may_begin_a_stop_sequence():
+    assert language_models.open_end([1, 2, 3], [(3, 4)]) == 1
+    assert language_models.open_end([1, 2, 3], [(3,), (2, 3, 4), (3, 4)]) == 2
+    assert language_models.open_end([1, 2, 3], [(2, 4), (2, 3)]) == 0
+    assert language_models.open_end([1, 2, 3], []) == 0
+
+
+def test_ids_come_as_soon_as_they_are_decided(tmp_path):
+    """One at a time, each before the next is computed; those held back with the one that decides."""
+    ours, _, _ = make_llm_pair(tmp_path, "llama-1")
+    prefix = random_prefix(1, 5)
+    (whole,) = ours.generate(prefix, max_new_tokens=8, stop=())
+    steps = []
+    step = ours.step
+
+    def watched(ids, cache):
+        steps.append(ids)
+        return step(ids, cache)
+
+    ours.step = watched
+    no_end = (*whole[3:5], 119 if whole[5] != 119 else 118)
+    seen = [(token, len(steps)) for token in ours.stream(prefix, max_new_tokens=8, stop=[no_end])]
+    assert [token for token, _ in seen] == whole
+    assert [count for _, count in seen] == [0, 1, 2, 5, 5, 5, 6, 7]
+
+
+def test_a_conversation_reads_each_word_once(decoder_only, device_kind, monkeypatch):
+    """Turn by turn, the ids are those behind the whole conversation read anew; of it, only what the cache
+    lacks is read."""
+    ours = decoder_only
+    prefix = random_prefix(1, 5)
+    cache = ours.read_prefix(prefix, room=50)
+    read = type(ours).read
+    heights = []
+
+    def watched(self, x, *args, **options):
+        heights.append(x.shape[1])
+        return read(self, x, *args, **options)
+
+    conversation = [prefix]
+    unread = prefix[:, :0]
+    for turn in range(3):
+        question = random_prefix(1, 4, seed=20 + turn)
+        conversation.append(question)
+        expected = ours.generate(torch.cat(conversation, dim=1), max_new_tokens=6, stop=())
+        with monkeypatch.context() as patched:
+            patched.setattr(type(ours), "read", watched)
+            heights.clear()
+            behind = torch.cat([unread, question], dim=1)
+            answer = list(ours.stream(behind, max_new_tokens=6, stop=(), cache=cache))
+        assert [answer] == expected
+        # the last id of an answer is read with the next turn
+        assert heights == [4 if turn == 0 else 5] + 5 * [1]
+        words = ours.embed(torch.tensor([answer]))
+        conversation.append(words)
+        unread = words[:, -1:]
+        assert cache.used == sum(part.shape[1] for part in conversation) - 1
+
+
+@pytest.mark.parametrize("how", ["closed", "interrupted"])
+def test_a_stream_that_ends_early_leaves_a_whole_cache(tmp_path, how):
+    ours, _, _ = make_llm_pair(tmp_path, "llama-3.1")
+    prefix = random_prefix(1, 5)
+    question = random_prefix(1, 4, seed=7)
+    cache = ours.read_prefix(prefix, room=30)
+    step = ours.step
+
+    def interrupt(ids, cache):
+        if cache.used == 5 + 4 + 3:
+            cache.keys[..., cache.columns, :] = torch.nan
+            raise KeyboardInterrupt
+        return step(ids, cache)
+
+    stream = ours.stream(question, max_new_tokens=9, stop=(), cache=cache)
+    if how == "interrupted":
+        ours.step = interrupt
+        ids = []
+        with pytest.raises(KeyboardInterrupt):
+            for token in stream:
+                ids.append(token)
+    else:
+        ids = [next(stream) for _ in range(3)]
+        stream.close()
+    ours.step = step
+    assert len(ids) == 3
+    assert cache.used == 5 + 4 + 2
+    whole = torch.cat([prefix, question, ours.embed(torch.tensor([ids]))], dim=1)
+    assert ours.generate(whole[:, -1:], stop=(), cache=cache) == ours.generate(whole, stop=())
+
+
+def test_what_does_not_go_with_a_cache_is_refused(tmp_path):
+    ours, _, _ = make_llm_pair(tmp_path / "a", "opt")
+    another, _, _ = make_llm_pair(tmp_path / "b", "llama-1")
+    t5, _, _ = make_llm_pair(tmp_path / "c", "flan-t5")
+    two = random_prefix(2, 5)
+    one = two[:1]
+    cache = ours.read_prefix(one, room=3)
+    with pytest.raises(ValueError, match="an encoder, which reads a prefix whole"):
+        t5.read_prefix(one)
+    for other in (another, t5):
+        with pytest.raises(ValueError, match="another language model's"):
+            other.generate(one, cache=cache)
+        with pytest.raises(ValueError, match="another language model's"):
+            other.stream(one, cache=cache)
+    with pytest.raises(ValueError, match="1 rows, what comes behind it 2"):
+        ours.generate(two, cache=cache)
+    with pytest.raises(ValueError, match="1 rows, what comes behind it 2"):
+        cache.extend(two)
+    with pytest.raises(ValueError, match="one row, not 2"):
+        ours.stream(two)
+    with pytest.raises(ValueError, match="the memory behind a cache"):
+        ours.generate(one, cache=cache, memory=lambda h, activation: h)
+    with pytest.raises(ValueError, match="room for 3 positions more, not 5"):
+        cache.extend(one)
+    with pytest.raises(ValueError, match="room for 3 positions more, not 14"):
+        ours.stream(one, max_new_tokens=10, cache=cache)
+    with pytest.raises(ValueError, match="top_p"):
+        ours.stream(one, top_p=2.0)
+    with pytest.raises(ValueError, match="69 positions .* 64"):
+        ours.generate(one, max_new_tokens=60, cache=cache)
+    with pytest.raises(ValueError, match="65 positions .* 64"):
+        ours.read_prefix(one, room=60)
+    assert cache.used == 5

@@ -196,3 +196,22 @@ def test_cached_decoding_reads_what_forward_reads(llm_pair):
     memory = random_memory(3, dtype=torch.float32)
     ids = torch.tensor(ours.generate(prefix, HOLES, max_new_tokens=12, stop=(), memory=memory))
     assert torch.equal(ours(prefix, ids, HOLES, memory=memory).argmax(-1), ids)
+
+
+@pytest.mark.parametrize("variant", ["opt", "llama-3.1"])
+def test_memory_goes_with_the_rows_of_a_cache(tmp_path, variant):
+    ours, _, _ = make_llm_pair(tmp_path, variant)
+    prefix = random_prefix(3, 6)
+    question = random_prefix(4, 3, seed=7)
+    memory = random_memory(3, dtype=torch.float32)
+    index = torch.tensor([2, 0, 1, 2])
+    whole = torch.cat([prefix[index], question], dim=1)
+    whole_mask = F.pad(HOLES[index], (0, 3), value=True)
+    expected = ours.generate(whole, whole_mask, num_beams=2, stop=(), memory=memory.rows(index))
+    cache = ours.read_prefix(prefix, HOLES, room=8, memory=memory)
+    assert ours.generate(question, num_beams=2, stop=(), cache=cache.rows(index)) == expected
+    alone = cache.rows([1])
+    alone.extend(question[2:3, :1])
+    stream = ours.stream(question[2:3, 1:], max_new_tokens=6, stop=(), cache=alone)
+    expected = ours.generate(whole[2:3], whole_mask[2:3], max_new_tokens=6, stop=(), memory=memory.rows([1]))
+    assert [list(stream)] == expected
