@@ -13,6 +13,7 @@ from conftest import COLOURS, randomise
 from safetensors.torch import load_file, save_file
 
 import data
+import evaluate
 import export
 import finetune
 import hub
@@ -260,6 +261,75 @@ def test_commands_take_the_run_as_a_model(memvp_world, run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         export.main([str(run), str(tmp_path / "exported")])
     assert "a run of MemVP" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- ScienceQA scored
+
+
+def test_the_letter_is_the_first_capital_one():
+    said = {" A": "A", "B.": "B", "": "", "the answer is C": "C", "a": "", "Z": "Z"}
+    assert {text: evaluate.chosen_letter(text) for text in said} == said
+
+
+def test_scienceqas_columns_are_those_of_its_papers():
+    """As tools/evaluate_acc.py of lupantech/ScienceQA counts them; no letter, or one too far, is wrong."""
+    item = dict(choices=["a", "b", "c"], subject="natural science", hint="", image=None, grade="grade7")
+    items = [
+        item | dict(id="1", answer=0),
+        item | dict(id="2", answer=1, hint="Look.", image="x.png", grade="grade6"),
+        item | dict(id="3", answer=2, subject="language science", grade="grade12"),
+        item | dict(id="4", answer=0, subject="social science", image="y.png")]
+    answers = {"1": "A", "2": " B", "3": "", "4": "E"}
+    scores, of_question = evaluate.score_scienceqa(items, answers, None)
+    assert scores == {"average": 50.0, "NAT": 100.0, "SOC": 0.0, "LAN": 0.0, "TXT": 100.0, "IMG": 50.0,
+                      "NO": 50.0, "G1-6": 100.0, "G7-12": pytest.approx(100 / 3)}
+    assert of_question == {"1": 1.0, "2": 1.0, "3": 0.0, "4": 0.0}
+    letters = {"1": "A", "2": "A", "3": "C", "4": "B"}
+    compared = evaluate.compare_letters(items, answers, letters)
+    assert compared["average, largest logit"] == 50.0
+    assert compared["answers that are not the letter of the largest logit"] == 75.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("captions", [[], ["--captions"]])
+def test_scienceqa_is_asked_as_memvp_asks_it(memvp_world, run, tmp_path, captions):
+    """Behind "The answer is", and the blank that this tokenizer writes apart, one greedy token, each question
+    alone; and the likeliest of the letters offered."""
+    command = [f"scienceqa={memvp_world[2]}", "--model", str(run), "--out", str(tmp_path),
+               "--precision", "fp32", "--batch-size", "3", *captions]
+    result = evaluate.main(command)["scienceqa"]
+    model, tok = transfer.load_model(run, torch.float32)
+    lines = (tmp_path / "evaluation" / "answers" / "scienceqa.0.jsonl").read_text().splitlines()
+    rows = {row["id"]: row for row in map(json.loads, lines[1:])}
+    items = read_items(memvp_world[2], "test")
+    assert len(rows) == result["items"] == len(items) == 5
+    for item in items:
+        prompt, _ = finetune.ask_scienceqa(item, with_caption=bool(captions))
+        ids = torch.tensor([[tok.bos_id, *tok.encode(prompt + "The answer is ")]])
+        image = data.read_image(item["image"], 28) if item["image"] else torch.zeros(3, 28, 28).byte()
+        sees = dict(has_image=torch.tensor([bool(item["image"])]), images=image[None])
+        ((token,),) = model.generate(ids, **sees, max_new_tokens=1, stop=())
+        assert rows[item["id"]]["answer"] == tok.decode([token])
+        prefix, _, read = model.reads(ids, **sees)
+        logits = model.llm(prefix, torch.tensor([[0]]), memory=read)[0, 0]
+        before = len(tok.encode("The answer is "))
+        letters = "ABCDE"[: len(item["choices"])]
+        offered = [tok.encode(f"The answer is {letter}.")[before] for letter in letters]
+        assert rows[item["id"]]["letter"] == letters[int(logits[offered].argmax())]
+    assert {"average", "NAT", "IMG", "G1-6", "average, largest logit"} <= result["scores"].keys()
+    other = [*command, "--captions"] if not captions else command[:-1]
+    with pytest.raises(SystemExit):
+        evaluate.main(other)
+
+
+@pytest.mark.slow
+def test_scienceqa_is_for_runs_of_memvp(memvp_world, world, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main([f"scienceqa={memvp_world[2]}", "--model", str(world[0]), "--out", str(tmp_path)])
+    assert "scienceqa is for runs of MemVP" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- a run as a model
 
 
 @pytest.mark.slow
