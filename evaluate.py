@@ -958,9 +958,11 @@ def evaluate(args, processes):
     folder = out / (f"evaluation-limit-{args.limit}" if args.limit else "evaluation")
     with processes.first_goes_first():
         model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], processes.device)
-    if any(task.name == "scienceqa" for task in tasks) and model.num_query_tokens:
+    askable = [task for task in tasks if task.name != "scienceqa" or not model.num_query_tokens]
+    if askable != tasks and (args.benchmarks or not askable):
         raise ValueError(f"scienceqa is for runs of MemVP (finetune.py), and {args.model} is none: it cannot "
                          "be asked without an image")
+    tasks = askable
     asked = hub.lasting_name(args.model), hub.fingerprint(model.saved())
     lock = contextlib.nullcontext()
     if processes.rank == 0:

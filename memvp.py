@@ -250,9 +250,13 @@ class MemoryLLM(nn.Module):
         prefix, mask, memory = self.reads(prompt_ids, **sees)
         return self.llm.loss(prefix, target_ids, mask, scored, memory)
 
-    def generate(self, prompt_ids, has_image=None, images=None, features=None, **options):
+    def generate(self, prompt_ids, has_image=None, images=None, features=None,
+                 length_penalty_counts="new", **options):
         """The LLM's answers as B lists of ids; `options` are those of the LLM's generate
-        (num_beams, stop, ...)."""
+        (num_beams, stop, ...). Beam search's length penalty counts the "new" tokens, or the
+        "prompt" as well."""
+        if length_penalty_counts == "prompt":
+            options["prompt_lengths"] = (prompt_ids != PADDING).sum(1)
         with torch.inference_mode():
             prefix, mask, memory = self.reads(prompt_ids, has_image, images, features)
         return self.llm.generate(prefix, mask, memory=memory, **options)

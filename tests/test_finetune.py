@@ -23,6 +23,7 @@ import memvp
 import pairs
 import sample
 import transfer
+from demo.questions import write_benchmarks
 from study import memory
 
 ROOT = Path(finetune.__file__).parent
@@ -327,6 +328,26 @@ def test_scienceqa_is_for_runs_of_memvp(memvp_world, world, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([f"scienceqa={memvp_world[2]}", "--model", str(world[0]), "--out", str(tmp_path)])
     assert "scienceqa is for runs of MemVP" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_other_benchmarks_ask_a_run_of_memvp_as_any_model(run, tmp_path):
+    """Each answer is that of the model to this question alone."""
+    write_benchmarks(tmp_path, scenes=4)
+    command = [f"vqav2={tmp_path / 'vqav2'}", f"coco={tmp_path / 'coco'}", "--model", str(run),
+               "--num-beams", "2", "--out", str(tmp_path / "out"), "--precision", "fp32"]
+    results = evaluate.main(command)
+    assert {"accuracy"} < results["vqav2"]["scores"].keys() and {"CIDEr"} < results["coco"]["scores"].keys()
+    model, tok = transfer.load_model(run, torch.float32)
+    task = evaluate.read_task("vqav2", str(tmp_path / "vqav2"))
+    answers = {row["question_id"]: row["answer"]
+               for row in json.loads((tmp_path / "out" / "evaluation" / "vqav2.json").read_text())}
+    for item in task.items[:5]:
+        question = evaluate.clean_question(item["question"])
+        image = data.read_image(item["image"], 28)[None]
+        options = dict(num_beams=2, max_new_tokens=10, length_penalty=-1.0, length_penalty_counts="prompt")
+        (alone,) = transfer.answer(model, tok, image, f"Question: {question} Answer:", **options)
+        assert answers[item["id"]] == alone
 
 
 # ------------------------------------------------------------------------------- a run as a model
