@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memvp
 import vpgtrans
+from benchmarks.memory import AnewEachLayer
 from llm import LLaMA
 from memvp import PADDING, AdaptedViT, InputPromptLLM, MemoryLLM, MemoryRead, VisualMemory
 from qformer import load_vit, load_vpg
@@ -402,6 +403,17 @@ def test_compiled_layers_read_each_batchs_memory_without_compiling_anew(model):
         assert relative_error(loss, model(**batch, images=images)[0]) < 1e-5
         frames.append(counter.frame_count)
     assert frames[0] == frames[2] > 0
+
+
+def test_the_benchmark_measures_the_same_sum(model):
+    """Keys and values in each layer, as MemVP's authors compute them, give the same loss."""
+    anew = AnewEachLayer(48, 32, ROWS, hidden=8, image_scale=0.5, scale=0.7).double().eval()
+    anew.load_state_dict(model.memory.state_dict())
+    other = MemoryLLM(model.vit, anew, model.llm)
+    batch = dict(prompt_ids=random_prompts(), target_ids=random_ids(3, 4), has_image=HAS_IMAGE)
+    ours, _ = model(**batch, images=random_images())
+    theirs, _ = other(**batch, images=random_images())
+    assert relative_error(theirs, ours) < 1e-6
 
 
 # ----------------------------------------------------------------------------- numbers of the paper
