@@ -15,10 +15,11 @@ OUT as its --model. """
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,52 +59,98 @@ def ask_in_words(item):
     return f"Question: {item['question']}\nAnswer:", f" {item['choices'][item['answer']]}"
 
 
-def question_ids(tok, prompt, target):
+def ask_vqa(prefix, item):
+    """As VL-T5 and VL-PET ask VQAv2 ("vqa: ") and GQA ("gpa: ", sic)."""
+    return f"{prefix}: {item['question']}", f" {item['drawn']}"
+
+
+def ask_caption(item):
+    return "caption:", f" {item['drawn']}"
+
+
+def draw_answer(item, rng):
+    """One of the people's answers to a question of VQAv2, in proportion to its soft score: 0.3 for
+    each who gave it, 1 at most."""
+    texts = list(dict.fromkeys(item["answers"]))
+    scores = np.array([min(1.0, 0.3 * item["answers"].count(text)) for text in texts])
+    return item | {"drawn": texts[rng.choice(len(texts), p=scores / scores.sum())]}
+
+
+def draw_any(item, rng):
+    return item | {"drawn": item["answers"][rng.integers(len(item["answers"]))]}
+
+
+def question_ids(tok, prompt, target, most=(None, None)):
     """(prompt, target) as texts -> as ids: [BOS, prompt] and [target, EOS]; T5's encoder reads
-    [prompt, </s>].
+    [prompt, </s>]. Each is cut on the right to `most` ids, of which the mark is one.
 
     A decoder-only LLM reads one text, whose tokens must part where the prompt ends: ValueError if
     they do not."""
-    if tok.encoder_decoder:
-        return tok.encode(prompt) + [tok.eos_id], tok.encode(target) + [tok.eos_id]
     ids = tok.encode(prompt)
-    joined = tok.encode(prompt + target)
-    if joined[: len(ids)] != ids:
-        raise ValueError(f"this tokenizer has a token across the end of {prompt[-20:]!r} and the beginning "
-                         f"of {target[:20]!r}: the prompt cannot be read alone")
-    bos = [] if tok.bos_id is None else [tok.bos_id]
-    return bos + ids, joined[len(ids) :] + [tok.eos_id]
+    if tok.encoder_decoder:
+        answer = tok.encode(target.strip())
+    else:
+        joined = tok.encode(prompt + target)
+        answer = joined[len(ids) :]
+        if joined[: len(ids)] != ids:
+            raise ValueError(f"this tokenizer has a token across the end of {prompt[-20:]!r} and the "
+                             f"beginning of {target[:20]!r}: the prompt cannot be read alone")
+    prompt_most, answer_most = (n and n - 1 for n in most)
+    ids = ids[:prompt_most]
+    if tok.encoder_decoder:
+        ids = ids + [tok.eos_id]
+    elif tok.bos_id is not None:
+        ids = [tok.bos_id] + ids
+    return ids, answer[:answer_most] + [tok.eos_id]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What a task is made of."""
 
-    files: tuple  # of questions, one of which lies in its folder
+    train: tuple  # FILE or FILE#SPLIT of its questions, one of which lies in its folder
+    val: tuple
     how: str  # to get them, for people
-    ask: object  # item -> (prompt, target)
-    stage: vpgtrans.Stage
-    train: str = "train"  # splits
-    val: str = "val"
+    ask: Callable  # item -> (prompt, target)
+    stage: memvp.Stage
+    draw: Callable = None  # (item, rng) -> item, with the answer "drawn" that is learnt this time
+    most: tuple = (None, None)  # ids of prompt and target, which are cut
 
 
-SCIENCEQA = ("problems.json", "problem.json")  # readers of it use both names
-GET_SCIENCEQA = """put there, of github.com/lupantech/ScienceQA (CC BY-NC-SA 4.0):
+SCIENCEQA = """put there, of github.com/lupantech/ScienceQA (CC BY-NC-SA 4.0):
   problems.json and pid_splits.json (data/scienceqa/)
   images/train/1/image.png and so on (tools/download.sh)"""
-STAGE = memvp.STAGES["scienceqa"]
+VQAV2 = """put there, of visualqa.org: questions and annotations of train2014 and val2014, unpacked,
+  and COCO's images in train2014/ and val2014/"""
+GQA = """put there, of cs.stanford.edu/people/dorarad/gqa: train_balanced_questions.json,
+  val_balanced_questions.json, and the images in images/"""
+COCO = """put there Karpathy's dataset_coco.json (cs.stanford.edu/people/karpathy/deepimagesent),
+  and COCO's images in train2014/ and val2014/"""
+STAGES = memvp.STAGES
+SCIENCEQA_FILES = [tuple(f"{name}#{split}" for name in ("problems.json", "problem.json"))
+                   for split in ("train", "val")]  # readers of it use both names
 TASKS = {
-    "scienceqa": Task(SCIENCEQA, GET_SCIENCEQA, ask_scienceqa, STAGE),
-    "scienceqa-words": Task(SCIENCEQA, GET_SCIENCEQA, ask_in_words, STAGE),
+    "scienceqa": Task(*SCIENCEQA_FILES, SCIENCEQA, ask_scienceqa, STAGES["scienceqa"]),
+    "scienceqa-words": Task(*SCIENCEQA_FILES, SCIENCEQA, ask_in_words, STAGES["scienceqa"]),
+    "vqav2": Task(("v2_OpenEnded_mscoco_train2014_questions.json",),
+                  ("v2_OpenEnded_mscoco_val2014_questions.json",), VQAV2,
+                  partial(ask_vqa, "vqa"), STAGES["vqav2"], draw_answer, (20, 10)),
+    "gqa": Task(("train_balanced_questions.json",), ("val_balanced_questions.json",), GQA,
+                partial(ask_vqa, "gpa"), STAGES["gqa"], draw_any, (20, 10)),
+    "coco": Task(("dataset_coco.json#train+restval",), ("dataset_coco.json#val",), COCO,
+                 ask_caption, STAGES["coco"], draw_any, (20, 40)),
 }
 
 
 # ------------------------------------------------------------------------------------- what is read
 
 
-def make_text(tok, ask, content, has_image, rng):
+def make_text(tok, task, content, has_image, rng):
     """An item as Items keeps it -> its data.Text; what data.Samples asks for."""
-    prompt, target = question_ids(tok, *ask(json.loads(content)))
+    item = json.loads(content)
+    if task.draw:
+        item = task.draw(item, rng)
+    prompt, target = question_ids(tok, *task.ask(item), task.most)
     return data.Text(prompt, [target])
 
 
@@ -117,53 +164,64 @@ class Questions(data.Samples):
         return batch
 
 
-def what_is_wrong(tok, ask, item, max_tokens):
-    """Why a question cannot be asked, or None. A longer one is not cut: on the right it would lose
-    its answer, on the left the question."""
+def what_is_wrong(tok, task, item, max_tokens):
+    """Why a question cannot be asked, or None. One with choices is not cut: on the right it would
+    lose its answer, on the left the question."""
+    if not any(item["answers"]):
+        return "no answer"
+    if task.draw:
+        return None
     if len(item["choices"]) > len(LETTERS):
         return f"more than {len(LETTERS)} choices"
-    prompt, target = question_ids(tok, *ask(item))
+    prompt, target = question_ids(tok, *task.ask(item))
     if len(prompt) + len(target) > max_tokens:
         return f"longer than --max-tokens {max_tokens}"
     return None
 
 
-def read_split(args, task, tok, split):
-    """-> pairs.Items of a task's questions, without those that cannot be asked, which are named."""
-    source, _, images = args.source.partition("@")
-    if Path(source).is_dir():
-        source = next((Path(source) / name for name in task.files if (Path(source) / name).is_file()), source)
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: no {task.files[0]}; {task.how}")
-    items = pairs.read_questions(f"{source}#{split}" + (f"@{images}" if images else ""))
+def find_file(args, task, names):
+    """The spec of the first of some FILE#SPLIT that lies in the task's folder; FileNotFoundError
+    says what to put there."""
+    folder, at, images = args.source.partition("@")
+    for name in names:
+        if (Path(folder) / name.partition("#")[0]).is_file():
+            return f"{folder}/{name}{at}{images}"
+    raise FileNotFoundError(f"{folder}: no {names[0].partition('#')[0]}; {task.how}")
+
+
+def read_split(args, task, tok, name):
+    """-> pairs.Items of a task's split "train" or "val", without the questions that cannot be
+    asked, which are named."""
+    spec = find_file(args, task, getattr(task, name))
+    items = pairs.read_questions(spec)
     good = []
     left_out = dict(items.left_out)
     for i in range(len(items)):
         item = items[i]
-        if wrong := what_is_wrong(tok, task.ask, item, args.max_tokens):
-            left_out.setdefault(wrong, []).append(f"{source}, question {item['id']}")
+        if wrong := what_is_wrong(tok, task, item, args.max_tokens):
+            left_out.setdefault(wrong, []).append(f"{spec.partition('#')[0]}, question {item['id']}")
         else:
             good.append(i)
     if not good:
-        raise ValueError(f"{source}#{split}: no question can be asked: {', '.join(left_out)}")
-    name = f"{args.task} {split}"
-    return dataclasses.replace(items.subset(np.array(good)), name=name, left_out=left_out)
+        raise ValueError(f"{spec}: no question can be asked: {', '.join(left_out)}")
+    items = items.subset(np.array(good))
+    return dataclasses.replace(items, name=f"{args.task} {name}", left_out=left_out)
 
 
 def read_questions(args, task, tok, image_size, say):
     """-> Questions to train on, and some for validation: those with an image first, so that what is
     shuffled are images."""
     both = []
-    for split in (task.train, task.val):
+    for split in ("train", "val"):
         items = read_split(args, task, tok, split)
         train.check_left_out(items, args.max_bad, say)
-        if split == task.val:
+        if split == "val":
             every = max(1, len(items) // args.val_samples)
             some = np.arange(0, len(items), every)[: args.val_samples]
             items = items.subset(some[np.argsort(items.image[some] < 0, kind="stable")])
         with_image = (items.image >= 0).sum()
         say(f"data: {items.name}, {len(items):,} questions, {with_image:,} with an image ({args.source})")
-        text = functools.partial(make_text, tok, task.ask)
+        text = partial(make_text, tok, task)
         samples = Questions([items], tok, image_size, 0, augment=False, split=False, seed=args.seed,
                             text=text)
         both.append(samples)
@@ -323,7 +381,7 @@ def fill_cache(args, questions, model, made, processes):
                       "that disk")
     processes.say(f"cache: {args.cache}, {len(files):,} images, {size(whole)}, of which {size(left)} are "
                   "still to be computed")
-    read = functools.partial(data.read_image, size=model.image_size)
+    read = partial(data.read_image, size=model.image_size)
     with loop.stopping_when_asked():
         done = features.fill(read, see, args.micro_batch, args.workers, processes.rank, processes.world,
                              loop.must_stop)

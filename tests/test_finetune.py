@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, randomise
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
@@ -144,6 +146,79 @@ def test_validation_questions_with_an_image_come_first(memvp_world, tok):
     _, held_out = read_questions(memvp_world, tok, "--val-samples", "7")
     (items,) = held_out.sets
     assert [items[i]["id"] for i in range(7)] == ["13", "14", "16", "17", "19", "15", "18"]
+
+
+def write_tasks(folder):
+    """VQAv2, GQA and COCO as they are distributed, of eight plain images each."""
+    colours = list(COLOURS)
+    for part in ("train2014", "val2014"):
+        names = [f"COCO_{part}_{i + 1:012d}.jpg" for i in range(8)]
+        for i, name in enumerate(names):
+            for place in (folder / "vqav2" / part, folder / "coco" / part):
+                place.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (30, 30), COLOURS[colours[i % 4]]).save(place / name)
+        questions = [dict(question_id=i, image_id=i + 1, question="What  Color is it?") for i in range(8)]
+        answers = [["red"] * 7 + ["Blue"] * 2 + ["pink"] for _ in range(8)]
+        notes = [dict(question_id=i, image_id=i + 1, answer_type="other", multiple_choice_answer="red",
+                      answers=[dict(answer=text) for text in answers[i]]) for i in range(8)]
+        files = {f"v2_OpenEnded_mscoco_{part}_questions": {"questions": questions, "data_subtype": part},
+                 f"v2_mscoco_{part}_annotations": {"annotations": notes}}
+        for name, content in files.items():
+            (folder / "vqav2" / f"{name}.json").write_text(json.dumps(content))
+    (folder / "gqa" / "images").mkdir(parents=True)
+    for split in ("train", "val"):
+        asked = {f"{split}{i}": dict(imageId=f"{split}{i}", question="Is it red?", answer="yes",
+                                     types=dict(structural="verify")) for i in range(4)}
+        for id in asked:
+            Image.new("RGB", (30, 30), "red").save(folder / "gqa" / "images" / f"{id}.jpg")
+        (folder / "gqa" / f"{split}_balanced_questions.json").write_text(json.dumps(asked))
+    images = []
+    for i in range(8):
+        part = "train2014" if i < 6 else "val2014"
+        sentences = [dict(raw=f"A red   square {n}.") for n in range(5)]
+        images.append(dict(filepath=part, filename=f"COCO_{part}_{i + 1:012d}.jpg", cocoid=i + 1, imgid=i,
+                           split=["train", "restval", "val"][i // 3], sentences=sentences))
+    (folder / "coco" / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    return folder
+
+
+@pytest.mark.parametrize("task, prompt, targets, count", [
+    ("vqav2", "vqa: What  Color is it?", {" red", " Blue", " pink"}, 8),
+    ("gqa", "gpa: Is it red?", {" yes"}, 4),
+    ("coco", "caption:", {f" A red   square {n}." for n in range(5)}, 6),
+])
+def test_other_tasks_are_asked_by_vl_pets_protocol(memvp_world, tok, tmp_path, task, prompt, targets, count):
+    """Case is kept, an answer is drawn anew each time, prompt and answer keep to their lengths."""
+    folder = write_tasks(tmp_path) / task
+    args = finetune.parse_arguments([*arguments(memvp_world, "run"), "--memvp", f"{task}={folder}"])
+    train_set, held_out = finetune.read_questions(args, finetune.TASKS[task], tok, 28, lambda line: None)
+    assert train_set.starts[-1] == count
+    found = set()
+    for position in range(40):
+        sample = train_set[position, 0]
+        whole = finetune.question_ids(tok, prompt, next(iter(targets)))[0]
+        assert sample["prompt"] == whole[:20] and sample["image"].any()
+        (target,) = sample["targets"]
+        found.add(tuple(target))
+    limit = finetune.TASKS[task].most[1]
+    expected = {tuple(finetune.question_ids(tok, prompt, text)[1]) for text in targets}
+    assert found == {(*ids[:-1][: limit - 1], tok.eos_id) for ids in expected}
+    assert held_out[0, 0] and finetune.choose_stage(args, finetune.TASKS[task], True).trains == memvp.TRAINS
+
+
+def test_answers_are_drawn_in_proportion_to_their_soft_scores():
+    item = dict(answers=["red"] * 7 + ["blue"] * 2 + ["pink"])
+    rng = np.random.default_rng(0)
+    drawn = [finetune.draw_answer(item, rng)["drawn"] for _ in range(4000)]
+    for text, score in (("red", 1.0), ("blue", 0.6), ("pink", 0.3)):
+        assert drawn.count(text) / 4000 == pytest.approx(score / 1.9, abs=0.03)
+
+
+def test_a_t5_gets_the_answer_without_the_blank(tok):
+    tok.encoder_decoder = True
+    prompt, target = finetune.question_ids(tok, "vqa: " + "long " * 30, " red", (20, 10))
+    assert len(prompt) == 20 and prompt[-1] == tok.eos_id
+    assert target == tok.encode("red") + [tok.eos_id]
 
 
 # ------------------------------------------------------------------------------ questions of the study
@@ -407,6 +482,15 @@ def test_features_kept_give_the_losses_of_features_computed(memvp_world, tmp_pat
 
 
 @pytest.mark.slow
+def test_the_other_tasks_train(memvp_world, tmp_path):
+    folder = write_tasks(tmp_path)
+    for task in ("vqav2", "gqa", "coco"):
+        command = arguments(memvp_world, tmp_path / "runs" / task, "--steps", "2", "--clip", "5")
+        finetune.main([*command, "--memvp", f"{task}={folder / task}"])
+        assert (tmp_path / "runs" / task / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_resuming_with_other_arguments_is_refused(memvp_world, run, capsys):
     said = refused(capsys, arguments(memvp_world, run, "--resume", "--image-scale", "0.1"))
     assert "--image-scale was 0.01, is 0.1" in said
@@ -444,7 +528,7 @@ def test_the_papers_recipe_is_the_default(memvp_world):
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--memvp", "nlvr2=x"], "the tasks are scienceqa"),
+    (["--memvp", "nlvr2=x"], "the tasks are scienceqa, scienceqa-words, vqav2, gqa, coco"),
     (["--steps", "0"], "--steps must be at least 1"),
     (["--features", "queries", "--vit-layers", "2"], "--vit-layers is for --features patches"),
     (["--cache", "cache"], "--cache is for --features queries or --adapters 0"),
