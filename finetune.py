@@ -10,7 +10,7 @@ an image. --prompts input trains the comparison, the same features as soft promp
 A run writes OUT/: model.safetensors (a memory and adapters, some 15 MB), config.json,
 metrics.jsonl, curves.png, bad_data.jsonl (which questions were left out, and why), and
 resume.safetensors, from which --resume continues a killed one with the same losses. sample.py takes
-OUT as its --model. """
+OUT as its --model."""
 
 import argparse
 import contextlib
@@ -285,10 +285,12 @@ def add_data(parser):
 def add_length(parser):
     length = parser.add_argument_group("length and rate: the defaults are the paper's")
     length.add_argument("--batch-size", type=int,
-                        help="questions an optimizer step, over all GPUs (default: 32)")
+                        help="questions an optimizer step, over all GPUs (default: ScienceQA 32, "
+                             "VQAv2 300, GQA 500, COCO 250)")
     length.add_argument("--steps", type=int, help="optimizer steps (default: 20 epochs)")
     length.add_argument("--lr", type=float,
-                        help="peak rate (default: 9e-3 for 256 questions a step, in proportion)")
+                        help="peak rate (default: ScienceQA 1.125e-3, the others 3e-4; in proportion "
+                             "to --batch-size)")
     length.add_argument("--clip", type=float, metavar="NORM",
                         help="scale gradients down to this norm where theirs is larger (default:"
                              " never)")

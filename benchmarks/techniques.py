@@ -34,7 +34,7 @@ Way = namedtuple("Way", "around model batches sees")
 # --------------------------------------------------------------------------- what the techniques replace
 
 
-def score_all_positions(llm, prefix, target_ids, prefix_mask=None):
+def score_all_positions(llm, prefix, target_ids, prefix_mask=None, scored=None):
     """DecoderOnly.loss as it is usually written: logits of the prefix's positions too, all at once."""
     T = target_ids.shape[1]
     prefix, _, positions, mask = llm.lay_out(prefix, prefix_mask, T - 1)
