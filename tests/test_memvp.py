@@ -12,6 +12,7 @@ from conftest import make_llm_pair, random_ids, random_prefix, relative_error, w
 from torch.utils.flop_counter import FlopCounterMode
 
 import memvp
+import qformer
 import vpgtrans
 from benchmarks.memory import AnewEachLayer
 from llm import LLaMA
@@ -227,6 +228,8 @@ def test_adapters_stand_beside_the_mlps_of_clip_and_eva(clip, tmp_path):
 
 def test_images_are_normalised_as_torchvision_writes_it(clip):
     images = random_images()
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert memvp.NORMALISE == {"imagenet": imagenet, "clip": (qformer.MEAN, qformer.STD)}
     for name, (mean, deviation) in memvp.NORMALISE.items():
         ours = make_adapted(clip[1], normalise=name).normalise(images)
         for channel in range(3):
