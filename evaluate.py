@@ -1,4 +1,4 @@
-r"""Score captions and answers about images: COCO, NoCaps, VQAv2, GQA, OK-VQA.
+r"""Score captions and answers about images: COCO, NoCaps, VQAv2, GQA, OK-VQA, ScienceQA.
 
     python evaluate.py --model out/opt-2.7b-to-opt-6.7b coco=coco_karpathy_test.json@coco \
         vqav2=v2_OpenEnded_mscoco_val2014_questions.json@coco/val2014
@@ -384,6 +384,49 @@ def score_gqa(items, answers, rules):
     return scores | {f"{r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
 
 
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+
+
+def scienceqa_columns(item):
+    """Which of ScienceQA's columns a question counts in, beside the average; TXT and IMG overlap."""
+    yield SUBJECTS.get(item.get("subject"), "other")
+    if item.get("hint"):
+        yield "TXT"
+    if item["image"]:
+        yield "IMG"
+    if not item.get("hint") and not item["image"]:
+        yield "NO"
+    yield "G1-6" if int(re.sub(r"\D", "", item["grade"])) <= 6 else "G7-12"
+
+
+def chosen_letter(text):
+    """The first capital letter in an answer, or "": whose choice is the answer, if there is one."""
+    return next(iter(re.findall("[A-Z]", text)), "")
+
+
+def score_scienceqa(items, answers, rules):
+    """-> ({"average" and column: percent}, {question: 0 or 1}). An answer without a letter, or with one
+    beyond the choices, is wrong."""
+    of_question = {}
+    columns = {}
+    for item in items:
+        right = chosen_letter(answers[item["id"]]) == "ABCDE"[item["answer"]]
+        of_question[item["id"]] = float(right)
+        for column in scienceqa_columns(item):
+            columns.setdefault(column, []).append(right)
+    order = [*SUBJECTS.values(), "TXT", "IMG", "NO", "G1-6", "G7-12"]
+    scores = {column: 100 * mean(columns[column]) for column in order if column in columns}
+    return {"average": 100 * mean(of_question.values())} | scores, of_question
+
+
+def compare_letters(items, answers, letters):
+    """The scores of the letters with the largest logits, and how often they are not the greedy answer's."""
+    scores, _ = score_scienceqa(items, letters, None)
+    differ = [chosen_letter(answers[id]) != letter for id, letter in letters.items()]
+    best = {f"{column}, largest logit": score for column, score in scores.items()}
+    return best | {"answers that are not the letter of the largest logit": 100 * mean(differ)}
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """How a benchmark is scored and handed in."""
@@ -409,6 +452,8 @@ BENCHMARKS = {
     "gqa": Benchmark("GQA", True, 1, 12578, score_gqa, ("questionId", "prediction"),
                      ("testdev_balanced_questions.json",)),
     "okvqa": Benchmark("OK-VQA", True, 10, 5046, score_okvqa, ANSWERS, (VQA, "okvqa_val_eval.json")),
+    "scienceqa": Benchmark("ScienceQA", True, 0, 4241, score_scienceqa, ("id", "answer"),
+                           ("problems.json", "problem.json")),
 }
 
 # Zero-shot; the captions are not: BLIP-2's are of models fine-tuned on COCO at 364 pixels, and
@@ -422,6 +467,10 @@ PUBLISHED = {
     "VPGTrans OPT-2.7B to 6.7B": {"vqav2": 57.2, "gqa": 36.2, "okvqa": 39.8},
     "VPGTrans FlanT5-XL to XXL": {"vqav2": 65.2, "gqa": 45.0, "okvqa": 45.0},
     "VL-LLaMA-7B": {"vqav2": 58.1, "gqa": 37.5, "okvqa": 37.4},
+    "LaVIN 7B": {"scienceqa": 89.41},
+    "LLaVA 13B": {"scienceqa": 90.92},
+    "MemVP LLaMA-7B": {"scienceqa": 93.07},
+    "MemVP LLaMA-13B": {"scienceqa": 93.78},
 }
 
 
@@ -460,11 +509,12 @@ def answer_prompts(model, tok, prompts, sees, index, batch_size, options):
 
     import data
 
-    ids = [data.prompt_ids(tok, model.vpg.num_query_tokens, text.rstrip(" ")) for text in prompts]
+    ids = [data.prompt_ids(tok, model.num_query_tokens, text.rstrip(" ")) for text in prompts]
     options = options | {"stop": ((tok.end_id,), (tok.eos_id,))}
     images = len(next(iter(sees.values())))
     shared = None
-    if len(ids) > images and not tok.encoder_decoder:
+    reads_image = model.num_query_tokens > 0  # in its prompt, and not in its memory
+    if len(ids) > images and reads_image and not tok.encoder_decoder:
         start = common_start(ids)
         head = torch.tensor([ids[0][:start]]).expand(images, -1)
         with torch.inference_mode():
@@ -480,7 +530,7 @@ def answer_prompts(model, tok, prompts, sees, index, batch_size, options):
             found = model.generate(padded, **seen, **options)
         else:
             padded = data.pad([ids[i][start:] for i in rows], data.PADDING, left=True)
-            words = start - model.vpg.num_query_tokens
+            words = start - model.num_query_tokens
             found = generate_behind(model.llm, shared.rows(places), padded, words, **options)
         for i, row in zip(rows, found):
             answers[i] = tok.decode(row).strip()
@@ -532,7 +582,7 @@ def answer_items(model, tok, items, prompt, options, batch_size):
     of_image = {}
     for item in items:
         of_image.setdefault(item["image"], []).append(item)
-    for read in read_ahead(list(of_image), model.vpg.image_size, batch_size):
+    for read in read_ahead(list(of_image), model.image_size, batch_size):
         rows = []
         asked = []
         index = []
@@ -546,10 +596,81 @@ def answer_items(model, tok, items, prompt, options, batch_size):
             images.append(pixels)
         if images:
             with torch.inference_mode():
-                sees = model.see(torch.stack(images).to(model.projector.weight.device))
+                sees = model.see(torch.stack(images).to(device_of(model)))
             prompts = [prompt.replace("{}", clean_question(item["question"] or "")) for item in asked]
             answers = answer_prompts(model, tok, prompts, sees, index, batch_size, options)
             rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
+        yield rows
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+FORCED = "The answer is"  # every answer to ScienceQA begins so
+
+
+def choose(model, tok, items, with_captions, images, has_image):
+    """Questions with choices -> (the greedy token behind "The answer is", as texts; the letters of the
+    largest logit among those offered), as MemVP asks ScienceQA."""
+    import torch
+
+    import data
+    import finetune
+
+    prompts = []
+    targets = []
+    letters = []
+    for item in items:
+        prompt, _ = finetune.ask_scienceqa(item, with_captions)
+        answers = [finetune.question_ids(tok, prompt, f"{FORCED} {letter}.") for letter in finetune.LETTERS]
+        # where the answers part, the letter stands; what is before it is given
+        start = common_start([target for _, target in answers])
+        prompts.append(answers[0][0])
+        targets.append([*answers[0][1][:start], 0])
+        letters.append([target[start] for _, target in answers[: len(item["choices"])]])
+    device = device_of(model)
+    target_ids = data.pad(targets, data.PADDING).to(device)
+    padded = data.pad(prompts, data.PADDING, left=True)
+    with torch.inference_mode():
+        prefix, mask, memory = model.reads(padded, has_image, images=images.to(device))
+        logits = model.llm(prefix, target_ids, mask, memory=memory).float().cpu()
+    rows = [row[len(target) - 1] for row, target in zip(logits, targets)]
+    greedy = [tok.decode([int(row.argmax())]) for row in rows]
+    best = [finetune.LETTERS[int(row[ids].argmax())] for row, ids in zip(rows, letters)]
+    return greedy, best
+
+
+def answer_choices(model, tok, items, with_captions, batch_size):
+    """As answer_items, for questions with choices, some of which have no image: rows hold the "letter" of
+    the largest logit, too."""
+    import torch
+
+    import data
+
+    def look(item):
+        try:
+            return data.read_image(item["image"], model.image_size), None
+        except OSError as error:
+            return None, str(error)
+
+    blank = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
+    for first in range(0, len(items), batch_size):
+        rows = []
+        asked = []
+        images = []
+        for item in items[first : first + batch_size]:
+            pixels, problem = look(item) if item["image"] else (blank, None)
+            if problem:
+                rows.append({"id": item["id"], "answer": "", "letter": "", "problem": problem})
+                continue
+            asked.append(item)
+            images.append(pixels)
+        if asked:
+            has_image = torch.tensor([bool(item["image"]) for item in asked])
+            answers = choose(model, tok, asked, with_captions, torch.stack(images), has_image)
+            for item, text, letter in zip(asked, *answers):
+                rows.append({"id": item["id"], "answer": text, "letter": letter})
         yield rows
 
 
@@ -590,13 +711,18 @@ def answer_task(task, model, tok, header, args, folder, processes):
     """Answers what is not answered yet, each process its share of the images -> {id: row} of all."""
     done = {id for id, row in read_answers(folder, task.name, header).items() if "problem" not in row}
     processes.sum(0)  # all have read before one writes
-    images = {image: i for i, image in enumerate(dict.fromkeys(item["image"] for item in task.items))}
-    mine = [item for item in task.items
-            if item["id"] not in done and images[item["image"]] % processes.world == processes.rank]
-    options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
+    shown = [item["image"] or item["id"] for item in task.items]
+    images = {image: i for i, image in enumerate(dict.fromkeys(shown))}
+    mine = [item for item, image in zip(task.items, shown)
+            if item["id"] not in done and images[image] % processes.world == processes.rank]
+    if task.name == "scienceqa":
+        answered_ahead = answer_choices(model, tok, mine, header["captions"], args.batch_size)
+    else:
+        options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
+        answered_ahead = answer_items(model, tok, mine, header["prompt"], options, args.batch_size)
     with open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
         answered = 0
-        for rows in answer_items(model, tok, mine, header["prompt"], options, args.batch_size):
+        for rows in answered_ahead:
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
             file.flush()
             answered += len(rows)
@@ -637,8 +763,9 @@ def draw_sheet(file, cells, columns=2, side=140, width=560):
 def show(task, answers, of_item, count=8):
     """The worst answers and as many drawn at random, as cells of draw_sheet."""
     rng = random.Random(0)
-    order = sorted(task.items, key=lambda item: (of_item[item["id"]], rng.random()))
-    drawn = rng.sample(task.items, min(count, len(task.items)))
+    pictured = [item for item in task.items if item["image"]]
+    order = sorted(pictured, key=lambda item: (of_item[item["id"]], rng.random()))
+    drawn = rng.sample(pictured, min(count, len(pictured)))
     cells = []
     for what, items in (("among the worst", order[:count]), ("drawn at random", drawn)):
         for item in items:
@@ -656,6 +783,9 @@ def score_task(task, rows, args, folder):
     answers = {item["id"]: rows[item["id"]]["answer"] for item in task.items}
     benchmark = BENCHMARKS[task.name]
     scores, of_item = benchmark.score(task.items, answers, args.normalise)
+    if task.name == "scienceqa":
+        letters = {id: rows[id]["letter"] for id in answers}
+        scores |= compare_letters(task.items, answers, letters)
     id_name, answer_name = benchmark.result
     result = [{id_name: id, answer_name: answer} for id, answer in answers.items()]
     write_json(folder / f"{task.name}.json", result)
@@ -740,6 +870,9 @@ def parse_arguments(argv=None):
     asking.add_argument("--question-prompt", metavar="TEXT",
                         help="with {} for the question (default: \"Question: {} Answer:\", for T5 "
                              "\"Question: {} Short answer:\", as VPGTrans)")
+    asking.add_argument("--captions", action="store_true",
+                        help="ScienceQA: with captions.json's captions in the context, as MemVP's figures "
+                             "were made, though its training had none (default: without)")
     asking.add_argument("--num-beams", type=int, default=5, help="(default: %(default)s, as the papers)")
     asking.add_argument("--length-penalty-counts", choices=("new", "prompt"), default="prompt",
                         help="which tokens are a text's length, for beam search's penalty: the new ones, or "
@@ -792,6 +925,10 @@ def describe_asking(task, args, tok, model_name, fingerprint):
     asks = task.items[0]["question"] is not None
     items = json.dumps([[item["id"], item["question"]] for item in task.items]).encode()
     prompt = args.question_prompt or question_prompt(tok)
+    if task.name == "scienceqa":
+        return {"model": model_name, "fingerprint": fingerprint, "precision": args.precision,
+                "prompt": f"QCM-A, {FORCED}", "captions": args.captions, "items": len(task.items),
+                "digest": hashlib.sha256(items).hexdigest()[:16]}
     return {
         "model": model_name, "fingerprint": fingerprint, "precision": args.precision,
         "prompt": prompt if asks else args.caption_prompt,
@@ -805,7 +942,7 @@ def default_out(model):
     """The run's folder, else out/ and the model's name."""
     import hub
 
-    if Path(model).is_dir() and hub.read_config(model).get("model_type") == "vpgtrans":
+    if Path(model).is_dir() and hub.read_config(model).get("model_type") in hub.RUNS:
         return Path(model)
     return Path("out") / model.strip("./").replace("/", "--")
 
@@ -821,6 +958,11 @@ def evaluate(args, processes):
     folder = out / (f"evaluation-limit-{args.limit}" if args.limit else "evaluation")
     with processes.first_goes_first():
         model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], processes.device)
+    askable = [task for task in tasks if task.name != "scienceqa" or not model.num_query_tokens]
+    if askable != tasks and (args.benchmarks or not askable):
+        raise ValueError(f"scienceqa is for runs of MemVP (finetune.py), and {args.model} is none: it cannot "
+                         "be asked without an image")
+    tasks = askable
     asked = hub.lasting_name(args.model), hub.fingerprint(model.saved())
     lock = contextlib.nullcontext()
     if processes.rank == 0:

@@ -274,10 +274,13 @@ class Validation:
         does."""
         batch = self.batches[0]
         images = batch["images"][:count].to(self.processes.device)
+        which = {}
+        if not batch["has_image"].all():
+            which["has_image"] = batch["has_image"][:count]
         stop = ((self.tok.end_id,), (self.tok.eos_id,))
         # a few steps are too short to compile for
         with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
-            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=stop)
+            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=stop, **which)
         for file, truth, answer in zip(batch["files"], batch["target_ids"].tolist(), answers):
             truth = self.tok.decode(i for i in truth if i >= 0).strip()
             yield f"    {Path(file).name}: {self.tok.decode(answer).strip()}  (people: {truth})"
@@ -389,6 +392,7 @@ class Run:
     log: runs.Log
     watch: Callable = None  # is told where the run stands, after each line of the log
     last_validation: tuple = None  # losses with matched and with shuffled images
+    remedy: str = ""  # what to do when the loss is NaN or infinite, for people
 
     def write(self, at, **row):
         self.log.add(**at, **row)
@@ -463,9 +467,7 @@ class Run:
         self.save(optimizer, at, name="broken.safetensors")
         self.fail(f"the loss or its gradient at step {at['step']:,} of stage {at['stage']} is "
                   f"{losses[wrong]}. {report} names the samples of that step, broken.safetensors holds "
-                  "the weights and moments before it. To go on from the weights last saved, with another "
-                  f"rate or precision: --src {self.args.out} --no-warm-up --lr ... --precision ... and a "
-                  "new --out")
+                  f"the weights and moments before it. {self.remedy}")
 
     def check_images(self, bad, seen):
         """Stops a run too many of whose images cannot be read."""

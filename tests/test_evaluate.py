@@ -431,7 +431,7 @@ def test_all_that_lies_under_datasets_is_scored(world, benchmarks, tmp_path, mon
     assert "COCO" in said and "published scores are of 214,354 items: they do not compare" in said
     assert "BLIP-2 OPT-6.7B" not in said
     scores = json.loads((folder / "scores.json").read_text())
-    assert list(scores["benchmarks"]) == list(evaluate.BENCHMARKS)
+    assert list(scores["benchmarks"]) == [name for name in evaluate.BENCHMARKS if name != "scienceqa"]
     captions = {"image_id", "caption"}
     answers = {"question_id", "answer"}
     formats = {"coco": captions, "nocaps": captions, "vqav2": answers, "okvqa": answers,
