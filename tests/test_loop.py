@@ -283,6 +283,25 @@ def test_a_run_with_reading_processes_survives_that_all_of_them_are_terminated(
 
 
 @pytest.mark.slow
+def test_a_run_whose_storage_hangs_obeys_a_signal(world, tmp_path, start):
+    """A pipe to which nobody writes stands for an image on such a storage. No process stays."""
+    pairs = write_pairs(tmp_path / "pairs", 24)
+    val = write_pairs(tmp_path / "val", 6)
+    (pairs.parent / "5.png").unlink()
+    os.mkfifo(pairs.parent / "5.png")
+    out = tmp_path / "run"
+    argv = arguments((*world[:2], pairs), out, "--val", val, "--workers", "1", *ENDLESS)
+    run = start(python_command(ROOT / "train.py", *argv), tmp_path / "said")
+    wait_until(lambda: (out / "metrics.jsonl").exists() and rows(out, "stage", "step", "val_loss"))
+    time.sleep(2)  # it waits for the first batches, one of which does not come
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(timeout=60) == 130
+    assert "stopped at step" in (tmp_path / "said").read_text()
+    with pytest.raises(ProcessLookupError):  # nor is anyone left in its group
+        os.killpg(run.pid, 0)
+
+
+@pytest.mark.slow
 def test_processes_whose_launcher_was_killed_alone_save_and_stop(world, tmp_path, start):
     out = tmp_path / "run"
     argv = arguments(world, out, *ENDLESS)
