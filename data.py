@@ -2,7 +2,7 @@
 """The path of one sample: from a picture and its caption to a row of a batch.
 
     tok = load_tokenizer("folder of facebook/opt-6.7b")
-    samples = Samples([pairs], tok, image_size=224, num_query_tokens=32)
+    samples = Samples([pairs], tok, image_size=224, num_query_tokens=32)   # pairs as in pairs.py
     order = plan([len(pairs)], count, seed=0)
     for step in load_batches(samples, order, batch_size, micro_batch): ...  # lists of micro-batches
 
@@ -23,6 +23,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -212,6 +213,14 @@ def prompt_ids(tok, num_query_tokens, text=""):
     if tok.encoder_decoder:
         return places + ids + [tok.eos_id]
     return places + ([] if tok.bos_id is None else [tok.bos_id]) + ids
+
+
+class Text(NamedTuple):
+    """What the LLM reads of a sample, and what it must say to that."""
+
+    prompt: list  # ids, IMAGE where a soft prompt stands: Q of them, or none without an image
+    targets: list  # lists of ids: one, or those of all captions of an image
+    scored: list | None = None  # of one target: does a token count? None: all do
 
 
 def first_part(tok, ids, rng):
@@ -410,14 +419,17 @@ class Samples(torch.utils.data.Dataset):
     of it), a prompt and targets.
 
     A sample is a caption ("each"), or an image with "one" of its captions, drawn anew each time, or
-    with all of them ("packed"). All randomness is seeded by (seed, position): crops and flips
-    (augment), where captions are split for T5 (split; both are for training), and which captions
-    are drawn. A sample with an unreadable image is named and gives way to the one after it.
-    `known`: Lookalikes of pictures that are not to be among the samples; those that are, are
-    named."""
+    with all of them ("packed"). Where `text` is given, a sample is an item of the sets, and
+    text(the item's text, has_image, rng) makes its Text: its own prompt, target, and what is
+    scored. An item may be without an image.
+
+    All randomness is seeded by (seed, position): crops and flips (augment), where captions are split
+    for T5 (split; both are for training), which captions are drawn, and what `text` draws. A sample
+    with an unreadable image is named and gives way to the one after it. `known`: Lookalikes of
+    pictures that are not to be among the samples; those that are, are named."""
 
     def __init__(self, sets, tok, image_size, num_query_tokens, max_tokens=32, captions="each",
-                 augment=True, split=True, known=None, seed=0):
+                 augment=True, split=True, known=None, seed=0, text=None):
         self.sets = sets
         self.tok = tok
         self.size = image_size
@@ -430,17 +442,22 @@ class Samples(torch.utils.data.Dataset):
         if captions == "packed" and self.split:
             raise ValueError("captions cannot be packed for T5, whose encoder reads a part of "
                              "each; use one or each")
+        if captions != "each" and text:
+            raise ValueError(f"captions {captions}: a text of its own is for each sample alone")
         self.prompt = prompt_ids(tok, num_query_tokens)
+        self.text = text
         self.starts = np.cumsum([0, *sizes(sets, captions)])
         self.groups = [pairs.by_image() for pairs in sets] if captions != "each" else None
 
     def __getitem__(self, key):
         position, index = key
-        image = None
+        image = twin = None
         failed = {}  # {file: why}
         for i in range(index, index + self.starts[-1]):
             pairs, chosen = self.choose(i % self.starts[-1], position)
             file = pairs.file(chosen[0])
+            if file is None:
+                break
             try:
                 if file not in failed:  # else this is another caption of it
                     image, twin = self.look(pairs, file, position)
@@ -448,25 +465,45 @@ class Samples(torch.utils.data.Dataset):
                 failed[file] = str(error)
             if image is not None or len(failed) == 10:
                 break
-        if image is None:
+        if image is None and file is not None:
             raise OSError(f"{len(failed)} images in a row cannot be read:\n"
                           + "\n".join(failed.values()))
-        prompt = self.prompt
-        targets = [caption_ids(self.tok, pairs.captions[c], self.max_tokens) for c in chosen]
-        if self.split:
-            rng = np.random.default_rng((self.seed, position, 1))  # the crops use (seed, position)
-            whole = targets[0]
-            cut = first_part(self.tok, whole, rng)
-            prompt = [*prompt[:-1], *whole[:cut], prompt[-1]]
-            targets = [whole[cut:]]
-        return {"image": image, "prompt": prompt, "targets": targets, "file": file,
+        text = self.make_text(pairs, chosen, position)
+        return {"image": image, "prompt": text.prompt, "targets": text.targets,
+                "scored": text.scored, "file": file or f"{pairs.name}: item {chosen[0]}",
                 "bad": list(failed.values()), "twin": twin}
 
+    def make_text(self, pairs, chosen, position):
+        """The Text of some captions of an image, or of an item."""
+        rng = np.random.default_rng((self.seed, position, 1))  # the crops use (seed, position)
+        if self.text:
+            (i,) = chosen
+            return self.text(pairs.texts[i], pairs.file(i) is not None, rng)
+        targets = [caption_ids(self.tok, pairs.texts[c], self.max_tokens) for c in chosen]
+        if not self.split:
+            return Text(self.prompt, targets)
+        (whole,) = targets
+        cut = first_part(self.tok, whole, rng)
+        return Text([*self.prompt[:-1], *whole[:cut], self.prompt[-1]], [whole[cut:]])
+
+    def measure(self, most=1000):
+        """Tokens of the prompt and of the targets, (n,2), of so many samples from all over the
+        sets, whose images are not read: what an estimate of memory and time is made from."""
+        total = int(self.starts[-1])
+        count = min(most, total)
+        rows = []
+        for i in range(count):
+            pairs, chosen = self.choose(i * total // count, 0)
+            text = self.make_text(pairs, chosen, 0)
+            rows.append((len(text.prompt), sum(map(len, text.targets))))
+        return np.array(rows)
+
     def lengths(self):
-        """The letters in the captions of every sample: (samples,) int64."""
+        """The letters in the captions, or in the text, of every sample: (samples,) int64. An item's
+        are those of its prompt and of its target."""
         lengths = []
         for pairs in self.sets:
-            letters = np.diff(pairs.captions.ends, prepend=0)
+            letters = np.diff(pairs.texts.ends, prepend=0)
             if self.captions != "each":
                 of_images = np.bincount(pairs.image, letters, len(pairs.images))
                 letters = of_images.astype(np.int64)
@@ -500,10 +537,14 @@ class Samples(torch.utils.data.Dataset):
             return pixels, self.known and self.known.find(upright_rgb(image))
 
     def collate(self, samples):
-        """Samples -> a batch: images (B,3,size,size) or queries (B,Q,Dq), prompt_ids (B,P),
-        target_ids (B,T), packed (B,K,T); files; bad, of which images could not be read; twins,
-        {file: the known picture that it is}."""
-        images = torch.stack([sample["image"] for sample in samples])
+        """Samples -> a batch: images (B,3,size,size) or queries (B,Q,Dq), zeros where has_image (B,)
+        is False; prompt_ids (B,P), target_ids (B,T), packed (B,K,T); scored (B,T), where a sample
+        says which of its tokens count; files; bad, of which images could not be read; twins, {file:
+        the known picture that it is}."""
+        there = [sample["image"] for sample in samples if sample["image"] is not None]
+        blank = torch.zeros_like(there[0]) if there else torch.zeros(3, self.size, self.size).byte()
+        has_image = [sample["image"] is not None for sample in samples]
+        images = torch.stack([blank if s["image"] is None else s["image"] for s in samples])
         K = max(len(sample["targets"]) for sample in samples)
         rows = []
         for sample in samples:
@@ -511,14 +552,26 @@ class Samples(torch.utils.data.Dataset):
         target_ids = pad(rows, PADDING)
         if self.captions == "packed":
             target_ids = target_ids.unflatten(0, (-1, K))  # (B,K,T)
-        return {
+        batch = {
             "images" if images.dtype == torch.uint8 else "queries": images,
             "prompt_ids": pad([sample["prompt"] for sample in samples], PADDING, left=True),
             "target_ids": target_ids,
+            "has_image": torch.tensor(has_image),
             "files": [sample["file"] for sample in samples],
             "bad": [message for sample in samples for message in sample["bad"]],
             "twins": {sample["file"]: sample["twin"] for sample in samples if sample["twin"]},
         }
+        if any(sample["scored"] is not None for sample in samples):
+            scored = [s["scored"] or [True] * len(s["targets"][0]) for s in samples]
+            batch["scored"] = pad(scored, False)
+        return batch
+
+
+def count_targets(batch):
+    """How many tokens of a batch count in its loss, as a tensor: those that are scored."""
+    if "scored" in batch:
+        return batch["scored"].sum()
+    return (batch["target_ids"] != PADDING).sum()
 
 
 def block_signals(_=None):
@@ -531,8 +584,8 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
     """Yields, for every optimizer step from first_step on, this rank's share of the batch as a list
     of micro-batches.
 
-    Step s takes order[s * batch_size : (s + 1) * batch_size], sorted by the length of the captions,
-    so that the captions of a micro-batch need little padding; rank r takes every world-th of these
+    Step s takes order[s * batch_size : (s + 1) * batch_size], sorted by the length of their texts,
+    so that those of a micro-batch need little padding; rank r takes every world-th of these
     from r on, so that the union over ranks is the same however many there are. What does not fill
     the last batch is left out."""
     steps = range(first_step, len(order) // batch_size)

@@ -3,6 +3,12 @@ knowing of this project.
 
     python export.py out/opt-2.7b-to-opt-6.7b blip2-opt-6.7b
 
+    python export.py --from-lavis blip2_pretrained_opt6.7b.pth blip2-opt-6.7b --llm opt-6.7b --vit opt-2.7b
+
+The second form reads what LAVIS or the original VPGTrans saved: their names for query tokens,
+Q-Former, LayerNorm and projector, and the ViT where the file has it. Such files rarely do, since it
+is frozen, and all BLIP-2 checkpoints have the same one: --vit names one of them.
+
 DIR then holds the whole model, config, tokenizer and image processor:
 
     model = transformers.Blip2ForConditionalGeneration.from_pretrained(DIR)
@@ -14,6 +20,8 @@ width than its own (opt-350m), and a ViT other than EVA (CLIP).
 
 import argparse
 import json
+import math
+import re
 import shutil
 import sys
 import tempfile
@@ -25,10 +33,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, processors
 from tqdm import tqdm
 
+import data
 import hub
 import llm as language_models
 import qformer
 import transfer
+import vpgtrans
 
 SHARD_BYTES = 5e9
 IMAGE_TOKEN = "<image>"  # stands for a soft prompt in transformers' prompts
@@ -38,8 +48,7 @@ pipeline_tag: image-text-to-text
 ---
 # {name}
 
-A BLIP-2 model whose visual prompt generator was moved to {llm} by VPGTrans
-([Zhang et al. 2023](https://arxiv.org/abs/2305.01278)).
+{origin}
 
 ```python
 from PIL import Image
@@ -58,17 +67,21 @@ and opaque: EXIF orientation and transparency are not looked at.
 """
 
 
-def check_expressible(place):
+MOVED = ("A BLIP-2 model whose visual prompt generator was moved to {llm} by VPGTrans\n"
+         "([Zhang et al. 2023](https://arxiv.org/abs/2305.01278)).")
+CONVERTED = "A BLIP-2 model around {llm}, converted from {file} as LAVIS or the original VPGTrans saved it."
+
+
+def check_expressible(llm_folder, vision_config):
     """ValueError for a model that a BLIP-2 checkpoint cannot hold; from the configs, before
     anything large is read."""
-    llm_config = language_models.read_llm_config(place.llm)[0]
+    llm_config = language_models.read_llm_config(llm_folder)[0]
     width = llm_config.get("hidden_size")
     if llm_config.get("word_embed_proj_dim", width) != width:
         raise ValueError(f"this LLM embeds words in {llm_config['word_embed_proj_dim']} numbers "
                          f"and works with {width} (opt-350m); soft prompts enter behind that step, "
                          "for which BLIP-2's format has no place. Use sample.py with this run")
-    vit_config = qformer.read_vpg_config(place.folder).get("vision_config", {})
-    if qformer.vit_options(vit_config)[0] is not qformer.EVA:
+    if qformer.vit_options(vision_config)[0] is not qformer.EVA:
         raise ValueError("this run's ViT is CLIP's, for which BLIP-2's format has no place. Use "
                          "sample.py with this run")
 
@@ -107,9 +120,9 @@ def make_room(llm, tensors, id):
     return len(tensors[llm.WORDS])
 
 
-def blip2_config(place, model, tok, image_id, vocab_size, dtype):
+def blip2_config(llm_folder, model, tok, image_id, vocab_size, dtype):
     """config.json, as transformers writes it for BLIP-2."""
-    text = dict(language_models.read_llm_config(place.llm)[0])
+    text = dict(language_models.read_llm_config(llm_folder)[0])
     text.pop("dtype", None)
     text.pop("torch_dtype", None)
     text["vocab_size"] = vocab_size
@@ -212,27 +225,164 @@ def write_shards(folder, tensors):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
+# -------------------------------------------------------------- what LAVIS and the original saved
+
+# Their names, and BLIP-2's in Hugging Face layout.
+LAVIS_NAMES = [
+    (r"(opt|llama|t5|llm)_proj\.", "language_projection."),
+    (r"ln_vision\.", "vision_model.post_layernorm."),
+    (r"Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
+    (r"Qformer\.bert\.(.*attention)\.self\.", r"qformer.\1.attention."),
+    (r"Qformer\.bert\.", "qformer."),
+    (r"visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
+    (r"visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"visual_encoder\.blocks\.(\d+)\.norm", r"vision_model.encoder.layers.\1.layer_norm"),
+    (r"visual_encoder\.blocks\.(\d+)\.attn\.proj", r"vision_model.encoder.layers.\1.self_attn.projection"),
+    (r"visual_encoder\.blocks\.(\d+)\.attn\.", r"vision_model.encoder.layers.\1.self_attn."),
+    (r"visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
+]
+# They save what trained, and what is no parameter with a name of its own: buffers, which are
+# computed here, and tied copies of the frozen LLM's word embeddings.
+COMPUTED = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)$")
+TIED_WORDS = re.compile(r"(opt|llama|t5|llm)_model\.(.*\.embed_tokens|lm_head)\.weight$")
+
+
+def read_lavis(file):
+    """A .pth file of LAVIS or the original VPGTrans -> {name in BLIP-2: tensor}. No code in the file
+    is executed. ValueError names a file that is damaged or another's."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        named = content.get("model", content)
+        named = {name: tensor[...] for name, tensor in named.items()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: there is no such file") from None
+    except Exception as error:  # torch raises all kinds at damaged files
+        raise ValueError(f"{file}: damaged, or not a file that LAVIS saved ({error})") from error
+    return rename(named)
+
+
+def rename(named):
+    """{LAVIS's name: tensor} -> {BLIP-2's name: tensor}. Of EVA's biases of queries and values becomes
+    one: q, zeros in the keys' place, v."""
+    tensors = {}
+    for name, tensor in named.items():
+        if not COMPUTED.match(name):
+            fitting = (re.sub(f"^{old}", new, name) for old, new in LAVIS_NAMES if re.match(old, name))
+            tensors[next(fitting, name)] = tensor
+    for name in [name for name in tensors if name.endswith(".self_attn.q_bias")]:
+        start = name.removesuffix("q_bias")
+        q = tensors.pop(name)
+        v = tensors.pop(f"{start}v_bias", None)
+        if v is not None:  # else it is missed under its new name
+            tensors[f"{start}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    return tensors
+
+
+def lavis_config(tensors, vit):
+    """The VPG's config.json: that of the BLIP-2 folder with the ViT, or what BLIP-2's is, to which
+    the file's tensors say the number of query tokens and the image size."""
+    config = qformer.read_vpg_config(vit) if vit else {"vision_config": {}, "qformer_config": {}}
+    config = {key: config[key] for key in ("vision_config", "qformer_config")}
+    if "query_tokens" in tensors:
+        config["num_query_tokens"] = tensors["query_tokens"].shape[1]
+    table = tensors.get("vision_model.embeddings.position_embedding")
+    if table is not None:
+        patch = config["vision_config"].get("patch_size", qformer.EVA.DEFAULTS["patch_size"])
+        size = patch * math.isqrt(table.shape[1] - 1)
+        config["vision_config"] = config["vision_config"] | {"image_size": size}
+    return config
+
+
+def load_lavis(file, llm, vit=None, projector=None, dtype=torch.bfloat16):
+    """What LAVIS or the original VPGTrans saved, with the LLM it belongs to -> (VisualLLM in eval
+    mode, its tokenizer, the LLM's folder). `vit` names a BLIP-2 checkpoint, for files without their
+    ViT; `projector` is another such file, whose projector counts. ValueError names a tensor that is
+    missing, misshapen or unknown."""
+    tensors = read_lavis(file)
+    if projector:
+        tensors = {name: x for name, x in tensors.items() if not name.startswith("language_projection.")}
+        of_file = read_lavis(projector).items()
+        tensors |= {name: x for name, x in of_file if name.startswith("language_projection.")}
+    copies = {name: tensors.pop(name) for name in list(tensors) if TIED_WORDS.match(name)}
+    has_vit = any(name.startswith("vision_model.embeddings.") for name in tensors)
+    if not has_vit and vit is None:
+        raise ValueError(f"{file}: holds no ViT; name a BLIP-2 checkpoint that has the same one, which all "
+                         "have: --vit opt-2.7b")
+    vit_folder = None if has_vit else hub.resolve(vit, "vpg").folder
+    config = lavis_config(tensors, vit_folder)
+    place = hub.resolve(llm, "target")
+    check_expressible(place.llm, config["vision_config"])
+    if vit_folder:
+        tensors |= {name: x for name, x in qformer.read_vit(vit_folder) if qformer.is_frozen(name)}
+    with torch.device("meta"):
+        vpg = qformer.VPG(config)
+        dim = language_models.empty_llm(place.llm).dim
+        linear = torch.nn.Linear(vpg.dim, dim)
+    whole = torch.nn.ModuleDict({"vpg": vpg, "projector": linear})
+    named = {}
+    for name, tensor in tensors.items():
+        kept = dtype if qformer.is_frozen(name) else torch.float32
+        is_projector = name.startswith("language_projection.")
+        new = name.replace("language_projection.", "projector.") if is_projector else f"vpg.{name}"
+        named[new] = tensor.to(kept)
+    qformer.assign_tensors(whole, named, file)
+    model = vpgtrans.VisualLLM(vpg, linear, language_models.load_llm(place.llm, dtype=dtype))
+    words = model.llm.get_parameter(model.llm.WORDS)
+    for name, copy in copies.items():
+        same = copy.shape == words.shape and torch.allclose(copy.float(), words.float(), rtol=0.02, atol=1e-3)
+        if not same:
+            raise ValueError(f"{file}: {name} is not what {place.llm} has; it belongs to another language "
+                             "model")
+    return model.requires_grad_(False).eval(), data.load_tokenizer(place.tokenizer), place.llm
+
+
+# ---------------------------------------------------------------------------------------- the folder
+
+
+def check_new(folder):
+    """FileExistsError unless a folder is empty or not there yet."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: is not empty; name a new folder")
+
+
 def export(run, folder, precision="bf16"):
     """A run (or a BLIP-2 checkpoint) -> a folder for transformers; it appears whole or not at all.
     -> bytes of its weights
 
     OSError and ValueError say what is wrong and what to do."""
-    folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: is not empty; name a new folder")
+    check_new(folder)
     place = hub.resolve(run, "model")
-    check_expressible(place)
+    check_expressible(place.llm, qformer.read_vpg_config(place.folder).get("vision_config", {}))
     dtype = transfer.DTYPES[precision]
     model, tok = transfer.load_model(run, dtype)
+    llm = hub.read_config(place.folder).get("llm", {}).get("name", run)
+    return write_folder(folder, model, tok, place.llm, MOVED.format(llm=Path(llm).name), dtype)
+
+
+def export_lavis(file, folder, llm, vit=None, projector=None, precision="bf16"):
+    """What LAVIS or the original VPGTrans saved -> a folder for transformers, as `export`."""
+    check_new(folder)
+    dtype = transfer.DTYPES[precision]
+    model, tok, llm_folder = load_lavis(file, llm, vit, projector, dtype)
+    origin = CONVERTED.format(llm=Path(llm).name, file=Path(file).name)
+    # theirs has the exact GELU in T5, whatever its own config.json says
+    changes = {"dense_act_fn": "gelu"} if tok.encoder_decoder else {}
+    return write_folder(folder, model, tok, llm_folder, origin, dtype, changes)
+
+
+def write_folder(folder, model, tok, llm_folder, origin, dtype, text_config=()):
+    """Writes a model with its tokenizer, config and processor. -> bytes of its weights"""
+    folder = folder.resolve()
     image_id = add_image_token(tok)
     tensors, vocab_size = blip2_tensors(model, image_id)
     # all of one dtype, since older versions of transformers do not load a mixture
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     dtype_name = str(dtype).removeprefix("torch.")
-    llm = hub.read_config(place.folder).get("llm", {}).get("name", run)
-    card = CARD.format(name=folder.name, llm=Path(llm).name, dtype=dtype_name)
+    card = CARD.format(name=folder.name, origin=origin, dtype=dtype_name)
     files = processor_files(model.vpg, tok)
-    files["config.json"] = blip2_config(place, model, tok, image_id, vocab_size, dtype_name)
+    files["config.json"] = blip2_config(llm_folder, model, tok, image_id, vocab_size, dtype_name)
+    files["config.json"]["text_config"].update(text_config)
 
     size = sum(tensor.nbytes for tensor in tensors.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -258,14 +408,31 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="a run's folder (out/...)")
+    parser.add_argument("run", metavar="RUN",
+                        help="a run's folder (out/...); with --from-lavis a .pth file")
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write: a new folder")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                         help="of all weights; fp32 keeps what was trained to the last digit, and "
                              "takes twice the space (default: %(default)s)")
+    lavis = parser.add_argument_group("what LAVIS or the original VPGTrans saved")
+    lavis.add_argument("--from-lavis", action="store_true", help="RUN is a file of theirs")
+    lavis.add_argument("--llm", metavar="NAME",
+                       help="the language model that it belongs to: a folder, Hub id or short name "
+                            "(opt-6.7b)")
+    lavis.add_argument("--vit", metavar="NAME",
+                       help="a BLIP-2 checkpoint that has its ViT, where the file has none (opt-2.7b)")
+    lavis.add_argument("--projector", metavar="FILE",
+                       help="another file of theirs, whose projector counts")
     args = parser.parse_args(argv)
+    if args.from_lavis and args.llm is None:
+        parser.error("--from-lavis needs --llm, the language model that the file belongs to")
+    if not args.from_lavis and (args.llm or args.vit or args.projector):
+        parser.error("--llm, --vit and --projector are for --from-lavis; a run names its own")
     try:
-        size = export(args.run, args.folder, args.precision)
+        if args.from_lavis:
+            size = export_lavis(args.run, args.folder, args.llm, args.vit, args.projector, args.precision)
+        else:
+            size = export(args.run, args.folder, args.precision)
     except (OSError, ValueError, SafetensorError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         sys.exit(2)

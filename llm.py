@@ -5,6 +5,8 @@ safetensors.
     llm = load_llm("facebook/opt-6.7b as a folder", dtype=torch.bfloat16, device="cuda")
     loss, tokens = llm.loss(soft_prompts, caption_ids)          # gradients flow to soft_prompts only
     captions = llm.generate(soft_prompts, num_beams=5)          # lists of ids
+    cache = llm.read_prefix(soft_prompts, room=500)             # read once, for many questions or turns
+    answers = llm.generate(question, cache=cache)
 
 Every language model here reads a *prefix* of embeddings (soft prompts, BOS, an instruction) and
 scores or produces a target: OPT and LLaMA (with Vicuna, Mistral, SmolLM2, Qwen2, Qwen3) read
@@ -336,14 +338,17 @@ class Cache:
 
     @torch.inference_mode()
     def rows(self, index):
-        """A cache of its own whose row i goes on from row index[i] of this one."""
-        return self.copy(index, self.keys.shape[-2], K=1)
+        """A cache of its own whose row i goes on from row index[i] of this one. A memory needs a method
+        rows(index) for that, too."""
+        index = torch.as_tensor(index, device=self.keys.device)
+        other = self.copy(index, self.keys.shape[-2], K=1)
+        if self.memory is not None:
+            other.memory = self.memory.rows(index)
+        return other
 
     def copy(self, index, columns, K):
-        """Rows of this one, with so many columns in all, to be continued by K beams."""
-        index = torch.as_tensor(index, device=self.keys.device)
-        memory = self.memory if self.memory is None else self.memory.rows(index)
-        other = Cache(self.llm, len(index), columns, K, memory)
+        """These rows, with so many columns in all, to be continued by K beams."""
+        other = Cache(self.llm, len(index), columns, K, self.memory)
         other.keys[..., : self.used, :] = self.keys[:, index, :, : self.used]
         other.values[..., : self.used, :] = self.values[:, index, :, : self.used]
         other.visible[..., : self.used] = self.visible[index, ..., : self.used]
@@ -443,10 +448,14 @@ def pick(x, index):
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
-def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, stop):
+def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, stop, prompt_lengths=None):
     """Beam search with transformers' rules: a hypothesis scores log-probability / length **
     length_penalty (its end mark counts), and a row is done when no running beam, at its present
-    length, beats its K finished ones. -> (B, n) ids"""
+    length, beats its K finished ones. -> (B, n) ids
+
+    With `prompt_lengths` (B,) the rules are those before transformers 4.36, at batch 1: the length is
+    the prompt's and the new tokens', without the end mark; any candidate of the step may keep a row
+    going, and what runs out of steps is a hypothesis whether it is among the best K or not."""
     B, _, V = logits.shape
     device = logits.device
     logits = logits.expand(B, K, V)
@@ -466,17 +475,25 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
         parents = index // V
         next_ids = index % V
         candidates = torch.cat([pick(beams, parents), next_ids[..., None]], dim=-1)  # (B, width, n)
-        ended = ends_with(candidates, stop) | (n == steps)
+        stops = ends_with(candidates, stop)
+        ended = stops | (n == steps)
 
         counts = ended & is_among_best & ~done  # transformers lets only the best K candidates finish
-        new_scores = (top / n**length_penalty).masked_fill(~counts, -1e9)
+        divisor = running_divisor = n**length_penalty
+        if prompt_lengths is not None:
+            counts |= ended & ~stops & ~done
+            length = prompt_lengths.clamp(min=1).to(device)[:, None] + n
+            running_divisor = length.float() ** length_penalty
+            divisor = (length - stops.long()).float() ** length_penalty
+        new_scores = (top / divisor).masked_fill(~counts, -1e9)
         finished_scores, chosen = torch.cat([finished_scores, new_scores], dim=1).topk(K)
         padded = F.pad(candidates, (0, steps - n), value=-1)
         finished = pick(torch.cat([finished, padded], dim=1), chosen)
 
         scores, chosen = (top - 1e9 * ended).topk(K)
         worst = finished_scores.min(1, keepdim=True).values
-        done |= worst >= scores[:, :1] / n**length_penalty
+        best = scores[:, :1] if prompt_lengths is None else top[:, :1]
+        done |= worst >= best / running_divisor
         if n == steps or done.all():
             return finished[:, 0]
         beams = pick(candidates, chosen)
@@ -530,14 +547,17 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0,
-                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, memory=None, cache=None):
+                 min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, memory=None, cache=None,
+                 prompt_lengths=None):
         """Continues a prefix. (B,P,D), (B,P) bool -> B lists of ids, without the stop sequence and
         what follows.
 
         `stop` holds the sequences of ids that end a text, such as ((2,), (835,), (2277, 29937));
         None: the checkpoint's end marks. `max_new_tokens` counts the end mark; none of the first
         `min_new_tokens` ids completes one. num_beams > 1 is beam search (temperature 0 only);
-        temperature > 0 samples from the `top_p` nucleus.
+        temperature > 0 samples from the `top_p` nucleus. `prompt_lengths` (B,) makes the length that
+        beam search penalises count so many tokens of each row's prompt, as transformers did before
+        4.36; VPGTrans's and BLIP-2's scores of questions rest on that.
 
         With a cache (`read_prefix`) the prefix is what comes behind it; the memory is the cache's,
         and the cache stays as it is."""
@@ -545,23 +565,24 @@ class LanguageModel(nn.Module):
         check_generation(max_new_tokens, num_beams, temperature, top_p, stop)
         cache = self.new_cache(prefix, max_new_tokens, num_beams, memory, cache)
         logits = self.start(prefix, prefix_mask, cache)
-        read = self, logits, cache, max_new_tokens, min_new_tokens
+        begun = self, logits, cache, max_new_tokens, min_new_tokens
+        if prompt_lengths is not None and not isinstance(self, DecoderOnly):
+            prompt_lengths = torch.ones_like(prompt_lengths)  # T5's decoder reads its start token alone
         if num_beams > 1:
-            ids = beam_search(*read, num_beams, length_penalty, stop)
+            ids = beam_search(*begun, num_beams, length_penalty, stop, prompt_lengths)
         else:
-            *_, ids = decode_tokens(*read, temperature, top_p, stop)
+            *_, ids = decode_tokens(*begun, temperature, top_p, stop)
         rows = [[i for i in row if i >= 0] for row in ids.tolist()]  # -1 is behind a beam's end
         return [without_end(row, stop) for row in rows]
 
-
     def stream(self, prefix, prefix_mask=None, max_new_tokens=30, min_new_tokens=0, temperature=0.0,
                top_p=1.0, stop=None, memory=None, cache=None):
-        """As `generate` for one row (1,P,D), but yields its ids as they come. Ids that may turn out to
-        begin a stop sequence are held back until that is decided.
+        """As `generate` for one row (1,P,D), but yields its ids as they come. Ids that may be the
+        beginning of a stop sequence are held back until that is decided.
 
-        With a cache of one row, what is read stays in it: the prefix, and all ids but the last,
-        held-back ones included. It needs room for them. Where a stream ends early, too, the cache
-        holds whole what it says that it holds (`cache.used` columns)."""
+        With a cache of one row, what is read stays in it, and it needs room for that: the prefix
+        and all ids but the last, the stop sequence's among them. `cache.used` counts them, also
+        after a stream that was closed or interrupted."""
         stop = self.stop if stop is None else stop
         check_generation(max_new_tokens, 1, temperature, top_p, stop)
         if len(prefix) != 1:
@@ -594,12 +615,12 @@ class LanguageModel(nn.Module):
 def stream_tokens(llm, prefix, prefix_mask, cache, options):
     """Yields the ids of one row as they are decided; the cache keeps what has been read."""
     *_, stop = options
-    whole = cache.used
+    complete = cache.used  # columns with their keys
     given = 0
     try:
         logits = llm.start(prefix, prefix_mask, cache)
         for ids in decode_tokens(llm, logits, cache, *options):
-            whole = cache.used
+            complete = cache.used
             (ids,) = ids.tolist()
             text = without_end(ids, stop)
             if text == ids:
@@ -607,8 +628,8 @@ def stream_tokens(llm, prefix, prefix_mask, cache, options):
             yield from text[given:]
             given = len(text)
         yield from without_end(ids, stop)[given:]
-    finally:  # a step that was interrupted has left columns without keys
-        cache.cut(whole)
+    finally:
+        cache.cut(complete)  # a step that was interrupted has left a column without keys
 
 
 def check_generation(max_new_tokens, num_beams, temperature, top_p, stop):
@@ -713,10 +734,10 @@ class DecoderOnly(LanguageModel):
     @torch.inference_mode()
     def read_prefix(self, prefix, prefix_mask=None, room=0, memory=None):
         """Reads a prefix (B,P,D) once, for many questions or turns -> its Cache, with room for so many
-        positions more.
-
-        A memory whose rows are to be taken with the cache's has a method rows(index), too."""
-        cache = Cache(self, len(prefix), prefix.shape[1] + room, 1, memory)
+        positions more."""
+        columns = prefix.shape[1] + room
+        self.check_length(columns)
+        cache = Cache(self, len(prefix), columns, 1, memory)
         self.read_on(cache, prefix, prefix_mask)
         return cache
 
@@ -736,13 +757,16 @@ class DecoderOnly(LanguageModel):
     def new_cache(self, prefix, steps, K, memory=None, cache=None):
         """A cache for a prefix, and for that many steps of K beams; behind another cache, a copy of
         that."""
-        before = 0 if cache is None else cache.used
-        self.check_length(before + prefix.shape[1] + steps - 1)
-        columns = before + prefix.shape[1] + (steps - 1) * K
+        P = prefix.shape[1]
+        if cache is not None:
+            self.check_cache(cache, prefix, memory)
+            P += cache.used
+        self.check_length(P + steps - 1)
+        columns = P + (steps - 1) * K
         if cache is None:
             return Cache(self, len(prefix), columns, K, memory)
-        self.check_cache(cache, prefix, memory)
-        return cache.copy(range(len(prefix)), columns, K)
+        every_row = torch.arange(len(prefix), device=prefix.device)
+        return cache.copy(every_row, columns, K)
 
     def start(self, prefix, prefix_mask, cache):
         """Reads a prefix into a cache -> logits of the next token (B,1,V)."""

@@ -2,7 +2,7 @@
 run goes on.
 
     processes = Processes.start("bf16")                      # one a GPU under torchrun
-    run = Run(args, arguments, processes, model, Validation(...), log)
+    run = Run(args, saved, processes, model, Validation(...), log)
     for job in jobs:
         train_stage(run, job)
 
@@ -240,7 +240,10 @@ class Validation:
         for batch in self.batches:
             prompts, targets = batch["prompt_ids"], batch["target_ids"].to(device)
             with evaluating(model), self.processes.autocast():
-                sees = model.see(batch["images"].to(device))
+                if "queries" in batch:
+                    sees = {"queries": batch["queries"].to(device)}
+                else:
+                    sees = model.see(batch["images"].to(device))
                 matched, tokens = model(prompts, targets, **sees)
                 others = {name: swap_neighbours(x) for name, x in sees.items()}
                 shuffled, _ = model(prompts, targets, **others)
@@ -363,7 +366,7 @@ class Run:
     """What the stages of a run share: what is logged, saved and checked along the way."""
 
     args: argparse.Namespace  # of the command: out, micro_batch, workers, clip, gate, ..._every
-    arguments: dict  # all of them as JSON has them, saved with the state
+    saved: dict  # what is saved with the state: all arguments, as JSON has them, and the start
     processes: Processes
     model: nn.Module
     validation: Validation
@@ -416,7 +419,7 @@ class Run:
         """Writes where the run stands, and the weights alone."""
         if self.processes.rank == 0:
             parameters = self.model.saved()
-            state = {**at, "seconds": self.log.seconds, "arguments": self.arguments}
+            state = {**at, "seconds": self.log.seconds, **self.saved}
             runs.save_state(self.args.out, parameters, optimizer, state, name)
             if name == runs.STATE:
                 runs.save_model(self.args.out, parameters)
@@ -488,20 +491,27 @@ def compile_layers(model):
         block.compile()
 
 
-def train_stage(run, job, resumed=None):
-    """One stage from its first step, or from where `resumed`, the (state,
-    tensors) of load_state, stands."""
-    args, processes, model, stage = run.args, run.processes, run.model, job.stage
+def begin_stage(run, job, resumed):
+    """What trains in a stage does, and what was saved is back. -> (the optimizer, the first step)"""
+    model, stage = run.model, job.stage
     table = vpgtrans.enter_stage(model, stage)
-    processes.say("\n".join(describe_stage(job.name, stage, job.steps, job.samples.starts[-1], table)))
+    lines = describe_stage(job.name, stage, job.steps, job.samples.starts[-1], table)
+    run.processes.say("\n".join(lines))
     optimizer = new_optimizer(model, stage)
-    first = 0
-    if resumed:
-        state, tensors = resumed
-        first = state["step"]
-        runs.restore(model.saved(), optimizer, tensors)
-        if processes.rank == 0:  # a kill may have come between the two files of a save
-            runs.save_model(args.out, model.saved())
+    if not resumed:
+        return optimizer, 0
+    state, tensors = resumed
+    runs.restore(model.saved(), optimizer, tensors)
+    if run.processes.rank == 0:  # a kill may have come between the two files of a save
+        runs.save_model(run.args.out, model.saved())
+    return optimizer, state["step"]
+
+
+def train_stage(run, job, resumed=None):
+    """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state,
+    stands."""
+    args, processes, model, stage = run.args, run.processes, run.model, job.stage
+    optimizer, first = begin_stage(run, job, resumed)
     trained = model
     if processes.world > 1:
         trained = nn.parallel.DistributedDataParallel(model, init_sync=False)

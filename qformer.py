@@ -124,10 +124,12 @@ class ViTLayer(nn.Module):
         self.activation = ACTIVATIONS[config["hidden_act"]]
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
 
-    def forward(self, x):
+    def forward(self, x, beside=None):
         x = x + self.self_attn(self.layer_norm1(x))
-        hidden = self.activation(self.mlp["fc1"](self.layer_norm2(x)))
-        return x + self.mlp["fc2"](hidden)
+        y = self.layer_norm2(x)
+        hidden = self.activation(self.mlp["fc1"](y))
+        z = self.mlp["fc2"](hidden)
+        return x + (z if beside is None else z + beside(y))
 
 
 def vit_layers(config, attention_class):
@@ -146,6 +148,17 @@ def normalise(images):
     mean = torch.tensor(MEAN).view(3, 1, 1).to(images.device, non_blocking=True)  # else a GPU is waited for
     std = torch.tensor(STD).view(3, 1, 1).to(images.device, non_blocking=True)
     return torch.addcmul(-mean / std, images, 1 / (255 * std))
+
+
+def run_blocks(layers, x, beside):
+    """(B,N,Dv) -> (B,N,Dv); `beside` has a function for each block, or is None."""
+    if beside is None:
+        beside = [None] * len(layers)
+    if len(beside) != len(layers):
+        raise ValueError(f"this ViT has {len(layers)} blocks; beside them stand {len(beside)} functions")
+    for layer, function in zip(layers, beside):
+        x = layer(x, function)
+    return x
 
 
 class EVA(nn.Module):
@@ -167,12 +180,12 @@ class EVA(nn.Module):
         self.encoder = vit_layers(config, EVAAttention)
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
-    def forward(self, images):
+    def forward(self, images, beside=None):
+        """(B,3,H,W) -> (B,N,Dv). `beside`: a function for each block, (B,N,Dv) -> the same, which is
+        added to what the block's MLP makes of the same input (MemVP's adapters)."""
         at = self.embeddings
         x = embed_patches(images, at.patch_embedding, at.class_embedding, at.position_embedding)
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        return x
+        return run_blocks(self.encoder["layers"], x, beside)
 
 
 class CLIP(nn.Module):
@@ -196,15 +209,13 @@ class CLIP(nn.Module):
         self.encoder = vit_layers(config, CLIPAttention)
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
-    def forward(self, images):
+    def forward(self, images, beside=None):
+        """As EVA's."""
         at = self.embeddings
         class_embedding = at.class_embedding[None, None]
         positions = at.position_embedding.weight[None]
         x = embed_patches(images, at.patch_embedding, class_embedding, positions)
-        x = self.pre_layrnorm(x)
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        return x
+        return run_blocks(self.encoder["layers"], self.pre_layrnorm(x), beside)
 
 
 VITS = {"blip_2_vision_model": EVA, "clip_vision_model": CLIP}

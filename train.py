@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 
 import cache
+import captioning
 import data
 import estimate
 import hub
@@ -34,12 +36,12 @@ import loop
 import runs
 import transfer
 import vpgtrans
-from pairs import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs
+from pairs import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs, read_pictures
 from vpgtrans import STAGES
 
 # ---------------------------------------------------------------------------------------- arguments
 
-SPEC = "[NAME=]SOURCE[@IMAGES][:WEIGHT]"
+SPEC = "[NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]"
 
 
 def add_models(parser):
@@ -60,11 +62,18 @@ def add_models(parser):
 
 def add_method(parser):
     method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
-    method.add_argument("--init", choices=("converter", "captions", "random"), default="converter",
+    method.add_argument("--init", choices=("converter", "captions", "random", "auto"),
+                        default="converter",
                         help="start of the projector: the source's, merged with the word "
-                             "converter; or fitted to what its soft prompts mean in the captions "
-                             "of a thousand images (not of the paper; it wants no high "
-                             "--warm-up-lr); or random (default: %(default)s)")
+                             "converter, as in the paper; or fitted to what its soft prompts mean "
+                             f"in the captions of {transfer.LOOKS} images; or random; or of these "
+                             f"the one that is ahead after {transfer.TRIAL_STEPS} steps, each at a "
+                             "few rates, of which --warm-up-lr becomes the best unless it is given "
+                             "(default: %(default)s)")
+    method.add_argument("--ridge", type=float, default=vpgtrans.RIDGE,
+                        help="of the word converter, relative to the mean variance of the source's "
+                             "word embeddings (default: %(default)g; runs before November 2026 had "
+                             "0.001)")
     method.add_argument("--no-warm-up", action="store_true",
                         help="skip the training of stage 1; with --init random, this is the "
                              "paper's VPG inheritance")
@@ -97,6 +106,11 @@ def add_data(parser):
                             "the work for COCO's five, in twice the memory a sample; weights and "
                             "the paper's 13M then count captions, batches images; not for T5 "
                             "(default: %(default)s)")
+    pairs.add_argument("--caption-with", metavar="source[:N]",
+                       help="in the place of the captions that the training images have, N of the "
+                            "source's own (default: 1), drawn at temperature 1 before the first "
+                            "step and kept as lines beside the images; a folder of images alone "
+                            "will do then; needs the source's own language model, too")
     pairs.add_argument("--val", metavar=SPEC,
                        help="validation pairs (default: 5%% of the images, 500 at most, are held "
                             "out)")
@@ -178,7 +192,7 @@ EXCLUDE_EACH_OTHER = [
 ]
 AT_LEAST_1 = ["image_size", "vit_layers", "steps", "warm_up_steps", "batch_size", "micro_batch",
               "val_samples", "log_every", "val_every", "save_every"]
-ABOVE = {"lr": 0, "warm_up_lr": 0, "clip": 0, "max_tokens": 1}
+ABOVE = {"ridge": 0, "lr": 0, "warm_up_lr": 0, "clip": 0, "max_tokens": 1}
 
 
 def option(name):
@@ -212,6 +226,10 @@ def parse_arguments(argv=None):
     if args.cache and "warm-up" not in choose_stages(args):
         parser.error("--cache is for stage 1, which this run has not: only there the VPG stands "
                      "still")
+    if args.caption_with and not re.fullmatch(r"source(:[1-9]\d*)?", args.caption_with):
+        parser.error("--caption-with must be source, or source:N with N captions an image")
+    if args.caption_with and args.from_scratch:
+        parser.error("--caption-with needs a source that captions; --from-scratch has none")
     if args.warm_up_data and not args.data:
         parser.error("--warm-up-data needs --data, for the other stage")
     args.out = args.out or Path("out") / f"{Path(args.src).name}-to-{Path(args.tgt).name}"
@@ -238,6 +256,15 @@ def choose_stages(args):
             stage = dataclasses.replace(stage, lr=lr, final_lr=lr * stage.final_lr / stage.lr)
         stages[name] = dataclasses.replace(stage, batch_size=args.batch_size or stage.batch_size)
     return stages
+
+
+def follow_start(args, stages, start):
+    """The stages with the rate of the warm-up that suits the start which --init auto has taken,
+    unless --warm-up-lr says another."""
+    if not start or args.warm_up_lr or "warm-up" not in stages:
+        return stages
+    warm_up = dataclasses.replace(stages["warm-up"], lr=start["lr"], final_lr=start["lr"])
+    return {**stages, "warm-up": warm_up}
 
 
 # ------------------------------------------------------------------------------------- what is read
@@ -317,8 +344,14 @@ def name_data(args, stages, say):
 
 
 def place(spec):
-    """(source, images) of a spec: what several stages weight differently is read once."""
-    return parse_spec(spec)[1:3]
+    """(source, images, split) of a spec: what several stages weight differently is read once."""
+    spec = parse_spec(spec)
+    return spec.source, spec.images, spec.split
+
+
+def holds_images_alone(source):
+    """Is it a folder of images without texts?"""
+    return source.is_dir() and not any(source.rglob("*.txt")) and not any(source.glob("*.tar"))
 
 
 def find_data(args, stages, say):
@@ -327,7 +360,13 @@ def find_data(args, stages, say):
     specs, val_spec = name_data(args, stages, say)
     once = {place(spec): spec for spec in itertools.chain.from_iterable(specs.values())}
     # a crop of Visual Genome's regions would lose what their captions describe
-    sets = {key: read_pairs(spec, crop=not spec.startswith("vg=")) for key, spec in once.items()}
+    sets = {}
+    for key, spec in once.items():
+        crop = not spec.startswith("vg=")
+        if args.caption_with and holds_images_alone(parse_spec(spec).source):
+            sets[key] = captioning.uncaptioned(read_pictures(spec, crop))
+        else:
+            sets[key] = read_pairs(spec, crop)
     val = read_pairs(val_spec) if val_spec else None
     for pairs in [*sets.values(), *([val] if val else [])]:
         check_left_out(pairs, args.max_bad, say)
@@ -338,13 +377,13 @@ def find_data(args, stages, say):
         val = whole.without(held, instead=True)
         sets = {key: pairs.without(held) for key, pairs in sets.items()}
         say(f"validation: {len(held)} images of {whole.name} held out")
-    for (file, _), pairs in sets.items():
+    for (file, *_), pairs in sets.items():
         say(f"data: {pairs.name}, {len(pairs):,} pairs, {len(pairs.images):,} images ({file})")
         if not len(pairs):
             raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
     of_stages = {}
     for name in stages:
-        weights = [parse_spec(spec)[3] for spec in specs[name]]
+        weights = [parse_spec(spec).weight for spec in specs[name]]
         if any(weights) and not all(weights):
             raise ValueError(f"give each of {', '.join(specs[name])} a :WEIGHT above 0, or none of "
                              "them")
@@ -385,6 +424,16 @@ def mixture(captions, sets, weights):
         shares = [weight / n for weight, n in zip(weights, each)]
     average = sum(share * n for share, n in zip(shares, each)) / sum(shares)
     return shares if weights else None, average
+
+
+def what_there_is(args, found, name, stage):
+    """-> (samples of a stage's data sets, captions a sample on average); a dry run without data takes
+    the paper's amounts."""
+    if not found.sets:
+        return stage.samples or 1_400_000, 1
+    sets, weights = found.sets[name]
+    _, captions = mixture(args.captions, sets, weights)
+    return sum(data.sizes(sets, args.captions)), captions
 
 
 def count_steps(args, name, stage, available, captions, world):
@@ -533,14 +582,15 @@ def dry_run(args, stages, found):
     model, world = found.shapes, found.processes.world
     machine = estimate.machine(args.dry_run)
     for name, stage in stages.items():
-        available, tokens, captions, longest = stage.samples or 1_400_000, 12, 1, args.max_tokens
-        if found.sets:
-            sets, weights = found.sets[name]
-            available = sum(data.sizes(sets, args.captions))
-            tokens = average_tokens(found.tok, sets, args.max_tokens)
-            captions = mixture(args.captions, sets, weights)[1]
-            longest = longest_text(args, sets)
+        available, captions = what_there_is(args, found, name, stage)
         steps = count_steps(args, name, stage, available, captions, world)
+        tokens, longest = 12, args.max_tokens
+        if found.sets:
+            sets, _ = found.sets[name]
+            tokens = average_tokens(found.tok, sets, args.max_tokens)
+            longest = longest_text(args, sets)
+        if args.init == "auto" and name == "warm-up" and not args.warm_up_lr:
+            print(f"\n--init auto: the rate of the warm-up will be one of {transfer.RATES}")
         table = vpgtrans.enter_stage(model, stage)
         print(*loop.describe_stage(name, stage, steps, available, table), sep="\n")
         longest = transfer.example_batch(model, found.tok, longest)
@@ -606,6 +656,8 @@ def find(args, stages, held):
             raise ValueError(f"--captions packed is not for {args.tgt}: the encoder of a T5 reads "
                              "a part of each caption; use one or each")
         src, tgt = transfer.find_models(args.src, args.tgt, tokenizer, shapes_only=is_dry)
+        if args.caption_with and not is_dry:
+            hub.resolve(args.src, "model")  # with its own language model
         found = Found(processes, src, tgt, tok, transfer.shape_model(args, src, tgt))
         if not is_dry:
             check_disk(args.out, found.shapes)
@@ -618,6 +670,21 @@ def find(args, stages, held):
             processes.say(f"{said}: taken are the paper's amounts, each caption a sample of 12 "
                           "tokens")
     return found
+
+
+def caption_data(args, found):
+    """--caption-with: every training set with the source's own captions, drawn once for all stages;
+    and that of validation, if it has none."""
+    count = int(args.caption_with.partition(":")[2] or 1)
+    once = {id(pairs): pairs for sets, _ in found.sets.values() for pairs in sets}
+    if not any(found.val.captions):
+        once[id(found.val)] = found.val
+    captioned = captioning.caption_images(args.src, count, once.values(), args, found.processes)
+    with_captions = dict(zip(once, captioned))
+    for stage, (sets, weights) in found.sets.items():
+        found.sets[stage] = [with_captions[id(pairs)] for pairs in sets], weights
+    if id(found.val) in once:
+        found.val = one_caption_an_image(with_captions[id(found.val)], args.val_samples)
 
 
 def new_samples(args, found, model, sets, **options):
@@ -656,9 +723,9 @@ def plan_jobs(args, stages, steps, found, model, resumed):
     return jobs
 
 
-def begin_log(args, found, model, log):
+def begin_log(args, found, model, log, start):
     """The files of a new run: its config.json, empty metrics, and what of the data was left out."""
-    config = json.dumps(transfer.run_config(args, found.src, model), indent=2)
+    config = json.dumps(transfer.run_config(args, found.src, model, start), indent=2)
     runs.write(args.out / "config.json", lambda file: file.write_text(config))
     read = [pairs for sets, _ in found.sets.values() for pairs in sets]
     once = {id(pairs.left_out): pairs.left_out for pairs in [*read, found.val]}  # stages share them
@@ -675,18 +742,21 @@ def set_up(args, stages, found, watch):
     -> (loop.Run, [loop.Job], the state to resume from or None)"""
     processes = found.processes
     args.micro_batch = choose_micro_batch(args, stages, found)
-    steps = {}
-    for name, stage in stages.items():
-        sets, weights = found.sets[name]
-        available = sum(data.sizes(sets, args.captions))
-        captions = mixture(args.captions, sets, weights)[1]
-        steps[name] = count_steps(args, name, stage, available, captions, processes.world)
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
         check_same_run(args, resumed[0])
+    if args.caption_with:
+        caption_data(args, found)
+    steps = {}
+    for name, stage in stages.items():
+        there = what_there_is(args, found, name, stage)
+        steps[name] = count_steps(args, name, stage, *there, processes.world)
     first_sets, _ = found.sets[next(iter(stages))]
-    model = transfer.build_model(args, found.src, found.tgt, found.tok, first_sets, processes,
-                                 resumed is not None)
+    model, start = transfer.build_model(args, found.src, found.tgt, found.tok, first_sets, processes,
+                                        resumed is not None)
+    if resumed:
+        start = resumed[0].get("start")
+    stages = follow_start(args, stages, start)
     jobs = plan_jobs(args, stages, steps, found, model, resumed)
     val_samples = new_samples(args, found, model, [found.val], augment=False, split=False)
     validation = loop.Validation(val_samples, args.micro_batch, processes)
@@ -694,9 +764,10 @@ def set_up(args, stages, found, watch):
     if resumed:
         log.continue_from(list(stages), resumed[0])
     elif processes.rank == 0:
-        begin_log(args, found, model, log)
+        begin_log(args, found, model, log, start)
     log.report(processes.gather(validation.bad))
-    run = loop.Run(args, transfer.arguments(args), processes, model, validation, log, watch)
+    saved = {"arguments": transfer.arguments(args), "start": start}
+    run = loop.Run(args, saved, processes, model, validation, log, watch)
     return run, jobs, resumed
 
 

@@ -16,19 +16,29 @@ begins.
 Dq Q-Former width, Ds and Dt LLM widths of source and target, N shared tokens, V vocabulary.
 """
 
+import concurrent.futures
+import contextlib
+import copy
 import dataclasses
+import itertools
 import json
+import math
+import operator
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 import data
 import hub
 import llm as language_models
+import loop
 import qformer
 import vpgtrans
+from pairs import one_caption_an_image
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of frozen weights, by --precision
 
@@ -88,21 +98,30 @@ def read_shared_words(projector, src, tgt):
     return SharedWords(src_tok, tgt_tok, src_words, tgt_words, src_ids, tgt_ids)
 
 
-def convert_projector(projector, src, tgt, captions, say):
+COUNTED = 100_000  # captions that tell how often a token is used: all of a million would take 17 s
+
+
+def count_shared(words, sets):
+    """How often captions use each of the shared tokens, (N,), by a sample of them."""
+    total = sum(map(len, sets))
+    every = -(-total // COUNTED)
+    captions = (pairs.captions[i] for pairs in sets for i in range(0, len(pairs), every))
+    size = max(words.src_tok.vocab().values()) + 1
+    return data.count_tokens(words.src_tok, captions, size)[words.src_ids]
+
+
+def convert_projector(projector, words, counts, say, ridge=vpgtrans.RIDGE):
     """--init converter: the source's projector, then the word converter. -> nn.Linear(Dq, Dt)"""
-    words = read_shared_words(projector, src, tgt)
     src_words = words.src_words[words.src_ids]
     tgt_words = words.tgt_words[words.tgt_ids]
-    size = max(words.src_tok.vocab().values()) + 1
-    counts = data.count_tokens(words.src_tok, captions, size)[words.src_ids]
     began = time.time()
     weights = vpgtrans.token_weights(counts)
-    converter = vpgtrans.fit_word_converter(src_words, tgt_words, weights)
+    converter = vpgtrans.fit_word_converter(src_words, tgt_words, weights, ridge)
     error = weighted_variance(tgt_words - converter(src_words), counts)
     explained = 1 - error / weighted_variance(tgt_words, counts)
     say(f"word converter: {converter.in_features} -> {converter.out_features}, fitted on {len(counts):,} "
-        f"shared tokens, {(counts > 0).sum():,} of them in the captions; explains {explained:.1%} of the "
-        f"target embeddings' variance there ({time.time() - began:.1f} s)")
+        f"shared tokens, {(counts > 0).sum():,} of them in the captions, ridge {ridge:g}; explains "
+        f"{explained:.1%} of the target embeddings' variance there ({time.time() - began:.1f} s)")
     return vpgtrans.merge(projector, converter)
 
 
@@ -129,60 +148,162 @@ def match_tokens(src_ids, tgt_ids, src_names, tgt_names):
     return matched
 
 
-def read_captioned_images(sets, words, image_size, images):
-    """At most `images` images, as many of each data set, with what both LLMs call the words of
-    their captions.
+# ------------------------------------------------------------- training images that a start looks at
 
-    -> ([(pixels (3,H,W), ids in the source, ids in the target)], why others cannot be read, how
-    many captions have not one word in both LLMs)"""
-    src_names = {id: token for token, id in words.src_tok.vocab().items()}
-    tgt_names = {id: token for token, id in words.tgt_tok.vocab().items()}
-    read, unreadable, wordless = [], [], 0
+LOOKS = 300  # images: a hundred are nearly as good as a thousand
+
+
+def look_at_images(vpg, sets, args, processes, count=LOOKS):
+    """-> data sets of `count` images in all, as many of each of `sets`, with one caption each, and as
+    their `cache` {file: queries (Q,Dq)} what the VPG makes of them.
+
+    Images that cannot be read are passed over and counted; ValueError if none can be."""
+    looks = []
     for pairs in sets:
-        every = -(-len(pairs) * len(sets) // images)
-        for i in range(0, len(pairs), every):
-            src_ids = words.src_tok.encode(pairs.captions[i])
-            tgt_ids = words.tgt_tok.encode(pairs.captions[i])
-            matched = match_tokens(src_ids, tgt_ids, src_names, tgt_names)
-            if not matched:
-                wordless += 1
-                continue
-            try:
-                pixels = data.read_image(pairs.file(i), image_size)
-            except OSError as error:
-                unreadable.append(str(error))
-                continue
-            read.append((pixels, *map(list, zip(*matched))))
-    return read, unreadable, wordless
+        pairs = one_caption_an_image(pairs, len(pairs.images))
+        every = -(-len(pairs) * len(sets) // count)
+        looks.append(pairs.subset(np.arange(0, len(pairs), every)))
+    files = [file for pairs in looks for file in pairs.files()]
+    unreadable = {}
+
+    def read(file):
+        try:
+            return data.read_image(file, vpg.image_size)
+        except OSError as error:
+            unreadable[file] = str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, args.workers)) as pool:
+        bar = tqdm(pool.map(read, files), "images to start from", len(files), leave=False,
+                   disable=None if processes.rank == 0 else True)
+        pixels = {file: image for file, image in zip(files, bar) if image is not None}
+    if unreadable:
+        problem = f"{len(unreadable):,} cannot be read, the first: {next(iter(unreadable.values()))}"
+        if not pixels:
+            raise ValueError(f"of the {len(files):,} training images to start from {problem}")
+        processes.say(f"of the {len(files):,} training images to start from {problem}")
+    queries = []
+    with torch.no_grad(), processes.autocast():
+        for batch in torch.stack(list(pixels.values())).split(args.micro_batch):
+            queries.append(vpg(batch.to(processes.device)).float().cpu())
+    seen = dict(zip(pixels, torch.cat(queries)))
+    return [dataclasses.replace(pairs.without(unreadable), cache=seen) for pairs in looks]
 
 
-def refit_projector(projector, vpg, src, tgt, sets, batch_size, processes, images=1000):
+def refit_projector(projector, words, looks, say):
     """--init captions: the source's projector fitted anew to words of the target. -> nn.Linear(Dq,
     Dt)
 
-    Images that cannot be read, or whose caption has not one token in both tokenizers, are passed
-    over and counted."""
-    words = read_shared_words(projector, src, tgt)
+    Images whose caption has not one token in both tokenizers are passed over and counted; ValueError
+    if all are."""
     began = time.time()
-    read, unreadable, wordless = read_captioned_images(sets, words, vpg.image_size, images)
-    if not read:
-        raise ValueError(f"no image could be read whose caption has a word that {src.llm} and {tgt.llm} "
-                         "share; use --init converter or random")
-    pixels, src_ids, tgt_ids = zip(*read)
-    queries = []
-    with torch.no_grad(), processes.autocast():
-        for batch in torch.stack(pixels).split(batch_size):
-            queries.append(vpg(batch.to(processes.device)).float().cpu())
-    src_captions = [words.src_words[ids] for ids in src_ids]
-    tgt_captions = [words.tgt_words[ids] for ids in tgt_ids]
-    projector = vpgtrans.fit_to_captions(torch.cat(queries), projector, src_captions, tgt_captions)
-    said = f"projector: fitted to the captions of {len(read):,} images ({time.time() - began:.1f} s)"
+    src_names = {id: token for token, id in words.src_tok.vocab().items()}
+    tgt_names = {id: token for token, id in words.tgt_tok.vocab().items()}
+    queries, src_captions, tgt_captions = [], [], []
+    for pairs in looks:
+        for i, caption in enumerate(pairs.captions):
+            src_ids = words.src_tok.encode(caption)
+            tgt_ids = words.tgt_tok.encode(caption)
+            matched = match_tokens(src_ids, tgt_ids, src_names, tgt_names)
+            if matched:
+                src_ids, tgt_ids = map(list, zip(*matched))
+                queries.append(pairs.cache[pairs.file(i)])
+                src_captions.append(words.src_words[src_ids])
+                tgt_captions.append(words.tgt_words[tgt_ids])
+    wordless = sum(map(len, looks)) - len(queries)
+    if not queries:
+        raise ValueError(f"of {wordless:,} captions not one has a word that the tokenizers of source and "
+                         "target share; use --init converter or random")
+    projector = vpgtrans.fit_to_captions(torch.stack(queries), projector, src_captions, tgt_captions)
+    said = f"projector: fitted to the captions of {len(queries):,} images ({time.time() - began:.1f} s)"
     if wordless:
         said += f"; without {wordless:,} whose captions have no word in both LLMs"
-    if unreadable:
-        said += f"; without {len(unreadable):,} that cannot be read, the first: {unreadable[0]}"
-    processes.say(said)
+    say(said)
     return projector
+
+
+def keep_back(looks):
+    """Data sets -> two thirds of each to start from, and the others to judge a start by."""
+    kept = [np.arange(len(pairs)) % 3 == 2 for pairs in looks]
+    train = [pairs.subset(np.flatnonzero(~rows)) for pairs, rows in zip(looks, kept)]
+    judge = [pairs.subset(np.flatnonzero(rows)) for pairs, rows in zip(looks, kept)]
+    return train, judge
+
+
+# --------------------------------------------------------------- --init auto: which start goes furthest
+
+RIDGES = (1.0, 10.0)  # of the word converters that are tried
+RATES = (5e-4, 2e-3, 5e-3, 2e-2)  # that each start is tried at
+TRIAL_STEPS = 20
+TRIAL_BATCH = 16
+
+
+def starts(projector, words, counts, looks, random):
+    """{name: projector nn.Linear(Dq, Dt)} of all starts at hand, the `random` projector among them."""
+    def quietly(_):
+        pass
+
+    named = {}
+    for ridge in RIDGES:
+        named[f"converter, ridge {ridge:g}"] = convert_projector(projector, words, counts, quietly, ridge)
+    with contextlib.suppress(ValueError):  # no caption has a word in both
+        named["captions"] = refit_projector(projector, words, looks, quietly)
+    named["random"] = copy.deepcopy(random)
+    return named
+
+
+def try_start(model, projector, lr, train, processes, clip):
+    """A few optimizer steps of the model's projector alone, from a start, on samples of `train`."""
+    model.projector.load_state_dict(projector.state_dict())
+    stage = dataclasses.replace(vpgtrans.STAGES["warm-up"], lr=lr, final_lr=lr)
+    optimizer = loop.new_optimizer(model, stage)
+    order = data.plan([train.starts[-1]], TRIAL_STEPS * TRIAL_BATCH, train.seed)
+    for step in range(TRIAL_STEPS):
+        positions = range(step * TRIAL_BATCH, (step + 1) * TRIAL_BATCH)
+        batch = train.collate([train[i, order[i]] for i in positions])
+        loop.optimizer_step(model, [batch], optimizer, processes, clip)
+
+
+def pick_start(model, named, train, judge, args, processes):
+    """--init auto: of the starts, {name: projector}, the one whose loss is lowest after a few steps,
+    each at the rate that suits it best. -> {"init", "lr", "tried": [{"init", "lr", "first", "loss",
+    "shuffled"}, ...]}: losses at first, after the steps, and then with shuffled images.
+
+    The loss before any step misleads: a random projector's may be lower than a converted one's that
+    is ahead after twenty steps. The steps are on the samples of `train`, the losses on those of
+    `judge`, on which nothing was fitted. Rates rise until one does worse than the one before."""
+    alone = dataclasses.replace(processes, rank=0, world=1)
+    judge = loop.Validation(judge, args.micro_batch, alone)
+    vpgtrans.enter_stage(model, vpgtrans.STAGES["warm-up"])
+    tried = []
+    for name, projector in tqdm(named.items(), "starts", leave=False, disable=None):
+        model.projector.load_state_dict(projector.state_dict())
+        first, _ = judge.losses(model)
+        before = math.inf
+        for lr in RATES:
+            try_start(model, projector, lr, train, alone, args.clip)
+            loss, shuffled = judge.losses(model)
+            tried.append({"init": name, "lr": lr, "first": first, "loss": loss, "shuffled": shuffled})
+            if not loss < before:
+                break
+            before = loss
+    best = min(tried, key=loss_or_infinity)
+    if not math.isfinite(best["loss"]):
+        raise ValueError("the loss of every start is NaN or infinite; look at --tgt and --precision")
+    return {"init": best["init"], "lr": best["lr"], "tried": tried}
+
+
+def loss_or_infinity(row):
+    return row["loss"] if math.isfinite(row["loss"]) else math.inf
+
+
+def describe_start(start):
+    """Lines: what --init auto has tried, each start at its best rate, and what it took."""
+    yield f"  start                     at first   after {TRIAL_STEPS} steps   shuffled images   at rate"
+    for name, rows in itertools.groupby(start["tried"], key=operator.itemgetter("init")):
+        row = min(rows, key=loss_or_infinity)
+        taken = "  <- taken" if name == start["init"] else ""
+        yield (f"  {name:24}{row['first']:10.3f}{row['loss']:17.3f}{row['shuffled']:18.3f}"
+               f"{row['lr']:10g}{taken}")
 
 
 # ------------------------------------------------------------------ the model before its first step
@@ -216,7 +337,7 @@ def example_batch(model, tok, tokens):
 
 def build_model(args, src, tgt, tok, sets, processes, resumed=False):
     """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the
-    target's LLM.
+    target's LLM. -> (VisualLLM, what --init auto has found or None)
 
     `tok` is the target's tokenizer, `sets` are the pairs that help to start the projector, unless
     the run is `resumed` with a projector that was saved."""
@@ -234,7 +355,8 @@ def build_model(args, src, tgt, tok, sets, processes, resumed=False):
                          f"{tgt.llm} only up to {llm.vocab_size - 1}: it belongs to another LLM (see "
                          "--tgt-tokenizer)")
     torch.manual_seed(args.seed)
-    projector = nn.Linear(vpg.dim, llm.dim)
+    model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim).to(device), llm)
+    start = None
     if args.from_scratch:
         if not reads_q_former:
             vpg.reset()
@@ -242,31 +364,47 @@ def build_model(args, src, tgt, tok, sets, processes, resumed=False):
         processes.say(f"from scratch: {source}, random projector")
     elif resumed:
         processes.say("projector: as it was saved")
-    else:
-        projector = start_projector(args, projector, vpg, src, tgt, sets, processes)
-    model = vpgtrans.VisualLLM(vpg, projector.to(device), llm)
-    if processes.world > 1:  # the first process alone fits a projector
+    elif processes.rank == 0:  # the first process sends its own
+        start = start_projector(args, model, src, tgt, tok, sets, processes)
+    if processes.world > 1:
         for parameter in model.saved().values():
             dist.broadcast(parameter.data, src=0)
-    return model
+        start = processes.gather([start])[0]
+    return model, start
 
 
-def start_projector(args, projector, vpg, src, tgt, sets, processes):
-    """The projector that a transfer begins with, by --init; `projector` is a random one of the
-    right shape."""
+def start_projector(args, model, src, tgt, tok, sets, processes):
+    """Gives a model, which has a random projector, the one that a transfer begins with, by --init.
+    -> what --init auto has found, else None"""
+    say = processes.say
     if args.init == "random":
-        processes.say("projector: random")
-        return projector
-    if src.llm.resolve() == tgt.llm.resolve():
-        processes.say("source and target are the same LLM: the projector stays as it is")
-        return qformer.load_projector(src.folder)
-    if processes.rank:
-        return projector  # the first process sends its own
+        return say("projector: random")
     projector = qformer.load_projector(src.folder)
+    if src.llm.resolve() == tgt.llm.resolve():
+        model.projector.load_state_dict(projector.state_dict())
+        return say("source and target are the same LLM: the projector stays as it is")
+    words = read_shared_words(projector, src, tgt)
+    start = None
+    if args.init == "converter":
+        projector = convert_projector(projector, words, count_shared(words, sets), say, args.ridge)
+    else:
+        looks = look_at_images(model.vpg, sets, args, processes)
     if args.init == "captions":
-        return refit_projector(projector, vpg, src, tgt, sets, args.micro_batch, processes)
-    captions = (caption for pairs in sets for caption in pairs.captions)
-    return convert_projector(projector, src, tgt, captions, processes.say)
+        projector = refit_projector(projector, words, looks, say)
+    if args.init == "auto":
+        train, judge = keep_back(looks)
+        counts = count_shared(words, sets)
+        named = starts(projector, words, counts, train, model.projector)
+        samples = [
+            data.Samples(sets, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens,
+                         augment=False, split=split, seed=args.seed)
+            for sets, split in ((train, True), (judge, False))
+        ]
+        start = pick_start(model, named, *samples, args, processes)
+        say("\n".join(describe_start(start)))
+        projector = named[start["init"]]
+    model.projector.load_state_dict(projector.state_dict())
+    return start
 
 
 # ------------------------------------------------------------------------ what a run says of itself
@@ -278,9 +416,9 @@ def arguments(args):
     return json.loads(json.dumps(vars(args) | {"cache": bool(args.cache) or None}, default=str))
 
 
-def run_config(args, src, model):
-    """config.json of a run: how its VPG is built, which ViT and LLM belong to its weights, and its
-    arguments."""
+def run_config(args, src, model, start=None):
+    """config.json of a run: how its VPG is built, which ViT and LLM belong to its weights, its
+    arguments, and what --init auto has found."""
     source = hub.read_config(src.folder)
     is_run = source.get("model_type") == "vpgtrans"
     vit = {
@@ -293,6 +431,8 @@ def run_config(args, src, model):
         "tokenizer": args.tgt_tokenizer and hub.lasting_name(args.tgt_tokenizer),
     }
     belongs = {"vit": vit, "llm": llm, "arguments": arguments(args)}
+    if start:
+        belongs["start"] = start
     return {"model_type": "vpgtrans", **model.vpg.config, **belongs}
 
 

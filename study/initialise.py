@@ -3,8 +3,8 @@
     python -m study.initialise --src SOURCE --tgt LLM --data PAIRS.jsonl --how cosine --out DIR
     python train.py --src DIR --tgt LLM ...      # source and target are the same LLM now: the projector stays
 
-unweighted      least squares over all shared tokens, each counted once
-ridge           as in vpgtrans.py, with a ridge of a tenth of the variance instead of a thousandth
+unweighted      least squares over all shared tokens, each counted once, with a ridge of a thousandth
+ridge           weighted as in vpgtrans.py, with a ridge of a tenth of the variance
 cosine          the original's: gradient descent on the cosine distance, over batches of captions
 """
 
@@ -29,7 +29,7 @@ import vpgtrans
 
 
 def fit_unweighted(src, tgt, counts):
-    return vpgtrans.fit_word_converter(src, tgt)
+    return vpgtrans.fit_word_converter(src, tgt, ridge=1e-3)
 
 
 def fit_ridge(src, tgt, counts):

@@ -15,6 +15,7 @@ from conftest import (
     KINDS,
     LLAMA_TOKENS,
     byte_level,
+    make_llm_pair,
     make_pairs,
     save_image,
     write,
@@ -29,7 +30,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 import data
 import qformer
-from pairs import Pairs, Strings, clean_caption, read_pairs
+from pairs import Items, Pairs, Strings, clean_caption, collect, item_text, read_pairs
 
 
 @pytest.fixture(scope="module")
@@ -804,6 +805,224 @@ def test_captions_are_not_packed_for_t5(prefix_lm):
     prompt, target = one_target(prefix_lm(captions="one")[0, 0])
     assert prompt[:2] == [-1, -1]
     assert target[-1] == 1
+
+
+# ----------------------------------------------------------------------------- a text of its own
+
+
+class Questions:
+    """The questions and answers of an item, in plain words: all answers but no question is
+    scored."""
+
+    def __init__(self, tok, num_query_tokens=2):
+        self.tok = tok
+        self.num_query_tokens = num_query_tokens
+
+    def __call__(self, text, has_image, rng):
+        item = json.loads(text)
+        (question, answer), *others = item["turns"]
+        places = self.num_query_tokens if has_image else 0
+        prompt = data.prompt_ids(self.tok, places, f"Q: {question} A:")
+        target = [*self.tok.encode(f" {answer}"), self.tok.eos_id]
+        scored = [True] * len(target)
+        for question, answer in others:
+            asked = self.tok.encode(f" Q: {question} A:")
+            said = [*self.tok.encode(f" {answer}"), self.tok.eos_id]
+            target += asked + said
+            scored += [False] * len(asked) + [True] * len(said)
+        return data.Text(prompt, [target], scored if others else None)
+
+
+TURNS = [[["what is it", "a red square"]],
+         [["what is red", "the circle"], ["is it brown", "no"]],
+         [["who", "I"]]]
+
+
+def make_items(files, turns):
+    """Items of conversations, of which item i has the image files[i], or none."""
+    rows = [("here", file, {"id": i, "turns": turns[i]}, None) for i, file in enumerate(files)]
+    return Items("talk", "", *collect(rows, item_text))
+
+
+@pytest.fixture
+def talk(samples):
+    """Of two images and of none."""
+    files = samples.sets[0].files()
+    return make_items([files[0], None, files[1]], TURNS)
+
+
+def asked(tok, items, **options):
+    return data.Samples([items], tok, 28, 2, text=Questions(tok), **options)
+
+
+@pytest.mark.parametrize("kind, first, without", [
+    ("GPT-2", ([-1, -1, 2], []), ([2], [])),
+    ("LLaMA, normalizer", ([-1, -1, 1], []), ([1], [])),
+    ("Unigram", ([-1, -1], [1]), ([], [1]))])
+def test_a_sample_can_bring_its_own_prompt_and_target(kinds, talk, kind, first, without):
+    """Two soft prompts and BOS (of T5: </s> at the end), where there is an image; else BOS alone."""
+    tok = kinds[kind][0]
+    ids = tok.encode
+    eos = {"GPT-2": 2, "LLaMA, normalizer": 2, "Unigram": 1}[kind]
+    rows = [asked(tok, talk)[0, i] for i in range(3)]
+    assert rows[0]["prompt"] == [*first[0], *ids("Q: what is it A:"), *first[1]]
+    assert rows[0]["targets"] == [[*ids(" a red square"), eos]]
+    assert rows[0]["scored"] is None
+    assert rows[1]["prompt"] == [*without[0], *ids("Q: what is red A:"), *without[1]]
+    answer, question, last = ids(" the circle"), ids(" Q: is it brown A:"), ids(" no")
+    assert rows[1]["targets"] == [[*answer, eos, *question, *last, eos]]
+    assert rows[1]["scored"] == ([True] * (len(answer) + 1) + [False] * len(question)
+                                 + [True] * (len(last) + 1))
+    assert rows[1]["image"] is None
+    assert rows[1]["file"] == "talk: item 1"
+
+
+def test_a_batch_says_what_is_scored_and_which_rows_have_an_image(kinds, talk):
+    tok = kinds["GPT-2"][0]
+    samples = asked(tok, talk)
+    rows = [samples[0, i] for i in range(3)]
+    batch = samples.collate(rows)
+    assert batch["has_image"].tolist() == [True, False, True]
+    assert batch["images"].shape == (3, 3, 28, 28)
+    assert batch["images"][0].any() and not batch["images"][1].any()
+    assert (batch["prompt_ids"] == data.IMAGE).sum(1).tolist() == [2, 0, 2]
+    assert batch["scored"].dtype == torch.bool
+    assert batch["scored"].shape == batch["target_ids"].shape
+    assert not (batch["scored"] & (batch["target_ids"] == -100)).any()
+    for i, row in enumerate(rows):
+        (target,) = row["targets"]
+        scored = row["scored"] or [True] * len(target)
+        assert batch["scored"][i].tolist()[: len(target)] == scored
+    counts = [len(rows[0]["targets"][0]), sum(rows[1]["scored"]), len(rows[2]["targets"][0])]
+    assert data.count_targets(batch) == sum(counts)
+    # where every token counts, nothing need be said
+    plain = samples.collate([rows[0], rows[2]])
+    assert "scored" not in plain
+    assert data.count_targets(plain) == counts[0] + counts[2]
+
+
+def test_no_row_of_a_batch_depends_on_its_neighbours(kinds, talk):
+    samples = asked(kinds["GPT-2"][0], talk)
+    rows = [samples[0, i] for i in range(3)]
+    batch = samples.collate(rows)
+    for i, row in enumerate(rows):
+        alone = samples.collate([row])
+        width = alone["prompt_ids"].shape[1]
+        length = alone["target_ids"].shape[1]
+        assert torch.equal(batch["prompt_ids"][i, -width:], alone["prompt_ids"][0])
+        assert (batch["prompt_ids"][i, :-width] == -100).all()
+        assert torch.equal(batch["target_ids"][i, :length], alone["target_ids"][0])
+        assert (batch["target_ids"][i, length:] == -100).all()
+        assert torch.equal(batch["images"][i], alone["images"][0])
+
+
+@pytest.mark.parametrize("variant, kind", [
+    ("opt", "GPT-2"), ("llama-1", "LLaMA, normalizer"), ("flan-t5", "Unigram")])
+def test_the_mean_is_over_scored_tokens_whichever_batch_they_are_in(tmp_path, kinds, talk, variant, kind):
+    """As a language model counts them, and as it sums their losses."""
+    llm, _, _ = make_llm_pair(tmp_path, variant)
+    samples = asked(kinds[kind][0], talk)
+    rows = [samples[0, i] for i in range(3)]
+
+    def losses(rows):
+        batch = samples.collate(rows)
+        prompt = batch["prompt_ids"]
+        targets = batch["target_ids"]
+        known = torch.where(targets < 0, targets, targets % llm.vocab_size)
+        prefix = llm.embed(prompt.clamp(min=0) % llm.vocab_size)
+        with torch.no_grad():
+            loss, count = llm.loss(prefix, known, prompt != -100, scored=batch.get("scored"))
+        assert count == data.count_targets(batch)
+        return loss, count
+
+    together = losses(rows)
+    apart = [losses([row]) for row in rows]
+    assert together[1] == sum(count for _, count in apart)
+    torch.testing.assert_close(together[0], sum(loss for loss, _ in apart), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("captions", ["each", "packed"])
+def test_of_captions_every_token_counts(samples, captions):
+    pairs = captioned(samples, [1, 3, 2])
+    some = data.Samples([pairs], samples.tok, 28, 5, captions=captions)
+    batch = some.collate([some[0, i] for i in range(3)])
+    chosen = pairs.captions if captions == "packed" else [pairs.captions[i] for i in range(3)]
+    assert data.count_targets(batch) == sum(len(data.caption_ids(some.tok, text)) for text in chosen)
+    assert batch["has_image"].all()
+    assert "scored" not in batch
+
+
+def test_answers_are_left_as_they_are(kinds, samples):
+    """Caption clean-up is for captions."""
+    items = make_items([samples.sets[0].file(0)], [[["Is it #1?", "Yes: (it) is.\n"]]])
+    tok = kinds["GPT-2"][0]
+    (target,) = asked(tok, items)[0, 0]["targets"]
+    assert tok.decode(target) == " Yes: (it) is.\n"
+
+
+def test_what_a_text_draws_is_drawn_by_seed_and_position(tok, talk):
+    def draw(text, has_image, rng):
+        return data.Text([2], [[int(rng.integers(1000))]])
+
+    def drawn(seed):
+        samples = data.Samples([talk], tok, 28, 2, text=draw, seed=seed)
+        return [samples[position, 1]["targets"][0][0] for position in range(20)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert len(set(drawn(0))) > 10
+
+
+def test_samples_of_a_text_of_their_own_are_each_an_item(tok, talk):
+    with pytest.raises(ValueError, match="packed: a text of its own is for each sample alone"):
+        asked(tok, talk, captions="packed")
+
+
+def test_images_of_items_are_as_those_of_captions(tok, samples):
+    """Cropped by seed and position, or whole; an unreadable one gives way to the next item."""
+    items = make_items([*samples.sets[0].files()[:2], None], TURNS)
+    assert torch.equal(asked(tok, items)[7, 1]["image"], samples[7, 1]["image"])
+    whole = asked(tok, dataclasses.replace(items, crop=False))[7, 1]["image"]
+    assert torch.equal(whole, data.resize(data.load_image(items.file(1)), 28))
+    bad = make_items(["missing.png", None], TURNS)
+    sample = asked(tok, bad)[0, 0]
+    assert sample["image"] is None
+    assert sample["file"] == "talk: item 1"
+    assert "missing.png" in sample["bad"][0]
+
+
+def test_items_without_images_are_zeros_beside_cached_queries(tok, talk):
+    cached = dataclasses.replace(talk, cache={file: torch.ones(2, 6) for file in talk.files()})
+    samples = asked(tok, cached)
+    batch = samples.collate([samples[0, i] for i in range(3)])
+    assert batch["queries"].sum((1, 2)).tolist() == [12, 0, 12]
+    assert batch["has_image"].tolist() == [True, False, True]
+
+
+def test_items_of_like_length_come_together_and_prompts_count(tok, samples):
+    """Each micro-batch is of items whose questions and answers are about as long."""
+    file = samples.sets[0].file(0)
+    lengths = [3, 50, 1, 40, 30, 2, 60, 4]
+    turns = [[["red " * (n if i % 2 else 1), "red " * (1 if i % 2 else n)]] for i, n in enumerate(lengths)]
+    items = make_items([file if i % 3 else None for i in range(8)], turns)
+    several = asked(tok, items)
+    assert several.lengths().tolist() == [len(text) for text in items.texts]
+    (micros,) = data.load_batches(several, np.arange(8), 8, 2)
+    widths = [micro["prompt_ids"].shape[1] + micro["target_ids"].shape[1] for micro in micros]
+    assert widths == sorted(widths)
+    assert widths[-1] > 50 and widths[0] < 20
+
+
+def test_lengths_of_prompts_and_targets_are_measured_without_images(tok, talk, samples):
+    several = asked(tok, talk)
+    rows = [several[0, i] for i in range(3)]
+    expected = [[len(row["prompt"]), len(row["targets"][0])] for row in rows]
+    gone = dataclasses.replace(talk, root="/nowhere")
+    assert asked(tok, gone).measure().tolist() == expected
+    assert asked(tok, gone).measure(most=1).tolist() == expected[:1]
+    pairs = captioned(samples, [2, 1])
+    packed = data.Samples([pairs], tok, 28, 5, captions="packed").measure()
+    tokens = [len(data.caption_ids(tok, caption)) for caption in pairs.captions]
+    assert packed.tolist() == [[6, sum(tokens[1:])], [6, tokens[0]]]
 
 
 # -------------------------------------------------------------- pictures that must not be trained on

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import FAMILIES, make_visual_llm, write_source, write_target
 
-import bench
 import estimate
 import loop
 import pairs
 import train
 import transfer
 import vpgtrans
+from benchmarks import training
 
 
 def inputs(device, B=2, T=14):
@@ -40,7 +40,7 @@ def test_operations_are_those_of_the_formulas(stage):
     """The benchmarks count them by hand, from parameters and tokens."""
     model = make_model(stage)
     step = trace(model)
-    by_hand = bench.step_flops(model, vpgtrans.STAGES[stage], 2, 14) / 2
+    by_hand = training.step_flops(model, vpgtrans.STAGES[stage], 2, 14) / 2
     assert abs(step.operations / by_hand - 1) < 0.04  # they count half of a causal attention
     assert step.logits == 4 * 1000 * 14
 

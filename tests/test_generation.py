@@ -400,4 +400,6 @@ def test_what_does_not_go_with_a_cache_is_refused(tmp_path):
         ours.stream(one, top_p=2.0)
     with pytest.raises(ValueError, match="69 positions .* 64"):
         ours.generate(one, max_new_tokens=60, cache=cache)
+    with pytest.raises(ValueError, match="65 positions .* 64"):
+        ours.read_prefix(one, room=60)
     assert cache.used == 5

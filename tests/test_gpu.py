@@ -9,11 +9,11 @@ from conftest import FAMILIES, arguments, make_visual_llm, randomise, relative_e
 from torch import nn
 from torch.utils._triton import has_triton
 
-import bench
 import estimate
 import loop
 import train
 import vpgtrans
+from benchmarks import peers
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not conftest.HAS_GPU, reason="torch sees no GPU")]
 CPU = torch.device("cpu")
@@ -199,14 +199,14 @@ def test_opt_6_7b_fine_tunes_on_a_card_of_24_gb():
         pytest.skip(f"{free / 1e9:.1f} GB of GPU memory are free, 24 are needed")
     stage = vpgtrans.STAGES["fine-tune"]
     T = 32
-    shapes = bench.build_models("opt-6.7b", torch.bfloat16, torch.device("meta"))["ours"].bfloat16()
+    shapes = peers.build_models("opt-6.7b", torch.bfloat16, torch.device("meta"))["ours"].bfloat16()
     vpgtrans.enter_stage(shapes, stage)
     step = estimate.trace(shapes, blank_batch(2, T, "meta", torch.bfloat16))
     B = estimate.largest_micro_batch(shapes, step, card)
     assert B >= 8
     torch.cuda.set_per_process_memory_fraction(card / total)
     try:
-        model = bench.build_models("opt-6.7b", torch.bfloat16, GPU)["ours"]
+        model = peers.build_models("opt-6.7b", torch.bfloat16, GPU)["ours"]
         vpgtrans.enter_stage(model, stage)
         optimizer = new_optimizer(model, stage, lr=1e-4)
         processes = loop.Processes(0, 1, GPU, "bf16")

@@ -323,3 +323,58 @@ def test_clip_carries_a_q_former_from_scratch(clip):
     assert abs(weight.std() - 0.02) < 2e-3
     assert (norm.weight == 1).all()
     assert (norm.bias == 0).all()
+
+
+# ----------------------------------------------------------------------------- functions beside the MLPs
+
+
+def random_adapters(count, seed=3):
+    """s B2 GELU(B1 y), 12 wide, as MemVP's."""
+    adapters = [nn.Sequential(nn.Linear(48, 12, bias=False), nn.GELU(), nn.Linear(12, 48, bias=False))
+                for _ in range(count)]
+    return randomise(nn.ModuleList(adapters), seed).double()
+
+
+def add_beside(vit, adapters):
+    """transformers' ViT, with each adapter's output added to that of its block's MLP."""
+    for layer, adapter in zip(vit.encoder.layers, adapters, strict=True):
+        layer.mlp.register_forward_hook(lambda mlp, args, output, adapter=adapter: output + adapter(args[0]))
+
+
+@pytest.mark.parametrize("kind", ["EVA", "CLIP"])
+def test_what_stands_beside_the_mlps_is_added_as_in_transformers(blip2, clip, kind):
+    """And gradients reach it through the frozen ViT."""
+    whole, folder = blip2 if kind == "EVA" else clip
+    theirs = copy.deepcopy(whole.vision_model).double()
+    ours = load_vit(folder, dtype=torch.float32).double()
+    images = random_images(28, 28).double()
+    a = random_adapters(3)
+    b = random_adapters(3)
+    add_beside(theirs, b)
+    features = ours(images, a)
+    reference = theirs(images, output_hidden_states=True).hidden_states[-1] if kind == "CLIP" else None
+    if kind == "EVA":  # transformers gives the last block's output behind its norm alone
+        features = ours.post_layernorm(features)
+        reference = theirs(images).last_hidden_state
+    assert relative_error(features, reference) < 1e-6
+    features.square().sum().backward()
+    reference.square().sum().backward()
+    for ours_parameter, their_parameter in zip(a.parameters(), b.parameters(), strict=True):
+        assert relative_error(ours_parameter.grad, their_parameter.grad) < 1e-6
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_adapters_that_give_zero_leave_features_equal_to_the_bit(clip):
+    vit = load_vit(clip[1], dtype=torch.float32)
+    adapters = random_adapters(3).float()
+    for adapter in adapters:
+        adapter[2].weight.data.zero_()
+    images = random_images(28, 28)
+    with torch.no_grad():
+        assert torch.equal(vit(images, adapters), vit(images))
+
+
+def test_each_block_has_its_function_beside(clip):
+    vit = load_vit(clip[1], dtype=torch.float32, layers=2)
+    with pytest.raises(ValueError, match="2 blocks; beside them stand 3 functions"):
+        vit(random_images(28, 28), random_adapters(3).float())

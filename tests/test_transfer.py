@@ -26,8 +26,6 @@ from safetensors.torch import load_file
 
 import data
 import hub
-import loop
-import pairs
 import qformer
 import sample
 import train
@@ -69,7 +67,10 @@ def test_the_converter_heeds_how_often_captions_use_a_token(world):
 
     def convert(caption):
         projector = qformer.load_projector(world[0])
-        return transfer.convert_projector(projector, source, target, [caption], said.append)
+        words = transfer.read_shared_words(projector, source, target)
+        size = max(words.src_tok.vocab().values()) + 1
+        counts = data.count_tokens(words.src_tok, [caption], size)[words.src_ids]
+        return transfer.convert_projector(projector, words, counts, said.append, ridge=1e-3)
 
     one = convert("a red square")
     other = convert("a blue circle on a table")
@@ -77,43 +78,6 @@ def test_the_converter_heeds_how_often_captions_use_a_token(world):
     assert (one.in_features, one.out_features) == (32, 32)
     used = set(data.caption_ids(data.load_tokenizer(world[0]), "a red square"))
     assert f"{len(used)} of them in the captions" in said[0]
-
-
-def test_images_that_cannot_be_read_do_not_stop_the_fit_to_captions(world, tmp_path, capsys, monkeypatch):
-    """Nor do captions without a word that both LLMs know; unless there are no others."""
-    source = hub.resolve(str(world[0]), "source")
-    target = hub.resolve(str(world[1]), "target")
-    projector = qformer.load_projector(world[0])
-    vpg = qformer.load_vpg(world[0], torch.float32)
-    processes = loop.Processes.start("fp32")
-    match = transfer.match_tokens
-
-    def nothing_of_one(ids, *others):
-        return match(ids, *others) if len(ids) > 1 else []
-
-    def fit(lines):
-        file = tmp_path / "pairs.jsonl"
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        sets = [pairs.read_pairs(str(file))]
-        return transfer.refit_projector(projector, vpg, source, target, sets, 4, processes)
-
-    monkeypatch.setattr(transfer, "match_tokens", nothing_of_one)
-    good = []
-    for i, line in enumerate(world[2].read_text().splitlines()[:10]):
-        good.append(json.loads(line) | {"image": str(picture(world, i))})
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    unreadable = good[0] | {"image": str(tmp_path / "broken.png")}
-    wordless = good[0] | {"caption": "?"}  # one token, as if the target had no such
-    bad = [unreadable, wordless]
-    assert torch.equal(fit([*good, *bad]).weight, fit(good).weight)
-    of_all, of_good = capsys.readouterr().out.splitlines()
-    assert "captions of 10 images" in of_all
-    assert "without 1 whose captions have no word in both" in of_all
-    assert "without 1 that cannot be read" in of_all
-    assert "broken.png" in of_all
-    assert "without" not in of_good
-    with pytest.raises(ValueError, match="no image could be read"):
-        fit(bad)
 
 
 # ------------------------------------------------------------------------------------------- the VPG

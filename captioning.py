@@ -1,0 +1,158 @@
+"""Captions of the source's own: what the vision-language model whose VPG moves says about images, in
+the place of captions by people.
+
+    sets = caption_images("opt-2.7b", 1, sets, args, processes)      # Pairs -> Pairs
+
+They are drawn at temperature 1, not the likeliest ones: a target that learns from the likeliest
+learns one way to say it. They are kept as JSON lines beside the data, so that the next run with the
+same source finds them, and one that was stopped goes on where it stood.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import hub
+import loop
+import transfer
+from pairs import Pairs, Strings, clean_caption
+
+TEMPERATURE = 1.0
+TOP_P = 0.95
+LONGEST = 30  # tokens
+
+
+def file_beside(pairs, fingerprint, count):
+    """Where the captions of a data set are kept: beside its images, or where nothing can be written
+    there in $VPGTRANS_CACHE (~/.cache/vpgtrans)."""
+    name = f"{pairs.name}.captions-{fingerprint[:12]}-{count}.jsonl"
+    folder = Path(pairs.root)
+    if not os.access(folder, os.W_OK):
+        folder = Path(os.environ.get("VPGTRANS_CACHE", "~/.cache/vpgtrans")).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+def read_kept(file, made_with):
+    """{image: its captions} of a file that an earlier run has left, whose first line must be
+    `made_with`. A last line that a kill has torn is cut off. ValueError where it was made otherwise."""
+    if not file.is_file():
+        file.write_text(json.dumps(made_with) + "\n")
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+    try:
+        first, *lines = map(json.loads, whole.splitlines())
+        kept = {line["image"]: line["captions"] for line in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); remove it, and the captions are drawn anew") from error
+    if first != made_with:
+        raise ValueError(f"{file}: captions made with {first}, not with {made_with}; remove it, or "
+                         "give the data set another name, --data NAME=...")
+    return kept
+
+
+def look_and_say(model, tok, files, count, processes):
+    """-> ({file: `count` captions of it}, {file: why it cannot be read})"""
+    pixels, unreadable = {}, {}
+    for file in files:
+        try:
+            pixels[file] = data.read_image(file, model.vpg.image_size)
+        except OSError as error:
+            unreadable[file] = str(error)
+    if not pixels:
+        return {}, unreadable
+    prompt = torch.tensor([data.prompt_ids(tok, model.vpg.num_query_tokens)])
+    with torch.no_grad(), processes.autocast():
+        sees = model.see(torch.stack(list(pixels.values())).to(processes.device))
+        rows = {name: x.repeat_interleave(count, 0) for name, x in sees.items()}
+        answers = model.generate(prompt.expand(len(pixels) * count, -1), **rows, max_new_tokens=LONGEST,
+                                 temperature=TEMPERATURE, top_p=TOP_P, stop=((tok.end_id,), (tok.eos_id,)))
+    texts = [tok.decode(answer).strip() for answer in answers]
+    return dict(zip(pixels, map(list, zip(*[iter(texts)] * count)))), unreadable
+
+
+def draw_captions(model, tok, pairs, count, file, kept, args, processes):
+    """Appends to `file` the captions of the images of a data set that `kept` has not, which grows by
+    them. All processes share the work, the first one writes. -> why images cannot be read: which"""
+    left = [i for i, image in enumerate(pairs.images) if image not in kept]
+    images = {os.path.join(pairs.root, pairs.images[i]): pairs.images[i] for i in left}
+    files = list(images)
+    share = max(1, args.micro_batch // count)
+    problems = []
+    starts = range(0, len(files), share * processes.world)
+    hidden = None if processes.rank == 0 else True  # None: where there is no terminal
+    bar = tqdm(starts, f"captions of {pairs.name}", unit="batch", disable=hidden)
+    with open(file, "a") as lines:
+        for start in bar:
+            first = start + share * processes.rank
+            torch.manual_seed(hash((args.seed, first)))  # as a resumed run would draw them
+            said, unreadable = look_and_say(model, tok, files[first : first + share], count, processes)
+            problems += processes.gather(list(unreadable.values()))
+            for path, texts in processes.gather(list(said.items())):
+                kept[images[path]] = texts
+                if processes.rank == 0:
+                    lines.write(json.dumps({"image": images[path], "captions": texts}) + "\n")
+            lines.flush()
+            if processes.sum(loop.must_stop())[0]:
+                processes.say("stopped while captions were drawn; the same command goes on with them")
+                sys.exit(130)
+    return problems
+
+
+def uncaptioned(pictures):
+    """Items of images alone -> Pairs, whose captions are still empty."""
+    nothing = Strings.of([""] * len(pictures.image))
+    return Pairs(pictures.name, pictures.root, pictures.images, nothing, pictures.image,
+                 pictures.left_out, pictures.crop)
+
+
+def with_captions(pairs, kept):
+    """A data set with the captions that are kept of its images, {image: texts}; an image without one
+    goes."""
+    texts, of_image = [], []
+    for i, image in enumerate(pairs.images):
+        said = [clean_caption(text) for text in kept.get(image, ())]
+        said = [text for text in said if text]
+        texts += said
+        of_image += [i] * len(said)
+    if not texts:
+        raise ValueError(f"{pairs.name}: the source has not said a word about any of its "
+                         f"{len(pairs.images):,} images; look at --src")
+    whole = dataclasses.replace(pairs, texts=Strings.of(texts), image=np.array(of_image))
+    return whole.subset(np.arange(len(texts)))
+
+
+def caption_images(source, count, sets, args, processes):
+    """The same data sets with `count` captions of `source`'s own an image, drawn now or kept from
+    before. OSError and ValueError say what is wrong, and SystemExit (130) ends a run that was asked to
+    stop meanwhile."""
+    model, tok = transfer.load_model(source, transfer.DTYPES[args.precision], processes.device)
+    fingerprint = hub.fingerprint(dict(model.named_parameters()))
+    made_with = {"source": source, "fingerprint": fingerprint, "captions": count,
+                 "temperature": TEMPERATURE, "top_p": TOP_P}
+    captioned = []
+    with loop.stopping_when_asked():
+        for pairs in sets:
+            file = file_beside(pairs, fingerprint, count)
+            if processes.rank == 0:
+                read_kept(file, made_with)  # makes it
+            processes.sum()
+            kept = read_kept(file, made_with)
+            before = sum(image in kept for image in pairs.images)
+            problems = draw_captions(model, tok, pairs, count, file, kept, args, processes)
+            there = sum(image in kept for image in pairs.images)
+            processes.say(f"captions: {pairs.name}, {there:,} images with {count} of {source}'s own, "
+                          f"{before:,} from before ({file})")
+            if problems:
+                processes.say(f"captions: {len(problems):,} images cannot be read, the first: {problems[0]}")
+            captioned.append(with_captions(pairs, kept))
+    return captioned

@@ -1,0 +1,980 @@
+r"""Score captions and answers about images: COCO, NoCaps, VQAv2, GQA, OK-VQA.
+
+    python evaluate.py --model out/opt-2.7b-to-opt-6.7b coco=coco_karpathy_test.json@coco \
+        vqav2=v2_OpenEnded_mscoco_val2014_questions.json@coco/val2014
+    torchrun --nproc-per-node 8 evaluate.py --model opt-2.7b          # all that lies under datasets/
+
+Files are read as they are downloaded, images are looked for beside them or in @FOLDER. Answers are
+appended to OUT/evaluation/answers/ as they come, so that a killed run goes on where it was; then
+OUT/evaluation/ holds each benchmark's own result file, scores.json, and a picture of the worst
+answers and of some drawn at random.
+
+The metrics stand first, as pure functions that need Python alone: this file copied into another
+project scores CIDEr and VQA accuracy without Java and without a framework.
+
+    score, of_image = cider({7: "a red cup"}, {7: ["a red cup on a table", "the cup is red"], ...})
+    vqa_accuracy("two", ["2"] * 9 + ["3"])                                                      # 1.0
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# ----------------------------------------------------------------------------- tokens of a caption
+
+# COCO's captions are scored on the tokens of Stanford's PTBTokenizer, a Java program. These rules
+# give the same ones for all but a few captions in a thousand. Where they part: HTML, smileys, a lone
+# letter with a full stop at a caption's end (Java's answer depends on the caption in the next line).
+
+PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}  # dropped
+LOOKALIKES = str.maketrans({
+    "“": '"', "”": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "–": "--", "—": "--", "…": "...",
+    "½": "1/2", "¼": "1/4", "¾": "3/4", "£": "#", "€": "$"})
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+ABBREVIATIONS = """mr mrs ms mx dr prof rev gov sen rep gen sgt capt lt col cpl maj adm st ave av blvd rd
+    jr sr inc corp co ltd bros vs etc dept est ft mt messrs jan feb mar apr jun jul aug sept sep oct nov
+    dec mon tue tues wed thu thurs fri calif ariz ala ark colo conn del fla ga ill ind kan ky la md minn
+    mo mont neb nev okla pa tenn va vt wis wyo tel univ assn hon pres""".split()
+ONE_OF_TWO = re.compile(r"""(?ix)     # written as one word, read as two
+    \b can(?=not\b) | \b (?:gon|wan)(?=na\b) | \b got(?=ta\b) | \b (?:lem|gim)(?=me\b)
+  | (?<!\S) 't(?=(?:is|was)\b) | \b y'(?=all\b)""")
+TOKEN = re.compile(rf"""(?ix)
+    [a-z]+://\S+[\w/] | www\.[\w./-]+\w | [\w.]+@[\w.-]+\w      # addresses
+  | '\d\ds\b | '(?:em|cause)\b | '?n'(?!\w) | (?<!\S)'t\b | y'(?=\ all\b)
+  | [^\W\d_]+?(?=n't\b) | n't\b | '(?:s|m|d|ll|re|ve)\b         # do n't, man 's
+  | (?<!\S)[\#@][^\W\d_]\w*
+  | (?:(?<!\S)[+-])?\d*(?:(?:[.,:]|(?<=\d)/)\d+)+(?:-[^\W\d_]+)* | (?<!\S)[+-]\d+
+  | (?:{"|".join(ABBREVIATIONS)})\.(?![^\W_]) | ph\.d\.
+  | (?:[^\W\d_]\.){{2,}}(?![^\W\d_])                            # u.s. a.m.
+  | [^\W\d_]\.(?=\s+(?!(?-i:An?|The|There)\b)\S)                # j. smith, but not: letter b. A man
+  | (?:no|nos|pp?|fig)\.(?=\s?\d)
+  | at&t
+  | (?:[dlo]')?\w+(?:(?:[-/]\w+)+|(?:\.\w+)+|'(?:clock|am|n'|er)\w*)?(?:(?<=\bol)')?
+  | [:;]-?(?:\)|[dp]\b) | \.\.\. | --+ | [?!]+ | [*~=_]+ | \S""")
+
+
+def ptb_tokens(text):
+    """A caption -> its tokens, lower-cased, without punctuation, as COCO's evaluation counts them:
+    "A man's dog, well-known." -> ["a", "man", "'s", "dog", "well-known"]."""
+    for name, sign in (("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"')):
+        text = text.replace(name, sign)
+    text = ONE_OF_TWO.sub(r"\g<0> ", text.translate(LOOKALIKES))
+    found = [token.lower() for token in TOKEN.findall(text)]
+    kept = [token for token in found if token not in PUNCTUATION]
+    return [re.sub(r"[][(){}]", lambda sign: BRACKETS[sign[0]], token) for token in kept]
+
+
+# ----------------------------------------------------------------------------------- CIDEr and BLEU
+
+LONGEST = 4  # n-grams of one to four tokens
+SIGMA = 6.0  # of CIDEr-D's penalty of another length
+
+
+def count_ngrams(tokens):
+    """["a", "cup"] -> for each n up to LONGEST a Counter: ("a",) and ("cup",) once, ("a", "cup")
+    once, ..."""
+    return [Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, LONGEST + 1)]
+
+
+def check_same_images(candidates, references):
+    """ValueError unless each image has a candidate and a reference: nothing is left out silently."""
+    for have, lack, what in ((candidates, references, "reference"), (references, candidates, "candidate")):
+        missing = [id for id in have if id not in lack or not len(lack[id]) and what == "reference"]
+        if missing:
+            raise ValueError(f"{len(missing):,} of {len(have):,} images have no {what}, such as {missing[0]}")
+
+
+class Weighted:
+    """A sentence's n-grams, each as often as it comes times its inverse document frequency."""
+
+    def __init__(self, tokens, rarity, of_unknown):
+        self.length = max(0, len(tokens) - 1)  # in bigrams, as the original counts it
+        self.weights = []  # one table for each n
+        for counts in count_ngrams(tokens):
+            self.weights.append({g: count * rarity.get(g, of_unknown) for g, count in counts.items()})
+        self.norms = [math.sqrt(sum(w * w for w in weights.values())) for weights in self.weights]
+
+    def similarity(self, reference):
+        """CIDEr-D's similarity to a reference, 0 to 1: the mean over n = 1 to 4."""
+        total = 0.0
+        for n, weights in enumerate(self.weights):
+            norms = self.norms[n] * reference.norms[n]
+            others = reference.weights[n]
+            if norms:
+                shared = weights.keys() & others.keys()
+                total += sum(min(weights[g], others[g]) * others[g] for g in shared) / norms
+        difference = self.length - reference.length
+        return total / LONGEST * math.exp(-(difference**2) / (2 * SIGMA**2))
+
+
+def cider(candidates, references, tokenise=ptb_tokens):
+    """CIDEr as papers print it, which is CIDEr-D without stemming (Vedantam et al. 2015, as in
+    pycocoevalcap). {image: text}, {image: [texts]} -> (mean over images, {image: score}), both 0 to
+    10; papers print 100 times the mean.
+
+    Rare n-grams weigh more, and what is rare is read off these references: a subset of the images
+    is scored on another scale, and one image alone scores 0. ValueError if an image lacks candidate
+    or reference."""
+    check_same_images(candidates, references)
+    tokens = {id: [tokenise(text) for text in texts] for id, texts in references.items()}
+    documents = Counter()  # how many images have an n-gram in a reference
+    for sentences in tokens.values():
+        documents.update(set().union(*(counts for s in sentences for counts in count_ngrams(s))))
+    images = math.log(max(1, len(references)))
+    rarity = {ngram: images - math.log(count) for ngram, count in documents.items()}
+    scores = {}
+    for id, sentences in tokens.items():
+        candidate = Weighted(tokenise(candidates[id]), rarity, images)
+        similarities = [candidate.similarity(Weighted(s, rarity, images)) for s in sentences]
+        scores[id] = 10 * sum(similarities) / len(similarities)
+    return sum(scores.values()) / max(1, len(scores)), scores
+
+
+def bleu4(candidates, references, tokenise=ptb_tokens):
+    """BLEU-1 to BLEU-4, 0 to 1, of all images together, with the length of the nearest reference
+    (Papineni et al. 2002, as in pycocoevalcap). {image: text}, {image: [texts]} -> four floats."""
+    check_same_images(candidates, references)
+    matches = [0] * LONGEST
+    guesses = [0] * LONGEST
+    length = reference_length = 0
+    for id, texts in references.items():
+        candidate = tokenise(candidates[id])
+        tokens = [tokenise(text) for text in texts]
+        length += len(candidate)
+        reference_length += min((abs(len(t) - len(candidate)), len(t)) for t in tokens)[1]
+        of_references = zip(*map(count_ngrams, tokens))
+        for n, (counts, of_each) in enumerate(zip(count_ngrams(candidate), of_references)):
+            guesses[n] += counts.total()
+            matches[n] += sum(min(count, max(t[g] for t in of_each)) for g, count in counts.items())
+    ratio = (length + 1e-15) / (reference_length + 1e-9)
+    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    scores = []
+    product = 1.0
+    for n, (matched, guessed) in enumerate(zip(matches, guesses), start=1):
+        product *= (matched + 1e-15) / (guessed + 1e-9)
+        scores.append(brevity * product ** (1 / n))
+    return scores
+
+
+# -------------------------------------------------------------------------------------- VQA answers
+
+MARKS = ';/[]"{}()=+\\_-><@`,?!'
+NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+CONTRACTIONS = {  # words, and how they go on
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "n't've": "could had might should would",
+    "'d've": "he it she somebody someone something there they we who y'all you",
+    "'d": "he how it someone something there they where who you",
+    "'ll": "how it somebody someone something they what who why y'all you",
+    "'re": "there they what why you",
+    "'s": "he how somebody someone that there what when where who why",
+    "'ve": "could might must not should they we what where who would you",
+    "": "ma'am o'clock 'twas y'all 'ow's'at"}
+
+
+def spelt_right():
+    """{a contraction with one apostrophe left out: the contraction}, as VQA's evaluation has them."""
+    right = {"somebody'd": "somebodyd"}  # the wrong way round there
+    for ending, words in CONTRACTIONS.items():
+        for form in (word + ending for word in words.split()):
+            for place in [i for i, sign in enumerate(form) if sign == "'"]:
+                right[form[:place] + form[place + 1 :]] = form
+    return right
+
+
+SPELT_RIGHT = spelt_right()
+
+
+def one_line(text):
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def strip_marks(text):
+    """VQA's punctuation rules. A mark vanishes that stands beside a space, or where the text has
+    digit,digit; else it becomes a space. Full stops vanish unless a digit follows."""
+    text = one_line(text)
+    thousands = re.search(r"\d,\d", text) is not None
+    stripped = text
+    for mark in MARKS:
+        vanishes = thousands or f"{mark} " in text or f" {mark}" in text
+        stripped = stripped.replace(mark, "" if vanishes else " ")
+    # 32 of them at most: the original has a flag in the count's place
+    return re.sub(r"\.(?!\d)", "", stripped, count=32)
+
+
+def plain_words(text):
+    """VQA's rules for words: lower case, numbers as digits, no articles, contractions with their
+    apostrophe."""
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(SPELT_RIGHT.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def normalise_answer(text):
+    """An answer as VQA's evaluation compares it: "A dog, and the cat." -> "dog and cat"."""
+    return plain_words(strip_marks(text))
+
+
+def vqa_accuracy(prediction, answers, rules="official"):
+    """VQA accuracy (Antol et al. 2015) of a prediction beside ten people's answers, 0 to 1. With k
+    of them equal it is min(1, 0.3 k), the mean over ten times nine of min(1, matches / 3).
+
+    `rules` say what is normalised before. "official", since March 2021: both sides, or neither where
+    all ten answers are the same. "vpgtrans", the older ones, on which the scores of VPGTrans and
+    LAVIS rest: the prediction always, of the answers only the punctuation, and only where they are
+    not all the same. ValueError unless there are ten answers."""
+    if len(answers) != 10:
+        raise ValueError(f"{len(answers)} answers: VQA accuracy is of ten")
+    prediction = one_line(prediction)
+    answers = [one_line(answer) for answer in answers]
+    differ = len(set(answers)) > 1
+    if differ:
+        answers = [normalise_answer(a) if rules == "official" else strip_marks(a) for a in answers]
+    if differ or rules == "vpgtrans":
+        prediction = normalise_answer(prediction)
+    return min(10, 3 * answers.count(prediction)) / 10
+
+
+def gqa_match(prediction, answer, rules="official"):
+    """Is it GQA's answer? `rules` "official" normalise both, as LAVIS does today; "vpgtrans" the
+    prediction alone, which puts some answers out of reach ("t-shirt")."""
+    return normalise_answer(prediction) == (normalise_answer(answer) if rules == "official" else answer)
+
+
+def find_lemmatiser():
+    """What gives OK-VQA's predictions the form of its answers, which are stemmed -> (its name, a
+    function text -> text); (None, None) where simplemma is not installed.
+
+    BLIP-2's and VPGTrans's scores were made with spaCy; simplemma gives the same text for 94% of
+    VQAv2's answers."""
+    try:
+        import simplemma
+    except ImportError:
+        return None, None
+    version = getattr(simplemma, "__version__", "")
+
+    def lemmatise(text):
+        return " ".join(simplemma.lemmatize(word, lang="en").lower() for word in text.split())
+
+    return f"simplemma {version}".strip(), lemmatise
+
+
+# ------------------------------------------------------------------------- files, as they are downloaded
+
+
+@dataclass
+class Task:
+    """A benchmark's items: {id, image (a file), question (None: caption it), references, group (what
+    the score is split by, or None)}, and what was left out, {problem: [places]}."""
+
+    name: str
+    items: list
+    left_out: dict = field(default_factory=dict)
+
+    def leave_out(self, problem, place):
+        self.left_out.setdefault(problem, []).append(place)
+
+
+def read_json(file):
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged, or not JSON ({error})") from error
+
+
+def number_in(name):
+    """The image id in a file's name: "val2014/COCO_val2014_000000391895.jpg" -> 391895."""
+    digits = re.search(r"(\d+)\D*$", Path(name).stem)
+    return int(digits[1]) if digits else name
+
+
+def coco_file(id):
+    return f"COCO_val2014_{id:012d}.jpg"
+
+
+def read_captions(task, files):
+    """COCO, NoCaps: LAVIS's list of images, Karpathy's dataset_coco.json (its test images), or COCO's
+    layout, {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
+    rows = read_json(files[0])
+    if isinstance(rows, list):
+        for row in rows:
+            captions = row.get("caption") or []
+            captions = [captions] if isinstance(captions, str) else captions
+            id = row.get("img_id", number_in(row["image"]))
+            yield {"id": id, "image": row["image"], "references": captions}
+        return
+    captions = {}
+    for row in rows.get("annotations", []):
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    for row in rows["images"]:
+        if "sentences" in row:
+            if row["split"] == "test":
+                name = os.path.join(row.get("filepath", ""), row["filename"])
+                texts = [sentence["raw"] for sentence in row["sentences"]]
+                yield {"id": row.get("cocoid", row.get("imgid")), "image": name, "references": texts}
+            continue
+        name = row.get("file_name") or coco_file(row["id"])
+        texts = captions.pop(row["id"], [])
+        yield {"id": row["id"], "image": name, "references": texts, "group": row.get("domain")}
+    for id in captions:
+        task.leave_out("captions of an image that is not listed", id)
+
+
+def annotations_beside(file):
+    """v2_OpenEnded_mscoco_val2014_questions.json -> v2_mscoco_val2014_annotations.json, as VQA's
+    site names them."""
+    name = file.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
+    if name == file.name or not (file.parent / name).is_file():
+        raise FileNotFoundError(f"{file}: no {name} beside it, which has the answers; name both files: "
+                                "QUESTIONS,ANNOTATIONS")
+    return file.parent / name
+
+
+def read_questions(task, files):
+    """VQAv2, OK-VQA: questions and annotations, or LAVIS's list that joins them."""
+    rows = read_json(files[0])
+    if isinstance(rows, list):
+        for row in rows:
+            answers = row.get("answer") or []
+            yield {"id": row["question_id"], "image": row["image"], "question": row["question"],
+                   "references": answers, "group": row.get("answer_type")}
+        return
+    if "questions" not in rows:
+        raise ValueError(f"{files[0]}: holds no questions but {', '.join(list(rows)[:5])}")
+    annotated = read_json(files[1] if len(files) > 1 else annotations_beside(files[0]))
+    answers = {}
+    for row in annotated["annotations"]:
+        if answers.setdefault(row["question_id"], row) is not row:
+            task.leave_out("answers to one question for the second time", row["question_id"])
+    for row in rows["questions"]:
+        answer = answers.pop(row["question_id"], {})
+        texts = [given["answer"] for given in answer.get("answers", [])]
+        yield {"id": row["question_id"], "image": coco_file(row["image_id"]), "question": row["question"],
+               "references": texts, "group": answer.get("answer_type")}
+    for id in answers:
+        task.leave_out("answers to a question that is not in the file (another split?)", id)
+
+
+def read_gqa(task, files):
+    """GQA: Stanford's {question id: {...}}, or LAVIS's list."""
+    rows = read_json(files[0])
+    if isinstance(rows, dict):
+        rows = [{"question_id": id, "image": f"{row['imageId']}.jpg"} | row for id, row in rows.items()]
+    for row in rows:
+        answers = [row["answer"]] if row.get("answer") else []
+        yield {"id": row["question_id"], "image": row["image"], "question": row["question"],
+               "references": answers, "group": row.get("types", {}).get("structural")}
+
+
+IMAGE_FOLDERS = ("", "images", "val2014", "val", "coco", "coco/val2014", "coco/images")
+
+
+def find_images(file, folder, names):
+    """The folder that a file's image names are relative to: the one given, or one nearby, that holds
+    some of the first hundred."""
+    near = [folder] if folder else [file.parent, *list(file.absolute().parents)[1:3]]
+    places = [place / sub for place in near for sub in IMAGE_FOLDERS]
+    for place in places:
+        if any((place / name).is_file() for name in names[:100]):
+            return place
+    raise FileNotFoundError(f"{file}: its first images, {', '.join(names[:2])} and so on, are not in "
+                            f"{', '.join(map(str, near))}, nor in {', '.join(IMAGE_FOLDERS[1:])} there; say "
+                            f"where they are: {file}@FOLDER")
+
+
+def known_files(benchmark, folder):
+    """The files of a benchmark that lie in a folder or its annotations/."""
+    files = [place / file for file in benchmark.files for place in (folder, folder / "annotations")]
+    return [file for file in files if file.is_file()]
+
+
+def read_task(name, spec):
+    """NAME, and FILE or FILE,FILE or FOLDER, each with @IMAGES behind it or not -> Task. FileNotFoundError
+    and ValueError name the file and the remedy."""
+    benchmark = BENCHMARKS[name]
+    source, _, folder = (spec, "", "") if Path(spec).exists() else spec.partition("@")
+    files = [Path(source)] if Path(source).exists() else [Path(part) for part in source.split(",")]
+    if files[0].is_dir():
+        files = known_files(benchmark, files[0])[:1]
+        if not files:
+            raise FileNotFoundError(f"{source}: holds none of {', '.join(benchmark.files)}")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{name}={file}: there is no such file")
+    task = Task(name, [])
+    try:
+        rows = list(benchmark.read(task, files))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{files[0]}: is not laid out as {benchmark.title} is: {error!r}") from error
+    seen = set()
+    for row in rows:
+        texts = row["references"]
+        if row["id"] in seen:
+            task.leave_out("an id for the second time", row["id"])
+        elif not texts or not any(texts):
+            task.leave_out("without a reference", row["id"])
+        elif benchmark.read is read_questions and len(texts) != 10:
+            task.leave_out("with other than ten answers", row["id"])
+        else:
+            task.items.append({"question": None, "group": None} | row)
+        seen.add(row["id"])
+    if not task.items:
+        what = "; ".join(f"{len(places):,} {problem}" for problem, places in task.left_out.items())
+        raise ValueError(f"{files[0]}: nothing to score ({what or 'it is empty'}); answers are compared with "
+                         "references, which a test split's file does not have")
+    root = find_images(files[0], Path(folder) if folder else None, [item["image"] for item in task.items])
+    for item in task.items:
+        item["image"] = str(root / item["image"])
+    return task
+
+
+# --------------------------------------------------------------------------------------------- scores
+
+RULES = ("official", "vpgtrans")
+
+
+def mean(numbers):
+    return sum(numbers) / max(1, len(numbers))
+
+
+def by_group(items, scores):
+    """{group: mean score in percent} of items that have a group."""
+    groups = {}
+    for item in items:
+        if item["group"]:
+            groups.setdefault(item["group"], []).append(scores[item["id"]])
+    return {group: 100 * mean(numbers) for group, numbers in sorted(groups.items())}
+
+
+def score_captions(items, answers, rules):
+    """-> ({metric: in papers' points}, {image: 0 to 10}). Each of NoCaps's domains has its own idf, as
+    in VPGTrans, and so has the whole."""
+    references = {item["id"]: item["references"] for item in items}
+    score, of_image = cider(answers, references)
+    scores = {"CIDEr": 100 * score, "BLEU-4": 100 * bleu4(answers, references)[3]}
+    for group in sorted({item["group"] for item in items} - {None}):
+        inside = {item["id"]: item["references"] for item in items if item["group"] == group}
+        scores[f"CIDEr, {group}"] = 100 * cider({id: answers[id] for id in inside}, inside)[0]
+    return scores, of_image
+
+
+def score_vqa(items, answers, rules):
+    """-> ({metric: percent}, {question: 0 to 1}) by `rules`, and overall by the others."""
+    of = {r: {i["id"]: vqa_accuracy(answers[i["id"]], i["references"], r) for i in items} for r in RULES}
+    scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
+    return scores | {f"{r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
+
+
+def score_okvqa(items, answers, rules):
+    """As score_vqa, plain and with the predictions lemmatised, as OK-VQA's answers are; the first
+    score is the lemmatised one where there is a lemmatiser."""
+    scores, of_question = score_vqa(items, answers, rules)
+    name, lemmatise = find_lemmatiser()
+    if name is None:
+        return scores | {"lemmatiser": None}, of_question
+    lemmas = {id: lemmatise(answer) for id, answer in answers.items()}
+    lemmatised, of_question = score_vqa(items, lemmas, rules)
+    plain = {f"plain, {rules} rules": scores[f"{rules} rules"] for rules in RULES}
+    return lemmatised | plain | {"lemmatiser": name}, of_question
+
+
+def score_gqa(items, answers, rules):
+    """-> ({metric: percent}, {question: 0 or 1}) by `rules`, and overall by the others."""
+    of = {r: {i["id"]: gqa_match(answers[i["id"]], i["references"][0], r) for i in items} for r in RULES}
+    scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
+    return scores | {f"{r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is read, scored and handed in. `files` are looked for in a folder; published
+    scores are of `size` items."""
+
+    title: str
+    read: object
+    score: object
+    result: tuple  # names in its own result format: of the id, of the answer
+    size: int
+    files: tuple
+
+
+VQA_FILES = ("OpenEnded_mscoco_val2014_questions.json",)
+BENCHMARKS = {
+    "coco": Benchmark("COCO", read_captions, score_captions, ("image_id", "caption"), 5000,
+                      ("coco_karpathy_test.json", "coco_karpathy_test_gt.json", "dataset_coco.json")),
+    "nocaps": Benchmark("NoCaps", read_captions, score_captions, ("image_id", "caption"), 4500,
+                        ("nocaps_val_4500_captions.json",)),
+    "vqav2": Benchmark("VQAv2", read_questions, score_vqa, ("question_id", "answer"), 214354,
+                       (f"v2_{VQA_FILES[0]}", "vqa_val_eval.json")),
+    "gqa": Benchmark("GQA", read_gqa, score_gqa, ("questionId", "prediction"), 12578,
+                     ("testdev_balanced_questions.json",)),
+    "okvqa": Benchmark("OK-VQA", read_questions, score_okvqa, ("question_id", "answer"), 5046,
+                       (*VQA_FILES, "okvqa_val_eval.json")),
+}
+
+# Zero-shot; the captions are not: BLIP-2's are of models fine-tuned on COCO at 364 pixels, and
+# COCO is among what VPGTrans trains on.
+PUBLISHED = {
+    "BLIP-2 OPT-2.7B": {"coco": 145.8, "nocaps": 119.7, "vqav2": 53.5, "gqa": 34.6, "okvqa": 31.7},
+    "BLIP-2 OPT-6.7B": {"coco": 145.2, "nocaps": 121.0, "vqav2": 54.3, "gqa": 36.4, "okvqa": 36.4},
+    "BLIP-2 FlanT5-XL": {"coco": 144.5, "nocaps": 121.6, "vqav2": 63.1, "gqa": 44.2, "okvqa": 40.7},
+    "BLIP-2 FlanT5-XXL": {"vqav2": 65.2, "gqa": 44.7, "okvqa": 45.9},
+    "VPGTrans OPT-125M to 1.3B, epoch 3": {"coco": 133.4},
+    "VPGTrans OPT-2.7B to 6.7B": {"vqav2": 57.2, "gqa": 36.2, "okvqa": 39.8},
+    "VPGTrans FlanT5-XL to XXL": {"vqav2": 65.2, "gqa": 45.0, "okvqa": 45.0},
+    "VL-LLaMA-7B": {"vqav2": 58.1, "gqa": 37.5, "okvqa": 37.4},
+}
+
+
+# -------------------------------------------------------------------------------------------- answers
+
+# What needs more than Python is imported where it is used, so that the metrics can be copied alone.
+
+CAPTION = {"num_beams": 5, "min_new_tokens": 7, "max_new_tokens": 30, "length_penalty": 1.0}
+QUESTION = {"num_beams": 5, "min_new_tokens": 0, "max_new_tokens": 10, "length_penalty": -1.0}
+
+
+def clean_question(text, most=50):
+    """A question as BLIP-2 and VPGTrans ask it: lower case, some marks deleted (the question mark
+    stays), at most 50 words."""
+    text = re.sub(r'[.!"()*#:;~]', "", text.lower()).rstrip(" ")
+    return " ".join(text.split(" ")[:most])
+
+
+def question_prompt(tok):
+    """The papers' prompt for this kind of language model."""
+    return "Question: {} Short answer:" if tok.encoder_decoder else "Question: {} Answer:"
+
+
+def common_start(rows):
+    """How many ids all rows begin with, at most all but the last of each."""
+    least = min(map(len, rows)) - 1
+    return next((n for n in range(least) if len({row[n] for row in rows}) > 1), least)
+
+
+def answer_prompts(model, tok, prompts, sees, index, batch_size, options):
+    """Prompts as texts, what the model saw of some images, and which of these each prompt is about
+    (a list) -> as many answers.
+
+    Prompts of one length go together and shorter ones are padded on the left, so that no answer
+    depends on its neighbours. Where an image has several questions, a decoder-only LLM reads what
+    they begin with, the image above all, once."""
+    import torch
+
+    import data
+
+    ids = [data.prompt_ids(tok, model.vpg.num_query_tokens, text.rstrip(" ")) for text in prompts]
+    options = options | {"stop": ((tok.end_id,), (tok.eos_id,))}
+    images = len(next(iter(sees.values())))
+    shared = None
+    if len(ids) > images and not tok.encoder_decoder:
+        start = common_start(ids)
+        head = torch.tensor([ids[0][:start]]).expand(images, -1)
+        with torch.inference_mode():
+            shared = model.llm.read_prefix(*model.prefix(head, **sees))
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    answers = [None] * len(ids)
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        places = torch.tensor([index[i] for i in rows])
+        if shared is None:
+            padded = data.pad([ids[i] for i in rows], data.PADDING, left=True)
+            seen = {name: x[places.to(x.device)] for name, x in sees.items()}
+            found = model.generate(padded, **seen, **options)
+        else:
+            padded = data.pad([ids[i][start:] for i in rows], data.PADDING, left=True)
+            words = start - model.vpg.num_query_tokens
+            found = generate_behind(model.llm, shared.rows(places), padded, words, **options)
+        for i, row in zip(rows, found):
+            answers[i] = tok.decode(row).strip()
+    return answers
+
+
+def generate_behind(llm, cache, ids, words_before, length_penalty_counts="new", **options):
+    """The LLM's answers to ids (B,P) behind what a cache holds, among it so many of the prompt's
+    tokens."""
+    import torch
+
+    import data
+
+    mask = ids != data.PADDING
+    if length_penalty_counts == "prompt":
+        options["prompt_lengths"] = words_before + mask.sum(1)
+    device = cache.keys.device
+    with torch.inference_mode():
+        words = llm.embed(ids.clamp(min=0).to(device))
+    return llm.generate(words, None if mask.all() else mask.to(device), cache=cache, **options)
+
+
+def read_ahead(files, size, count):
+    """Image files -> lists of `count` (file, pixels or None, why there are none); while one list is at
+    work the next one is read."""
+    import data
+
+    def read(file):
+        try:
+            return file, data.read_image(file, size), None
+        except OSError as error:
+            return file, None, str(error)
+
+    chunks = [files[i : i + count] for i in range(0, len(files), count)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # Pillow decodes outside of Python's lock
+        following = None
+        for chunk in [*chunks, []]:
+            ready = following
+            following = pool.map(read, chunk)
+            if ready is not None:
+                yield list(ready)
+
+
+def answer_items(model, tok, items, prompt, options, batch_size):
+    """Items -> one list for each `batch_size` images: [{id, answer, and the problem where the image
+    cannot be read}]. Each image is seen once, whatever the number of its questions."""
+    import torch
+
+    of_image = {}
+    for item in items:
+        of_image.setdefault(item["image"], []).append(item)
+    for read in read_ahead(list(of_image), model.vpg.image_size, batch_size):
+        rows = []
+        asked = []
+        index = []
+        images = []
+        for file, pixels, problem in read:
+            if pixels is None:
+                rows += [{"id": item["id"], "answer": "", "problem": problem} for item in of_image[file]]
+                continue
+            asked += of_image[file]
+            index += [len(images)] * len(of_image[file])
+            images.append(pixels)
+        if images:
+            with torch.inference_mode():
+                sees = model.see(torch.stack(images).to(model.projector.weight.device))
+            prompts = [prompt.replace("{}", clean_question(item["question"] or "")) for item in asked]
+            answers = answer_prompts(model, tok, prompts, sees, index, batch_size, options)
+            rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
+        yield rows
+
+
+def read_answers(folder, name, header):
+    """Answers that all processes have written so far -> {id: row}; a line that was cut off is none.
+    ValueError where they are another model's, or to other questions."""
+    rows = {}
+    for file in sorted(folder.glob(f"{name}.*.jsonl")):
+        lines = file.read_text(encoding="utf-8").split("\n")
+        try:
+            found = [dict(json.loads(line)) for line in lines[:-1]]  # behind them is nothing, or a torn line
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: damaged ({error}); remove it, and what it answers is asked "
+                             "again") from error
+        for key in header if found else ():
+            if found[0].get(key) != header[key]:
+                raise ValueError(f"{file}: holds answers with {key} = {found[0].get(key)!r}, and now it is "
+                                 f"{header[key]!r}; name another --out, or remove the file")
+        for row in found[1:]:
+            if "problem" in rows.get(row["id"], {"problem": None}):  # a second try may have found the image
+                rows[row["id"]] = row
+    return rows
+
+
+def open_answers(file, header):
+    """A file of answers, opened to append whole lines; a new one begins with the header."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    opened = open(file, "a+b")
+    opened.seek(0)
+    whole = opened.read().rfind(b"\n") + 1
+    opened.truncate(whole)
+    if not whole:
+        opened.write(json.dumps(header).encode() + b"\n")
+    return opened
+
+
+def answer_task(task, model, tok, header, args, folder, processes):
+    """Answers what is not answered yet, each process its share of the images -> {id: row} of all."""
+    done = {id for id, row in read_answers(folder, task.name, header).items() if "problem" not in row}
+    processes.sum(0)  # all have read before one writes
+    images = {image: i for i, image in enumerate(dict.fromkeys(item["image"] for item in task.items))}
+    mine = [item for item in task.items
+            if item["id"] not in done and images[item["image"]] % processes.world == processes.rank]
+    options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
+    with open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
+        answered = 0
+        for rows in answer_items(model, tok, mine, header["prompt"], options, args.batch_size):
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+            file.flush()
+            answered += len(rows)
+            if processes.rank == 0 and sys.stderr.isatty():
+                print(f"\r{task.name}: {answered:,} of {len(mine):,}", end="", file=sys.stderr)
+    processes.sum(0)
+    return read_answers(folder, task.name, header)
+
+
+# --------------------------------------------------------------------------------------------- report
+
+
+def draw_sheet(file, cells, columns=2, side=140, width=560):
+    """A picture of images with what was asked, answered, and said by people: cells [(image file,
+    [(text, colour)])]."""
+    from PIL import Image, ImageDraw, ImageOps
+
+    import data
+
+    height = side + 20
+    sheet = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, lines) in enumerate(cells):
+        x = i % columns * width + 8
+        y = i // columns * height + 8
+        try:
+            sheet.paste(ImageOps.contain(data.load_image(image), (side, side)), (x, y))
+        except OSError:
+            pen.rectangle((x, y, x + side, y + side), outline="red")
+            pen.text((x + 4, y + 4), "cannot be read", fill="red")
+        x += side + 10
+        wrapped = [(part, colour) for text, colour in lines for part in textwrap.wrap(text, 66)[:2]]
+        for row, (text, colour) in enumerate(wrapped[:9]):
+            pen.text((x, y + 16 * row), text, fill=colour, font_size=12)
+    sheet.save(file)
+
+
+def show(task, answers, of_item, count=8):
+    """The worst answers and as many drawn at random, as cells of draw_sheet."""
+    rng = random.Random(0)
+    order = sorted(task.items, key=lambda item: (of_item[item["id"]], rng.random()))
+    drawn = rng.sample(task.items, min(count, len(task.items)))
+    cells = []
+    for what, items in (("among the worst", order[:count]), ("drawn at random", drawn)):
+        for item in items:
+            lines = [(f"{what}: score {100 * of_item[item['id']]:.0f}", "gray")]
+            lines += [(item["question"], "black")] if item["question"] else []
+            lines.append((answers[item["id"]] or "(no answer)", "blue"))
+            for text, times in Counter(item["references"]).most_common(5):
+                lines.append((text if times == 1 else f"{text}  ({times} people)", "darkgreen"))
+            cells.append((item["image"], lines))
+    return cells
+
+
+def score_task(task, rows, args, folder):
+    """Scores a task, and writes its result file and its picture -> {metric: score, and counts}."""
+    answers = {item["id"]: rows[item["id"]]["answer"] for item in task.items}
+    benchmark = BENCHMARKS[task.name]
+    scores, of_item = benchmark.score(task.items, answers, args.normalise)
+    id_name, answer_name = benchmark.result
+    result = [{id_name: id, answer_name: answer} for id, answer in answers.items()]
+    write_json(folder / f"{task.name}.json", result)
+    draw_sheet(folder / f"{task.name}.png", show(task, answers, of_item))
+    unread = {id: rows[id]["problem"] for id in answers if "problem" in rows[id]}
+    strangers = len(rows.keys() - answers.keys())
+    counts = {"items": len(answers), "images": len({item["image"] for item in task.items}),
+              "empty answers": sum(not answer for answer in answers.values()) - len(unread)}
+    notes = []
+    if len(answers) != benchmark.size:
+        notes.append(f"published scores are of {benchmark.size:,} items: they do not compare with these")
+    for problem, places in task.left_out.items():
+        notes.append(f"{len(places):,} left out: {problem}, such as {places[0]}")
+    if unread:
+        notes.append(f"{len(unread):,} scored as no answer, since their images cannot be read, such as "
+                     f"{next(iter(unread.values()))}")
+    if counts["empty answers"]:
+        notes.append(f"{counts['empty answers']:,} answers are empty")
+    if strangers:
+        notes.append(f"{strangers:,} answers are to none of these items, and not scored")
+    if len(answers) == 1:
+        notes.append("CIDEr of one image alone is always 0")
+    return {"scores": scores, **counts, "notes": notes}
+
+
+def write_json(file, content):
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def table(model, results):
+    """Lines: this model's first scores, beside the published ones where they are of as many items."""
+    names = list(results)
+    whole = {name for name in names if results[name]["items"] == BENCHMARKS[name].size}
+    rows = {model: {name: next(iter(result["scores"].values())) for name, result in results.items()}}
+    for who, scores in PUBLISHED.items():
+        if whole & scores.keys():
+            rows[who] = {name: scores[name] for name in whole & scores.keys()}
+    width = max(map(len, rows))
+    yield " " * width + "".join(f"{BENCHMARKS[name].title:>9}" for name in names)
+    for who, scores in rows.items():
+        cells = [f"{scores[name]:9.1f}" if name in scores else f"{'-':>9}" for name in names]
+        yield f"{who:{width}}" + "".join(cells)
+    if {"coco", "nocaps"} & whole:
+        yield "(captions: CIDEr. BLIP-2's are of models fine-tuned on COCO at 364 pixels, none is zero-shot.)"
+
+
+def describe(name, result):
+    """Lines: all of a benchmark's scores, and what there is to know about them."""
+    shown = [f"{metric} {score if not isinstance(score, float) else round(score, 2)}"
+             for metric, score in result["scores"].items()]
+    yield f"{name}: {result['items']:,} items of {result['images']:,} images; {', '.join(shown)}"
+    if result["scores"].get("lemmatiser", "") is None:
+        yield "    not lemmatised: pip install simplemma; the published scores of OK-VQA are, by spaCy"
+    for note in result["notes"]:
+        yield f"    {note}"
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmarks", nargs="*", metavar="NAME=FILE[@IMAGES]",
+                        help=f"NAME is one of {', '.join(BENCHMARKS)}; FILE as downloaded, or the folder "
+                             "that has it, or QUESTIONS,ANNOTATIONS (default: all that lies under "
+                             "datasets/ or $VPGTRANS_DATA, in folders of these names)")
+    parser.add_argument("--model", required=True,
+                        help="a run's folder (out/...), or a BLIP-2 checkpoint (folder, Hub id, short name)")
+    parser.add_argument("--out", type=Path,
+                        help="evaluation/ is made there (default: the run's folder, else out/MODEL)")
+    parser.add_argument("--limit", type=int, metavar="N",
+                        help="ask about N items alone, for a look: such scores compare with no others")
+    parser.add_argument("--normalise", choices=RULES, default="vpgtrans",
+                        help="whose rules for answers come first: VQA's official ones since 2021, or the "
+                             "older ones, on which the published scores rest (default: %(default)s); "
+                             "both are in scores.json")
+    asking = parser.add_argument_group("asking")
+    asking.add_argument("--caption-prompt", default="", help="(default: none, as VPGTrans)")
+    asking.add_argument("--question-prompt", metavar="TEXT",
+                        help="with {} for the question (default: \"Question: {} Answer:\", for T5 "
+                             "\"Question: {} Short answer:\", as VPGTrans)")
+    asking.add_argument("--num-beams", type=int, default=5, help="(default: %(default)s, as the papers)")
+    asking.add_argument("--length-penalty-counts", choices=("new", "prompt"), default="prompt",
+                        help="which tokens are a text's length, for beam search's penalty: the new ones, or "
+                             "the prompt's as well, on which the published scores of OPT and LLaMA rest "
+                             "(default: %(default)s)")
+    asking.add_argument("--batch-size", type=int, default=16,
+                        help="images, and questions, at once; no answer depends on it but through rounding "
+                             "(default: %(default)s)")
+    asking.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
+                        help="of ViT and LLM (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for name in ("limit", "num_beams", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.question_prompt is not None and args.question_prompt.count("{}") != 1:
+        parser.error("--question-prompt must have {} in the question's place, once")
+    return args
+
+
+def find_tasks(args):
+    """-> [Task] of the benchmarks named, or of what lies under datasets/."""
+    specs = []
+    for spec in args.benchmarks:
+        name, _, source = spec.partition("=")
+        if name not in BENCHMARKS or not source:
+            raise ValueError(f"{spec!r} does not read NAME=FILE[@IMAGES] with NAME one of "
+                             f"{', '.join(BENCHMARKS)}")
+        specs.append((name, source))
+    if not specs:
+        root = Path(os.environ.get("VPGTRANS_DATA", "datasets"))
+        for name, benchmark in BENCHMARKS.items():
+            if known_files(benchmark, root / name):
+                specs.append((name, str(root / name)))
+        if not specs:
+            places = "\n".join(f"  {root / name}/{' or '.join(b.files)}" for name, b in BENCHMARKS.items())
+            raise FileNotFoundError(f"no benchmark: name one, NAME=FILE[@IMAGES], or put there\n{places}")
+    twice = [name for name, count in Counter(name for name, _ in specs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice")
+    tasks = [read_task(name, source) for name, source in specs]
+    if args.limit:
+        for task in tasks:
+            random.Random(0).shuffle(task.items)
+            del task.items[args.limit :]
+    return tasks
+
+
+def describe_asking(task, args, tok, model_name, fingerprint):
+    """The first line of a file of answers: what they depend on."""
+    asks = task.items[0]["question"] is not None
+    items = json.dumps([[item["id"], item["question"]] for item in task.items]).encode()
+    prompt = args.question_prompt or question_prompt(tok)
+    return {
+        "model": model_name, "fingerprint": fingerprint, "precision": args.precision,
+        "prompt": prompt if asks else args.caption_prompt,
+        **(QUESTION if asks else CAPTION), "num_beams": args.num_beams,
+        "length_penalty_counts": args.length_penalty_counts,
+        "items": len(task.items), "digest": hashlib.sha256(items).hexdigest()[:16],
+    }
+
+
+def default_out(model):
+    """The run's folder, else out/ and the model's name."""
+    import hub
+
+    if Path(model).is_dir() and hub.read_config(model).get("model_type") == "vpgtrans":
+        return Path(model)
+    return Path("out") / model.strip("./").replace("/", "--")
+
+
+def evaluate(args, processes):
+    """-> {benchmark: result} on the first process."""
+    import hub
+    import runs
+    import transfer
+
+    tasks = find_tasks(args)
+    out = args.out or default_out(args.model)
+    folder = out / (f"evaluation-limit-{args.limit}" if args.limit else "evaluation")
+    with processes.first_goes_first():
+        model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], processes.device)
+    asked = hub.lasting_name(args.model), hub.fingerprint(model.saved())
+    lock = contextlib.nullcontext()
+    if processes.rank == 0:
+        lock = runs.locked(folder, " ".join(sys.argv), processes.say)
+    with lock:
+        results = {}
+        for task in tasks:
+            header = describe_asking(task, args, tok, *asked)
+            rows = answer_task(task, model, tok, header, args, folder / "answers", processes)
+            if processes.rank == 0:
+                results[task.name] = score_task(task, rows, args, folder) | {"asked": header}
+                processes.say("\n".join(describe(task.name, results[task.name])))
+        if processes.rank == 0:
+            settings = {"model": asked[0], "normalise": args.normalise, "limit": args.limit}
+            write_json(folder / "scores.json", settings | {"benchmarks": results})
+            processes.say("\n" + "\n".join(table(args.model, results)))
+            if args.limit:
+                processes.say(f"With --limit {args.limit} this is a look, and no score: CIDEr reads what is "
+                              "rare off the images at hand.")
+            processes.say(f"Answers, scores and pictures are in {folder}/")
+    return results
+
+
+def main(argv=None):
+    import torch
+
+    import loop
+
+    sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
+    args = parse_arguments(argv)
+    try:
+        return evaluate(args, loop.Processes.start(args.precision))
+    except torch.OutOfMemoryError as error:
+        loop.end_with(f"GPU memory ran out; lower --batch-size, and start again: what is answered stays "
+                      f"({error})", "evaluate.py")
+    except (OSError, ValueError) as error:
+        loop.end_with(error, "evaluate.py")
+
+
+if __name__ == "__main__":
+    import loop
+
+    loop.run_command(main)
