@@ -1,4 +1,4 @@
-r"""Score captions and answers about images: COCO, NoCaps, VQAv2, GQA, OK-VQA.
+r"""Score captions and answers about images: COCO, NoCaps, VQAv2, GQA, OK-VQA, ScienceQA.
 
     python evaluate.py --model out/opt-2.7b-to-opt-6.7b coco=coco_karpathy_test.json@coco \
         vqav2=v2_OpenEnded_mscoco_val2014_questions.json@coco/val2014
@@ -28,6 +28,7 @@ import re
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -272,125 +273,17 @@ def find_lemmatiser():
 
 # ------------------------------------------------------------------------- files, as they are downloaded
 
+# What needs more than Python is imported where it is used, so that the metrics can be copied alone.
+
 
 @dataclass
 class Task:
-    """A benchmark's items: {id, image (a file), question (None: caption it), references, group (what
-    the score is split by, or None)}, and what was left out, {problem: [places]}."""
+    """A benchmark's items: {id, image (a file), question (None: caption it), answers (all references),
+    group (what the score is split by, or None)}, and what was left out, {problem: [places]}."""
 
     name: str
     items: list
     left_out: dict = field(default_factory=dict)
-
-    def leave_out(self, problem, place):
-        self.left_out.setdefault(problem, []).append(place)
-
-
-def read_json(file):
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged, or not JSON ({error})") from error
-
-
-def number_in(name):
-    """The image id in a file's name: "val2014/COCO_val2014_000000391895.jpg" -> 391895."""
-    digits = re.search(r"(\d+)\D*$", Path(name).stem)
-    return int(digits[1]) if digits else name
-
-
-def coco_file(id):
-    return f"COCO_val2014_{id:012d}.jpg"
-
-
-def read_captions(task, files):
-    """COCO, NoCaps: LAVIS's list of images, Karpathy's dataset_coco.json (its test images), or COCO's
-    layout, {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
-    rows = read_json(files[0])
-    if isinstance(rows, list):
-        for row in rows:
-            captions = row.get("caption") or []
-            captions = [captions] if isinstance(captions, str) else captions
-            id = row.get("img_id", number_in(row["image"]))
-            yield {"id": id, "image": row["image"], "references": captions}
-        return
-    captions = {}
-    for row in rows.get("annotations", []):
-        captions.setdefault(row["image_id"], []).append(row["caption"])
-    for row in rows["images"]:
-        if "sentences" in row:
-            if row["split"] == "test":
-                name = os.path.join(row.get("filepath", ""), row["filename"])
-                texts = [sentence["raw"] for sentence in row["sentences"]]
-                yield {"id": row.get("cocoid", row.get("imgid")), "image": name, "references": texts}
-            continue
-        name = row.get("file_name") or coco_file(row["id"])
-        texts = captions.pop(row["id"], [])
-        yield {"id": row["id"], "image": name, "references": texts, "group": row.get("domain")}
-    for id in captions:
-        task.leave_out("captions of an image that is not listed", id)
-
-
-def annotations_beside(file):
-    """v2_OpenEnded_mscoco_val2014_questions.json -> v2_mscoco_val2014_annotations.json, as VQA's
-    site names them."""
-    name = file.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
-    if name == file.name or not (file.parent / name).is_file():
-        raise FileNotFoundError(f"{file}: no {name} beside it, which has the answers; name both files: "
-                                "QUESTIONS,ANNOTATIONS")
-    return file.parent / name
-
-
-def read_questions(task, files):
-    """VQAv2, OK-VQA: questions and annotations, or LAVIS's list that joins them."""
-    rows = read_json(files[0])
-    if isinstance(rows, list):
-        for row in rows:
-            answers = row.get("answer") or []
-            yield {"id": row["question_id"], "image": row["image"], "question": row["question"],
-                   "references": answers, "group": row.get("answer_type")}
-        return
-    if "questions" not in rows:
-        raise ValueError(f"{files[0]}: holds no questions but {', '.join(list(rows)[:5])}")
-    annotated = read_json(files[1] if len(files) > 1 else annotations_beside(files[0]))
-    answers = {}
-    for row in annotated["annotations"]:
-        if answers.setdefault(row["question_id"], row) is not row:
-            task.leave_out("answers to one question for the second time", row["question_id"])
-    for row in rows["questions"]:
-        answer = answers.pop(row["question_id"], {})
-        texts = [given["answer"] for given in answer.get("answers", [])]
-        yield {"id": row["question_id"], "image": coco_file(row["image_id"]), "question": row["question"],
-               "references": texts, "group": answer.get("answer_type")}
-    for id in answers:
-        task.leave_out("answers to a question that is not in the file (another split?)", id)
-
-
-def read_gqa(task, files):
-    """GQA: Stanford's {question id: {...}}, or LAVIS's list."""
-    rows = read_json(files[0])
-    if isinstance(rows, dict):
-        rows = [{"question_id": id, "image": f"{row['imageId']}.jpg"} | row for id, row in rows.items()]
-    for row in rows:
-        answers = [row["answer"]] if row.get("answer") else []
-        yield {"id": row["question_id"], "image": row["image"], "question": row["question"],
-               "references": answers, "group": row.get("types", {}).get("structural")}
-
-
-IMAGE_FOLDERS = ("", "images", "val2014", "val", "coco", "coco/val2014", "coco/images")
-
-
-def find_images(file, folder, names):
-    """The folder that a file's image names are relative to: the one given, or one nearby, that holds
-    some of the first hundred."""
-    near = [folder] if folder else [file.parent, *list(file.absolute().parents)[1:3]]
-    places = [place / sub for place in near for sub in IMAGE_FOLDERS]
-    for place in places:
-        if any((place / name).is_file() for name in names[:100]):
-            return place
-    raise FileNotFoundError(f"{file}: its first images, {', '.join(names[:2])} and so on, are not in "
-                            f"{', '.join(map(str, near))}, nor in {', '.join(IMAGE_FOLDERS[1:])} there; say "
-                            f"where they are: {file}@FOLDER")
 
 
 def known_files(benchmark, folder):
@@ -400,42 +293,37 @@ def known_files(benchmark, folder):
 
 
 def read_task(name, spec):
-    """NAME, and FILE or FILE,FILE or FOLDER, each with @IMAGES behind it or not -> Task. FileNotFoundError
-    and ValueError name the file and the remedy."""
+    """NAME, and FILE or the folder that has it, with @IMAGES behind it or not -> Task.
+    FileNotFoundError and ValueError name the file and the remedy."""
+    import pairs
+
     benchmark = BENCHMARKS[name]
-    source, _, folder = (spec, "", "") if Path(spec).exists() else spec.partition("@")
-    files = [Path(source)] if Path(source).exists() else [Path(part) for part in source.split(",")]
-    if files[0].is_dir():
-        files = known_files(benchmark, files[0])[:1]
+    source, at, images = (spec, "", "") if Path(spec).exists() else spec.partition("@")
+    if Path(source).is_dir():
+        files = known_files(benchmark, Path(source))
         if not files:
             raise FileNotFoundError(f"{source}: holds none of {', '.join(benchmark.files)}")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{name}={file}: there is no such file")
-    task = Task(name, [])
-    try:
-        rows = list(benchmark.read(task, files))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{files[0]}: is not laid out as {benchmark.title} is: {error!r}") from error
-    seen = set()
-    for row in rows:
-        texts = row["references"]
-        if row["id"] in seen:
-            task.leave_out("an id for the second time", row["id"])
-        elif not texts or not any(texts):
-            task.leave_out("without a reference", row["id"])
-        elif benchmark.read is read_questions and len(texts) != 10:
-            task.leave_out("with other than ten answers", row["id"])
+        source = str(files[0])
+    found = pairs.read_questions(source + at + images)
+    task = Task(name, [], dict(found.left_out))
+    for item in map(found.__getitem__, range(len(found))):
+        problem = None
+        if not any(item["answers"]):
+            problem = "without a reference"
+        elif benchmark.people and len(item["answers"]) != benchmark.people:
+            problem = f"with other than {benchmark.people} answers"
+        if problem:
+            task.left_out.setdefault(problem, []).append(item["id"])
         else:
-            task.items.append({"question": None, "group": None} | row)
-        seen.add(row["id"])
+            task.items.append({"group": None} | item)
     if not task.items:
         what = "; ".join(f"{len(places):,} {problem}" for problem, places in task.left_out.items())
-        raise ValueError(f"{files[0]}: nothing to score ({what or 'it is empty'}); answers are compared with "
-                         "references, which a test split's file does not have")
-    root = find_images(files[0], Path(folder) if folder else None, [item["image"] for item in task.items])
-    for item in task.items:
-        item["image"] = str(root / item["image"])
+        raise ValueError(f"{source}: nothing to score ({what}); answers are compared with references, which "
+                         "a test split's file does not have")
+    asks = {item["question"] is not None for item in task.items}
+    if asks != {benchmark.asks}:
+        found, wanted = ("captions", "questions") if benchmark.asks else ("questions", "captions")
+        raise ValueError(f"{source}: holds {found}, and {benchmark.title} is about {wanted}")
     return task
 
 
@@ -460,18 +348,18 @@ def by_group(items, scores):
 def score_captions(items, answers, rules):
     """-> ({metric: in papers' points}, {image: 0 to 10}). Each of NoCaps's domains has its own idf, as
     in VPGTrans, and so has the whole."""
-    references = {item["id"]: item["references"] for item in items}
+    references = {item["id"]: item["answers"] for item in items}
     score, of_image = cider(answers, references)
     scores = {"CIDEr": 100 * score, "BLEU-4": 100 * bleu4(answers, references)[3]}
     for group in sorted({item["group"] for item in items} - {None}):
-        inside = {item["id"]: item["references"] for item in items if item["group"] == group}
+        inside = {item["id"]: item["answers"] for item in items if item["group"] == group}
         scores[f"CIDEr, {group}"] = 100 * cider({id: answers[id] for id in inside}, inside)[0]
     return scores, of_image
 
 
 def score_vqa(items, answers, rules):
     """-> ({metric: percent}, {question: 0 to 1}) by `rules`, and overall by the others."""
-    of = {r: {i["id"]: vqa_accuracy(answers[i["id"]], i["references"], r) for i in items} for r in RULES}
+    of = {r: {i["id"]: vqa_accuracy(answers[i["id"]], i["answers"], r) for i in items} for r in RULES}
     scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
     return scores | {f"{r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
 
@@ -491,36 +379,81 @@ def score_okvqa(items, answers, rules):
 
 def score_gqa(items, answers, rules):
     """-> ({metric: percent}, {question: 0 or 1}) by `rules`, and overall by the others."""
-    of = {r: {i["id"]: gqa_match(answers[i["id"]], i["references"][0], r) for i in items} for r in RULES}
+    of = {r: {i["id"]: gqa_match(answers[i["id"]], i["answers"][0], r) for i in items} for r in RULES}
     scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
     return scores | {f"{r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
 
 
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+
+
+def scienceqa_columns(item):
+    """Which of ScienceQA's columns a question counts in, beside the average; TXT and IMG overlap."""
+    yield SUBJECTS.get(item.get("subject"), "other")
+    if item.get("hint"):
+        yield "TXT"
+    if item["image"]:
+        yield "IMG"
+    if not item.get("hint") and not item["image"]:
+        yield "NO"
+    yield "G1-6" if int(re.sub(r"\D", "", item["grade"])) <= 6 else "G7-12"
+
+
+def chosen_letter(text):
+    """The first capital letter in an answer, or "": whose choice is the answer, if there is one."""
+    return next(iter(re.findall("[A-Z]", text)), "")
+
+
+def score_scienceqa(items, answers, rules):
+    """-> ({"average" and column: percent}, {question: 0 or 1}). An answer without a letter, or with one
+    beyond the choices, is wrong."""
+    of_question = {}
+    columns = {}
+    for item in items:
+        right = chosen_letter(answers[item["id"]]) == "ABCDE"[item["answer"]]
+        of_question[item["id"]] = float(right)
+        for column in scienceqa_columns(item):
+            columns.setdefault(column, []).append(right)
+    order = [*SUBJECTS.values(), "TXT", "IMG", "NO", "G1-6", "G7-12"]
+    scores = {column: 100 * mean(columns[column]) for column in order if column in columns}
+    return {"average": 100 * mean(of_question.values())} | scores, of_question
+
+
+def compare_letters(items, answers, letters):
+    """The scores of the letters with the largest logits, and how often they are not the greedy answer's."""
+    scores, _ = score_scienceqa(items, letters, None)
+    differ = [chosen_letter(answers[id]) != letter for id, letter in letters.items()]
+    best = {f"{column}, largest logit": score for column, score in scores.items()}
+    return best | {"answers that are not the letter of the largest logit": 100 * mean(differ)}
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is read, scored and handed in. `files` are looked for in a folder; published
-    scores are of `size` items."""
+    """How a benchmark is scored and handed in."""
 
     title: str
-    read: object
-    score: object
+    asks: bool  # questions, or for captions
+    people: int  # who answered each question; 0: any number
+    size: int  # items that published scores are of
+    score: Callable
     result: tuple  # names in its own result format: of the id, of the answer
-    size: int
-    files: tuple
+    files: tuple  # that are looked for in a folder
 
 
-VQA_FILES = ("OpenEnded_mscoco_val2014_questions.json",)
+CAPTIONS = ("image_id", "caption")
+ANSWERS = ("question_id", "answer")
+VQA = "OpenEnded_mscoco_val2014_questions.json"
 BENCHMARKS = {
-    "coco": Benchmark("COCO", read_captions, score_captions, ("image_id", "caption"), 5000,
+    "coco": Benchmark("COCO", False, 0, 5000, score_captions, CAPTIONS,
                       ("coco_karpathy_test.json", "coco_karpathy_test_gt.json", "dataset_coco.json")),
-    "nocaps": Benchmark("NoCaps", read_captions, score_captions, ("image_id", "caption"), 4500,
+    "nocaps": Benchmark("NoCaps", False, 0, 4500, score_captions, CAPTIONS,
                         ("nocaps_val_4500_captions.json",)),
-    "vqav2": Benchmark("VQAv2", read_questions, score_vqa, ("question_id", "answer"), 214354,
-                       (f"v2_{VQA_FILES[0]}", "vqa_val_eval.json")),
-    "gqa": Benchmark("GQA", read_gqa, score_gqa, ("questionId", "prediction"), 12578,
+    "vqav2": Benchmark("VQAv2", True, 10, 214354, score_vqa, ANSWERS, (f"v2_{VQA}", "vqa_val_eval.json")),
+    "gqa": Benchmark("GQA", True, 1, 12578, score_gqa, ("questionId", "prediction"),
                      ("testdev_balanced_questions.json",)),
-    "okvqa": Benchmark("OK-VQA", read_questions, score_okvqa, ("question_id", "answer"), 5046,
-                       (*VQA_FILES, "okvqa_val_eval.json")),
+    "okvqa": Benchmark("OK-VQA", True, 10, 5046, score_okvqa, ANSWERS, (VQA, "okvqa_val_eval.json")),
+    "scienceqa": Benchmark("ScienceQA", True, 0, 4241, score_scienceqa, ("id", "answer"),
+                           ("problems.json", "problem.json")),
 }
 
 # Zero-shot; the captions are not: BLIP-2's are of models fine-tuned on COCO at 364 pixels, and
@@ -534,12 +467,14 @@ PUBLISHED = {
     "VPGTrans OPT-2.7B to 6.7B": {"vqav2": 57.2, "gqa": 36.2, "okvqa": 39.8},
     "VPGTrans FlanT5-XL to XXL": {"vqav2": 65.2, "gqa": 45.0, "okvqa": 45.0},
     "VL-LLaMA-7B": {"vqav2": 58.1, "gqa": 37.5, "okvqa": 37.4},
+    "LaVIN 7B": {"scienceqa": 89.41},
+    "LLaVA 13B": {"scienceqa": 90.92},
+    "MemVP LLaMA-7B": {"scienceqa": 93.07},
+    "MemVP LLaMA-13B": {"scienceqa": 93.78},
 }
 
 
 # -------------------------------------------------------------------------------------------- answers
-
-# What needs more than Python is imported where it is used, so that the metrics can be copied alone.
 
 CAPTION = {"num_beams": 5, "min_new_tokens": 7, "max_new_tokens": 30, "length_penalty": 1.0}
 QUESTION = {"num_beams": 5, "min_new_tokens": 0, "max_new_tokens": 10, "length_penalty": -1.0}
@@ -574,11 +509,12 @@ def answer_prompts(model, tok, prompts, sees, index, batch_size, options):
 
     import data
 
-    ids = [data.prompt_ids(tok, model.vpg.num_query_tokens, text.rstrip(" ")) for text in prompts]
+    ids = [data.prompt_ids(tok, model.num_query_tokens, text.rstrip(" ")) for text in prompts]
     options = options | {"stop": ((tok.end_id,), (tok.eos_id,))}
     images = len(next(iter(sees.values())))
     shared = None
-    if len(ids) > images and not tok.encoder_decoder:
+    reads_image = model.num_query_tokens > 0  # in its prompt, and not in its memory
+    if len(ids) > images and reads_image and not tok.encoder_decoder:
         start = common_start(ids)
         head = torch.tensor([ids[0][:start]]).expand(images, -1)
         with torch.inference_mode():
@@ -594,7 +530,7 @@ def answer_prompts(model, tok, prompts, sees, index, batch_size, options):
             found = model.generate(padded, **seen, **options)
         else:
             padded = data.pad([ids[i][start:] for i in rows], data.PADDING, left=True)
-            words = start - model.vpg.num_query_tokens
+            words = start - model.num_query_tokens
             found = generate_behind(model.llm, shared.rows(places), padded, words, **options)
         for i, row in zip(rows, found):
             answers[i] = tok.decode(row).strip()
@@ -646,7 +582,7 @@ def answer_items(model, tok, items, prompt, options, batch_size):
     of_image = {}
     for item in items:
         of_image.setdefault(item["image"], []).append(item)
-    for read in read_ahead(list(of_image), model.vpg.image_size, batch_size):
+    for read in read_ahead(list(of_image), model.image_size, batch_size):
         rows = []
         asked = []
         index = []
@@ -660,10 +596,81 @@ def answer_items(model, tok, items, prompt, options, batch_size):
             images.append(pixels)
         if images:
             with torch.inference_mode():
-                sees = model.see(torch.stack(images).to(model.projector.weight.device))
+                sees = model.see(torch.stack(images).to(device_of(model)))
             prompts = [prompt.replace("{}", clean_question(item["question"] or "")) for item in asked]
             answers = answer_prompts(model, tok, prompts, sees, index, batch_size, options)
             rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
+        yield rows
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+FORCED = "The answer is"  # every answer to ScienceQA begins so
+
+
+def choose(model, tok, items, with_captions, images, has_image):
+    """Questions with choices -> (the greedy token behind "The answer is", as texts; the letters of the
+    largest logit among those offered), as MemVP asks ScienceQA."""
+    import torch
+
+    import data
+    import finetune
+
+    prompts = []
+    targets = []
+    letters = []
+    for item in items:
+        prompt, _ = finetune.ask_scienceqa(item, with_captions)
+        answers = [finetune.question_ids(tok, prompt, f"{FORCED} {letter}.") for letter in finetune.LETTERS]
+        # where the answers part, the letter stands; what is before it is given
+        start = common_start([target for _, target in answers])
+        prompts.append(answers[0][0])
+        targets.append([*answers[0][1][:start], 0])
+        letters.append([target[start] for _, target in answers[: len(item["choices"])]])
+    device = device_of(model)
+    target_ids = data.pad(targets, data.PADDING).to(device)
+    padded = data.pad(prompts, data.PADDING, left=True)
+    with torch.inference_mode():
+        prefix, mask, memory = model.reads(padded, has_image, images=images.to(device))
+        logits = model.llm(prefix, target_ids, mask, memory=memory).float().cpu()
+    rows = [row[len(target) - 1] for row, target in zip(logits, targets)]
+    greedy = [tok.decode([int(row.argmax())]) for row in rows]
+    best = [finetune.LETTERS[int(row[ids].argmax())] for row, ids in zip(rows, letters)]
+    return greedy, best
+
+
+def answer_choices(model, tok, items, with_captions, batch_size):
+    """As answer_items, for questions with choices, some of which have no image: rows hold the "letter" of
+    the largest logit, too."""
+    import torch
+
+    import data
+
+    def look(item):
+        try:
+            return data.read_image(item["image"], model.image_size), None
+        except OSError as error:
+            return None, str(error)
+
+    blank = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
+    for first in range(0, len(items), batch_size):
+        rows = []
+        asked = []
+        images = []
+        for item in items[first : first + batch_size]:
+            pixels, problem = look(item) if item["image"] else (blank, None)
+            if problem:
+                rows.append({"id": item["id"], "answer": "", "letter": "", "problem": problem})
+                continue
+            asked.append(item)
+            images.append(pixels)
+        if asked:
+            has_image = torch.tensor([bool(item["image"]) for item in asked])
+            answers = choose(model, tok, asked, with_captions, torch.stack(images), has_image)
+            for item, text, letter in zip(asked, *answers):
+                rows.append({"id": item["id"], "answer": text, "letter": letter})
         yield rows
 
 
@@ -704,13 +711,18 @@ def answer_task(task, model, tok, header, args, folder, processes):
     """Answers what is not answered yet, each process its share of the images -> {id: row} of all."""
     done = {id for id, row in read_answers(folder, task.name, header).items() if "problem" not in row}
     processes.sum(0)  # all have read before one writes
-    images = {image: i for i, image in enumerate(dict.fromkeys(item["image"] for item in task.items))}
-    mine = [item for item in task.items
-            if item["id"] not in done and images[item["image"]] % processes.world == processes.rank]
-    options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
+    shown = [item["image"] or item["id"] for item in task.items]
+    images = {image: i for i, image in enumerate(dict.fromkeys(shown))}
+    mine = [item for item, image in zip(task.items, shown)
+            if item["id"] not in done and images[image] % processes.world == processes.rank]
+    if task.name == "scienceqa":
+        answered_ahead = answer_choices(model, tok, mine, header["captions"], args.batch_size)
+    else:
+        options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
+        answered_ahead = answer_items(model, tok, mine, header["prompt"], options, args.batch_size)
     with open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
         answered = 0
-        for rows in answer_items(model, tok, mine, header["prompt"], options, args.batch_size):
+        for rows in answered_ahead:
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
             file.flush()
             answered += len(rows)
@@ -751,15 +763,16 @@ def draw_sheet(file, cells, columns=2, side=140, width=560):
 def show(task, answers, of_item, count=8):
     """The worst answers and as many drawn at random, as cells of draw_sheet."""
     rng = random.Random(0)
-    order = sorted(task.items, key=lambda item: (of_item[item["id"]], rng.random()))
-    drawn = rng.sample(task.items, min(count, len(task.items)))
+    pictured = [item for item in task.items if item["image"]]
+    order = sorted(pictured, key=lambda item: (of_item[item["id"]], rng.random()))
+    drawn = rng.sample(pictured, min(count, len(pictured)))
     cells = []
     for what, items in (("among the worst", order[:count]), ("drawn at random", drawn)):
         for item in items:
             lines = [(f"{what}: score {100 * of_item[item['id']]:.0f}", "gray")]
             lines += [(item["question"], "black")] if item["question"] else []
             lines.append((answers[item["id"]] or "(no answer)", "blue"))
-            for text, times in Counter(item["references"]).most_common(5):
+            for text, times in Counter(item["answers"]).most_common(5):
                 lines.append((text if times == 1 else f"{text}  ({times} people)", "darkgreen"))
             cells.append((item["image"], lines))
     return cells
@@ -770,6 +783,9 @@ def score_task(task, rows, args, folder):
     answers = {item["id"]: rows[item["id"]]["answer"] for item in task.items}
     benchmark = BENCHMARKS[task.name]
     scores, of_item = benchmark.score(task.items, answers, args.normalise)
+    if task.name == "scienceqa":
+        letters = {id: rows[id]["letter"] for id in answers}
+        scores |= compare_letters(task.items, answers, letters)
     id_name, answer_name = benchmark.result
     result = [{id_name: id, answer_name: answer} for id, answer in answers.items()]
     write_json(folder / f"{task.name}.json", result)
@@ -837,8 +853,8 @@ def parse_arguments(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmarks", nargs="*", metavar="NAME=FILE[@IMAGES]",
                         help=f"NAME is one of {', '.join(BENCHMARKS)}; FILE as downloaded, or the folder "
-                             "that has it, or QUESTIONS,ANNOTATIONS (default: all that lies under "
-                             "datasets/ or $VPGTRANS_DATA, in folders of these names)")
+                             "that has it (default: all that lies under datasets/ or "
+                             "$VPGTRANS_DATA, in folders of these names)")
     parser.add_argument("--model", required=True,
                         help="a run's folder (out/...), or a BLIP-2 checkpoint (folder, Hub id, short name)")
     parser.add_argument("--out", type=Path,
@@ -854,6 +870,9 @@ def parse_arguments(argv=None):
     asking.add_argument("--question-prompt", metavar="TEXT",
                         help="with {} for the question (default: \"Question: {} Answer:\", for T5 "
                              "\"Question: {} Short answer:\", as VPGTrans)")
+    asking.add_argument("--captions", action="store_true",
+                        help="ScienceQA: with captions.json's captions in the context, as MemVP's figures "
+                             "were made, though its training had none (default: without)")
     asking.add_argument("--num-beams", type=int, default=5, help="(default: %(default)s, as the papers)")
     asking.add_argument("--length-penalty-counts", choices=("new", "prompt"), default="prompt",
                         help="which tokens are a text's length, for beam search's penalty: the new ones, or "
@@ -906,6 +925,10 @@ def describe_asking(task, args, tok, model_name, fingerprint):
     asks = task.items[0]["question"] is not None
     items = json.dumps([[item["id"], item["question"]] for item in task.items]).encode()
     prompt = args.question_prompt or question_prompt(tok)
+    if task.name == "scienceqa":
+        return {"model": model_name, "fingerprint": fingerprint, "precision": args.precision,
+                "prompt": f"QCM-A, {FORCED}", "captions": args.captions, "items": len(task.items),
+                "digest": hashlib.sha256(items).hexdigest()[:16]}
     return {
         "model": model_name, "fingerprint": fingerprint, "precision": args.precision,
         "prompt": prompt if asks else args.caption_prompt,
@@ -919,7 +942,7 @@ def default_out(model):
     """The run's folder, else out/ and the model's name."""
     import hub
 
-    if Path(model).is_dir() and hub.read_config(model).get("model_type") == "vpgtrans":
+    if Path(model).is_dir() and hub.read_config(model).get("model_type") in hub.RUNS:
         return Path(model)
     return Path("out") / model.strip("./").replace("/", "--")
 
@@ -935,6 +958,11 @@ def evaluate(args, processes):
     folder = out / (f"evaluation-limit-{args.limit}" if args.limit else "evaluation")
     with processes.first_goes_first():
         model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], processes.device)
+    askable = [task for task in tasks if task.name != "scienceqa" or not model.num_query_tokens]
+    if askable != tasks and (args.benchmarks or not askable):
+        raise ValueError(f"scienceqa is for runs of MemVP (finetune.py), and {args.model} is none: it cannot "
+                         "be asked without an image")
+    tasks = askable
     asked = hub.lasting_name(args.model), hub.fingerprint(model.saved())
     lock = contextlib.nullcontext()
     if processes.rank == 0:

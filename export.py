@@ -353,6 +353,9 @@ def export(run, folder, precision="bf16"):
     OSError and ValueError say what is wrong and what to do."""
     check_new(folder)
     place = hub.resolve(run, "model")
+    if hub.read_config(place.folder).get("model_type") == "memvp":
+        raise ValueError(f"{run}: a run of MemVP, whose images are in the memory of the LLM's FFNs; "
+                         "transformers has no such model to export to")
     check_expressible(place.llm, qformer.read_vpg_config(place.folder).get("vision_config", {}))
     dtype = transfer.DTYPES[precision]
     model, tok = transfer.load_model(run, dtype)

@@ -37,6 +37,8 @@ TARGETS = {
     "qwen3-8b": "Qwen/Qwen3-8B",
 }
 
+RUNS = ("vpgtrans", "memvp")  # model_type in the config.json of our runs
+
 # The tensors that a role reads, by the beginnings of their names; the source's LLM only lends its
 # word embeddings.
 VPG_TENSORS = ("vision_model.", "qformer.", "query_tokens", "language_projection.")
@@ -101,7 +103,7 @@ def resolve(name, role):
     folder = Path(name)
     if folder.is_dir():
         run = read_config(folder)
-        if run.get("model_type") != "vpgtrans" or role == "shapes":
+        if run.get("model_type") not in RUNS or role == "shapes":
             return Place(name, folder, folder, folder, folder)
         if not {"vit", "llm"} <= run.keys():
             raise ValueError(f"{folder / 'config.json'}: does not name the run's ViT and LLM; it "
@@ -148,11 +150,16 @@ def check_belongs(place, **parts):
     if run.get("model_type") != "vpgtrans":
         return
     for part, tensors in parts.items():
-        found = fingerprint(tensors)
-        if found != run[part]["fingerprint"]:
-            raise ValueError(f"{place.folder}: was trained with the {part} of {run[part]['name']} "
-                             f"as it was then (fingerprint {run[part]['fingerprint']}, now "
-                             f"{found}); put that one back")
+        check_fingerprint(place.folder, run, part, fingerprint(tensors))
+
+
+def check_fingerprint(folder, run, part, found):
+    """ValueError if a run, by its config.json, was trained with a "vit" or "llm" of another
+    fingerprint."""
+    if found != run[part]["fingerprint"]:
+        raise ValueError(f"{folder}: was trained with the {part} of {run[part]['name']} "
+                         f"as it was then (fingerprint {run[part]['fingerprint']}, now "
+                         f"{found}); put that one back")
 
 
 # ------------------------------------------------------------------------------------------ the Hub
@@ -178,7 +185,8 @@ def first_files(available):
     one holds the weights or is the index of their shards."""
     # tokenizer.model cannot be read, but it is fetched so that it can be named
     tokenizers = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["tokenizer.model"])
-    settings = ("tokenizer_config.json", "special_tokens_map.json")
+    settings = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                "generation_config.json")
     weights = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
                "pytorch_model.bin")
     there = [files for files in tokenizers if available.issuperset(files)]

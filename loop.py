@@ -9,7 +9,9 @@ run goes on.
 What trains, on which samples, for how long is a `Job`. Of a model the loop asks this much, and
 VisualLLM of vpgtrans.py has it:
 
-    model(prompt_ids, target_ids, **sees)     -> (loss sum, tokens); sees: images=... or queries=...
+    model(prompt_ids, target_ids, scored=None, **sees)
+                                              -> (loss sum, tokens); sees: images=..., features=... or
+                                              queries=..., and has_image where samples are without
     model.see(images)                         -> {name: (B,...)}, computed once to be looked at twice
     model.generate(prompt_ids, **sees, ...)   -> lists of ids
     model.parts, model.saved()                -> {part: beginning of its names}, {name: parameter}
@@ -213,6 +215,21 @@ def swap_neighbours(rows):
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
+def what_to_say(batch, device):
+    """-> the targets of a batch; {"scored": which of them count, "has_image": which samples have one},
+    each only where that is not all of them."""
+    targets = batch["target_ids"]
+    if targets.ndim == 2:  # packed ones are laid out on the CPU
+        targets = targets.to(device, non_blocking=True)
+    some = {}
+    if "scored" in batch:
+        some["scored"] = batch["scored"].to(device, non_blocking=True)
+    has_image = batch.get("has_image")
+    if has_image is not None and not has_image.all():
+        some["has_image"] = has_image
+    return targets, some
+
+
 class Validation:
     """The loss on held-out pairs with their own and with other pairs' images: the difference is
     what the LLM sees."""
@@ -238,15 +255,16 @@ class Validation:
         sums = torch.zeros(3, dtype=torch.float64)
         device = self.processes.device
         for batch in self.batches:
-            prompts, targets = batch["prompt_ids"], batch["target_ids"].to(device)
+            prompts = batch["prompt_ids"]
+            targets, some = what_to_say(batch, device)
             with evaluating(model), self.processes.autocast():
                 if "queries" in batch:
                     sees = {"queries": batch["queries"].to(device)}
                 else:
                     sees = model.see(batch["images"].to(device))
-                matched, tokens = model(prompts, targets, **sees)
+                matched, tokens = model(prompts, targets, **some, **sees)
                 others = {name: swap_neighbours(x) for name, x in sees.items()}
-                shuffled, _ = model(prompts, targets, **others)
+                shuffled, _ = model(prompts, targets, **some, **others)
             sums += torch.stack([matched, shuffled, tokens]).double().cpu()
         matched, shuffled, tokens = self.processes.sum(*sums)
         return matched / tokens, shuffled / tokens
@@ -256,10 +274,13 @@ class Validation:
         does."""
         batch = self.batches[0]
         images = batch["images"][:count].to(self.processes.device)
+        which = {}
+        if not batch["has_image"].all():
+            which["has_image"] = batch["has_image"][:count]
         stop = ((self.tok.end_id,), (self.tok.eos_id,))
         # a few steps are too short to compile for
         with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
-            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=stop)
+            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=stop, **which)
         for file, truth, answer in zip(batch["files"], batch["target_ids"].tolist(), answers):
             truth = self.tok.decode(i for i in truth if i >= 0).strip()
             yield f"    {Path(file).name}: {self.tok.decode(answer).strip()}  (people: {truth})"
@@ -283,19 +304,17 @@ def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
 
     Each token counts alike, whichever process and micro-batch it is in: -> (their number in all,
     this process's loss sum, has any process been asked to stop)."""
-    own_tokens = sum((micro["target_ids"] != -100).sum() for micro in micro_batches)
+    own_tokens = sum(data.count_targets(micro) for micro in micro_batches)
     tokens, stop = processes.sum(own_tokens, must_stop())
     loss_sum = torch.zeros((), device=processes.device)
     for i, micro in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         no_sync = contextlib.nullcontext() if last or processes.world == 1 else trained.no_sync()
         with no_sync, processes.autocast():
-            kinds = [kind for kind in ("images", "queries") if kind in micro]
+            kinds = [kind for kind in ("images", "features", "queries") if kind in micro]
             sees = {kind: micro[kind].to(processes.device, non_blocking=True) for kind in kinds}
-            targets = micro["target_ids"]
-            if targets.ndim == 2:  # packed ones are laid out on the CPU
-                targets = targets.to(processes.device, non_blocking=True)
-            loss, _ = trained(micro["prompt_ids"], targets, **sees)
+            targets, some = what_to_say(micro, processes.device)
+            loss, _ = trained(micro["prompt_ids"], targets, **some, **sees)
             # times world, since DDP takes the mean over processes
             (loss * (processes.world / tokens)).backward()
         loss_sum += loss.detach()
@@ -373,6 +392,7 @@ class Run:
     log: runs.Log
     watch: Callable = None  # is told where the run stands, after each line of the log
     last_validation: tuple = None  # losses with matched and with shuffled images
+    remedy: str = ""  # what to do when the loss is NaN or infinite, for people
 
     def write(self, at, **row):
         self.log.add(**at, **row)
@@ -447,9 +467,7 @@ class Run:
         self.save(optimizer, at, name="broken.safetensors")
         self.fail(f"the loss or its gradient at step {at['step']:,} of stage {at['stage']} is "
                   f"{losses[wrong]}. {report} names the samples of that step, broken.safetensors holds "
-                  "the weights and moments before it. To go on from the weights last saved, with another "
-                  f"rate or precision: --src {self.args.out} --no-warm-up --lr ... --precision ... and a "
-                  "new --out")
+                  f"the weights and moments before it. {self.remedy}")
 
     def check_images(self, bad, seen):
         """Stops a run too many of whose images cannot be read."""
@@ -507,6 +525,21 @@ def begin_stage(run, job, resumed):
     return optimizer, state["step"]
 
 
+def leave_between_steps(run, optimizer, since, at, error, bar):
+    """Ends a run to which no more batches come, or that was asked to stop while it waited for one.
+    A single process saves where it stands; of several, the others wait for this one in the midst
+    of a step, so that there is what was saved last."""
+    if run.processes.world == 1 and at["step"]:
+        if since.losses:  # no state is saved whose loss was not looked at
+            run.report(since, optimizer, at, optimizer.param_groups[0]["lr"], bar)
+        run.save(optimizer, at)
+    if isinstance(error, data.Stopped):
+        run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
+                          "--resume continues")
+        sys.exit(130)
+    raise Failure(f"{error}. The same command with --resume goes on from where it was saved last")
+
+
 def train_stage(run, job, resumed=None):
     """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state,
     stands."""
@@ -520,12 +553,16 @@ def train_stage(run, job, resumed=None):
         run.validate(job.at(0))
     since = Since(job.at(first)["samples"])
     batches = data.load_batches(job.samples, job.order, stage.batch_size, args.micro_batch,
-                                processes.rank, processes.world, first, args.workers)
+                                processes.rank, processes.world, first, args.workers,
+                                must_stop)
     hidden = None if processes.rank == 0 else True  # None: where there is no terminal
     bar = tqdm(total=job.steps, initial=first, desc=job.name, unit="step", disable=hidden)
     with contextlib.closing(batches), bar:
         for step in range(first, job.steps):
-            micro_batches = next(batches)
+            try:
+                micro_batches = next(batches)
+            except (OSError, data.Stopped) as error:
+                leave_between_steps(run, optimizer, since, job.at(step), error, bar)
             lr = vpgtrans.learning_rate(stage, step, job.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr

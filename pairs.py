@@ -6,6 +6,9 @@
 
     python pairs.py coco/annotations/captions_train2017.json    # what is in it, and a picture of it
 
+Beside pairs there are conversations and questions, each in one form whatever file they come from,
+and folders of images alone: read_conversations, read_questions, read_pictures.
+
 FORMATS is a table of what is read: the next format is one more entry and a function of a few lines.
 Such a function gives a row for each annotation, (where it stands, image, text, problem), with None
 for what there is not; whoever collects the rows leaves those out that have a problem, and counts
@@ -645,12 +648,17 @@ def read_vqa(source):
             raise ValueError(f"{notes.path}: holds no annotations of {source.path.name}")
         for where, row, _ in notes.objects("annotations"):
             if isinstance(row, dict) and "question_id" in row:
+                if row["question_id"] in annotated:
+                    yield where, None, None, "answers to one question for the second time"
+                    continue
                 annotated[row["question_id"]] = row, where
     found = re.search(r"(train|val|test)20\d\d", source.path.name)
     part = source.content.get("data_subtype") or (found[0] if found else "val2014")
+    asked = set()
 
     def read_row(row):
-        note, _ = annotated.pop(row["question_id"], ({}, None))
+        note, _ = annotated.get(row["question_id"], ({}, None))
+        asked.add(row["question_id"])
         if have_answers and not note:
             raise Unusable("no answers")
         item = {"id": row["question_id"], "question": row["question"],
@@ -661,8 +669,9 @@ def read_vqa(source):
         yield coco_name(row["image_id"], part), item
 
     yield from each(read_row, "questions")(source)
-    for _, where in annotated.values():
-        yield where, None, None, "answers to a question that is not asked"
+    for id, (_, where) in annotated.items():
+        if id not in asked:
+            yield where, None, None, "answers to a question that is not asked"
 
 
 def asked_of(row):
@@ -992,7 +1001,7 @@ def looks_like_token_lines(source):
 
 LISTS = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", ".txt")
-COCO_FOLDERS = ("val2014", "train2014", "train2017", "val2017")
+COCO_FOLDERS = ("val2014", "train2014", "train2017", "val2017", "val", "coco/val2014")
 FLICKR_FOLDERS = ("Images", "Flicker8k_Dataset", "flickr30k_images", "flickr30k-images")
 
 # The first that fits counts, and of its readers the first where no other is asked for.

@@ -534,14 +534,20 @@ def read_vit(folder, layers=None):
         yield prefix + name, tensor
 
 
+def empty_vit(folder, layers=None):
+    """The ViT of a BLIP-2 or CLIP folder as its config.json says, without weights: on the meta
+    device."""
+    vision = read_vpg_config(folder).get("vision_config", {})
+    kind, options = build_from(folder, vit_options, vision, layers)
+    with torch.device("meta"):
+        return build_from(folder, kind, options)
+
+
 def load_vit(folder, dtype=torch.bfloat16, device="cpu", layers=None):
     """The frozen ViT of a BLIP-2 or CLIP folder alone, up to block `layers` (None: all):
     vit(images) -> (B,N,Dv), to which vit.post_layernorm may be applied. FileNotFoundError or
     ValueError name file and tensor."""
-    vision = read_vpg_config(folder).get("vision_config", {})
-    kind, options = build_from(folder, vit_options, vision, layers)
-    with torch.device("meta"):
-        vit = build_from(folder, kind, options)
+    vit = empty_vit(folder, layers)
     tensors = {name: tensor.to(device, dtype) for name, tensor in read_vit(folder, layers)}
     assign_tensors(nn.ModuleDict({"vision_model": vit}), tensors, folder)  # named as in the checkpoint
     return vit.requires_grad_(False).eval()

@@ -50,7 +50,7 @@ def answer_all(args):
         raise ValueError("--max-new-tokens must be at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], device)
-    pixels = torch.stack([data.resize(image, model.vpg.image_size) for image in images])
+    pixels = torch.stack([data.resize(image, model.image_size) for image in images])
     options = {name: getattr(args, name) for name in OF_GENERATE}
     answers = []
     for batch in pixels.split(16):

@@ -768,6 +768,8 @@ def set_up(args, stages, found, watch):
     log.report(processes.gather(validation.bad))
     saved = {"arguments": transfer.arguments(args), "start": start}
     run = loop.Run(args, saved, processes, model, validation, log, watch)
+    run.remedy = ("To go on from the weights last saved, with another rate or precision: --src "
+                  f"{args.out} --no-warm-up --lr ... --precision ... and a new --out")
     return run, jobs, resumed
 
 

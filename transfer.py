@@ -36,6 +36,7 @@ import data
 import hub
 import llm as language_models
 import loop
+import memvp
 import qformer
 import vpgtrans
 from pairs import one_caption_an_image
@@ -335,6 +336,15 @@ def example_batch(model, tok, tokens):
     }
 
 
+def check_vocabulary(tok, llm, tgt):
+    """ValueError if a target's tokenizer has ids that its LLM does not know."""
+    last_id = max(tok.vocab().values())
+    if last_id >= llm.vocab_size:
+        raise ValueError(f"the tokenizer in {tgt.tokenizer} has ids up to {last_id}, the vocabulary of "
+                         f"{tgt.llm} only up to {llm.vocab_size - 1}: it belongs to another LLM (see "
+                         "--tgt-tokenizer)")
+
+
 def build_model(args, src, tgt, tok, sets, processes, resumed=False):
     """The model as a run starts: the source's ViT and (but from scratch) Q-Former, a projector, the
     target's LLM. -> (VisualLLM, what --init auto has found or None)
@@ -349,11 +359,7 @@ def build_model(args, src, tgt, tok, sets, processes, resumed=False):
                            image_size=args.image_size, vit_layers=args.vit_layers)
     hub.check_belongs(src, vit=vpg.frozen_parameters())
     llm = language_models.load_llm(tgt.llm, dtype=dtype, device=device)
-    last_id = max(tok.vocab().values())
-    if last_id >= llm.vocab_size:
-        raise ValueError(f"the tokenizer in {tgt.tokenizer} has ids up to {last_id}, the vocabulary of "
-                         f"{tgt.llm} only up to {llm.vocab_size - 1}: it belongs to another LLM (see "
-                         "--tgt-tokenizer)")
+    check_vocabulary(tok, llm, tgt)
     torch.manual_seed(args.seed)
     model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim).to(device), llm)
     start = None
@@ -407,6 +413,87 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
     return start
 
 
+# --------------------------------------------------------------------------------------------- MemVP
+
+MEMORY_MODELS = {"memory": memvp.MemoryLLM, "input": memvp.InputPromptLLM}
+
+
+def make_memory_llm(made, vit, llm):
+    """`made`: how, a run's {prompts, features, adapters, normalise, image_size, rows, image_scale};
+    a ViT or VPG and an LLM -> the model that MemVP trains, float32 where it does."""
+    if made["features"] == "patches":
+        vit = memvp.AdaptedViT(vit, made["adapters"], made["normalise"], made["image_size"])
+    memory = memvp.VisualMemory(vit.dim, llm.dim, made["rows"], image_scale=made["image_scale"])
+    return MEMORY_MODELS[made["prompts"]](vit, memory, llm)
+
+
+def how_memory_is_made(args, vit, llm):
+    """What make_memory_llm needs, of a command's arguments and where ViT and LLM lie."""
+    vision = hub.read_config(vit.folder)
+    image_size = vision.get("image_size") or vision.get("vision_config", {}).get("image_size", 224)
+    dim = language_models.empty_llm(llm.llm).dim
+    blocks = len(qformer.empty_vit(vit.vit).encoder["layers"])
+    return {
+        "prompts": args.prompts,
+        "features": args.features,
+        "vit_layers": (args.vit_layers or blocks - 1) if args.features == "patches" else None,
+        "adapters": args.adapters if args.features == "patches" else 0,
+        "normalise": args.normalise,
+        "image_size": image_size,
+        "rows": args.rows or (320 if dim <= 4096 else 400),
+        "image_scale": args.image_scale,
+    }
+
+
+def shape_memory_llm(made, vit, llm, dtype):
+    """As build_memory_llm without weights, on the meta device."""
+    with torch.device("meta"):
+        if made["features"] == "patches":
+            sees = qformer.empty_vit(vit.vit, made["vit_layers"])
+        else:
+            sees = qformer.empty_vpg(vit.folder)
+        model = make_memory_llm(made, sees, language_models.empty_llm(llm.llm))
+    return model.to("meta", dtype)
+
+
+def build_memory_llm(made, vit, llm, dtype, device):
+    """The model as MemVP starts, but for the draws of its memory: hub.Place of what sees and of the
+    LLM -> a MemoryLLM."""
+    if made["features"] == "patches":
+        sees = qformer.load_vit(vit.vit, dtype, device, made["vit_layers"])
+    else:
+        sees = qformer.load_vpg(vit.folder, dtype, device, vit_folder=vit.vit)
+        hub.check_belongs(vit, vit=sees.frozen_parameters())
+    language_model = language_models.load_llm(llm.llm, dtype=dtype, device=device)
+    return make_memory_llm(made, sees, language_model).to(device)
+
+
+def memory_fingerprints(model):
+    """Of what a run of MemVP was trained with and does not save: {"vit": ..., "llm": ...}"""
+    sees = {name: p for name, p in model.vit.named_parameters() if not name.startswith("adapters.")}
+    return {"vit": hub.fingerprint(sees), "llm": hub.fingerprint(dict(model.llm.named_parameters()))}
+
+
+def load_memory_model(place, dtype, device):
+    """A run of MemVP -> MemoryLLM in eval mode. ValueError if ViT or LLM are not those that it was
+    trained with."""
+    run = hub.read_config(place.folder)
+    vit = hub.resolve(run["vit"]["name"], "vpg")
+    model = build_memory_llm(run["memory"], vit, place, dtype, device)
+    for part, found in memory_fingerprints(model).items():
+        hub.check_fingerprint(place.folder, run, part, found)
+    saved = model.saved()
+    tensors = dict(language_models.read_tensors(place.folder, lambda name: True))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != {name: tuple(parameter.shape) for name, parameter in saved.items()}:
+        raise ValueError(f"{place.folder}/model.safetensors: its tensors are not those that config.json "
+                         "says; copy the run again")
+    with torch.no_grad():
+        for name, parameter in saved.items():
+            parameter.copy_(tensors[name])
+    return model.requires_grad_(False).eval()
+
+
 # ------------------------------------------------------------------------ what a run says of itself
 
 
@@ -440,8 +527,11 @@ def run_config(args, src, model, start=None):
 
 
 def load_model(name, dtype=torch.bfloat16, device="cpu"):
-    """A run of ours, a BLIP-2 folder or its Hub id -> (VisualLLM in eval mode, its tokenizer)."""
+    """A run of ours, a BLIP-2 folder or its Hub id -> (VisualLLM or MemoryLLM in eval mode, its
+    tokenizer)."""
     place = hub.resolve(name, "model")
+    if hub.read_config(place.folder).get("model_type") == "memvp":
+        return load_memory_model(place, dtype, device), data.load_tokenizer(place.tokenizer)
     vpg = qformer.load_vpg(place.folder, dtype=dtype, device=device, vit_folder=place.vit)
     llm = language_models.load_llm(place.llm, dtype=dtype, device=device)
     hub.check_belongs(place, vit=vpg.frozen_parameters(), llm=dict(llm.named_parameters()))
@@ -456,9 +546,9 @@ def answer(model, tok, images, prompt="", **options):
     A blank at the end of the prompt is taken off: byte-level BPEs write it as the beginning of the
     next word, so that a model which reads it alone answers nonsense. `options` are those of the
     LLM's generate."""
-    ids = data.prompt_ids(tok, model.vpg.num_query_tokens, prompt.rstrip(" "))
+    ids = data.prompt_ids(tok, model.num_query_tokens, prompt.rstrip(" "))
     prompts = torch.tensor([ids]).expand(len(images), -1)
-    images = images.to(model.projector.weight.device)
+    images = images.to(next(model.parameters()).device)
     stop = ((tok.end_id,), (tok.eos_id,))
     answers = model.generate(prompts, images=images, stop=stop, **options)
     return [tok.decode(row).strip() for row in answers]

@@ -195,6 +195,15 @@ class VisualLLM(nn.Module):
         self.llm = llm
 
     @property
+    def image_size(self):
+        return self.vpg.image_size
+
+    @property
+    def num_query_tokens(self):
+        """Q, the places that a prompt keeps for an image."""
+        return self.vpg.num_query_tokens
+
+    @property
     def layers(self):
         """The blocks that repeat, to be compiled."""
         return [*self.vpg.layers, *self.llm.layers]

@@ -513,13 +513,13 @@ def byte_level(pattern=None):
     return json.loads(tokenizer.to_str())
 
 
-def sentencepiece_bpe(form):
+def sentencepiece_bpe(form, corpus=CORPUS):
     """As LLaMA's: <unk> <s> </s>, the bytes, then pieces; spaces as ▁ by a normalizer (old files)
     or a pre-tokenizer (new ones)."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     # words, or BPE would learn whole sentences
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=700, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"] + BYTES))
     if form == "normalizer":
         tokenizer.pre_tokenizer = None
@@ -658,3 +658,51 @@ def quick(request, monkeypatch):
         monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
         monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
         monkeypatch.setattr(torch.optim.AdamW, "step", refuse)
+
+
+# -------------------------------------------------------------------------------------------- MemVP
+
+
+def write_language_model(folder):
+    """A random LLaMA, 32 wide, with a byte-level tokenizer of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = write_tokenizer(folder, [*TEXT, "Question: Context: Options: Response: The answer is"], 330)
+    make_model(folder, LLAMA_CONFIG | dict(vocab_size=size, bos_token_id=0, eos_token_id=2, pad_token_id=1))
+    return folder
+
+
+def write_scienceqa(folder, counts=None):
+    """Questions about plain coloured images in ScienceQA's layout (github.com/lupantech/ScienceQA): every
+    third has no image."""
+    counts = counts or {"train": 12, "val": 7, "test": 5}
+    problems = {}
+    splits = {}
+    captions = {}
+    names = list(COLOURS)
+    for split, count in counts.items():
+        splits[split] = [str(len(problems) + i + 1) for i in range(count)]
+        for i, id in enumerate(splits[split]):
+            colour = names[i % len(names)]
+            has_image = i % 3 != 2
+            problems[id] = dict(
+                question=f"Which colour is {id}?", choices=names[: 3 + i % 2], answer=i % 3,
+                hint="" if i % 2 else "Look.", image="image.png" if has_image else None,
+                task="closed choice", grade="grade2", subject="natural science", topic="physics",
+                category="Colours", skill="Name", lecture="", solution="", split=split)
+            if has_image:
+                captions[id] = f"a {colour} square"
+                place = folder / "images" / split / id
+                place.mkdir(parents=True)
+                Image.new("RGB", (30, 40), COLOURS[colour]).save(place / "image.png")
+    files = {"problems": problems, "pid_splits": splits, "captions": {"captions": captions}}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def memvp_world(tmp_path_factory):
+    """(folders of a CLIP, a language model, questions)"""
+    folder = tmp_path_factory.mktemp("memvp")
+    write_clip(folder / "clip")
+    return folder / "clip", write_language_model(folder / "llm"), write_scienceqa(folder / "scienceqa")

@@ -13,8 +13,8 @@ import vpgtrans
 
 # -------------------------------------------------------------------------------------- who imports whom
 
-ROOMS = ["vpgtrans.py", "llm.py", "qformer.py", "data.py", "pairs.py", "hub.py", "cache.py", "runs.py",
-         "estimate.py"]
+ROOMS = ["vpgtrans.py", "memvp.py", "llm.py", "qformer.py", "data.py", "pairs.py", "hub.py", "cache.py",
+         "runs.py", "estimate.py"]
 OPENS = {"pairs.py": {"data"}}  # its command alone, to show samples as they are trained on
 OURS = {file.stem for file in ROOT.glob("*.py")}
 TESTS = sorted(file.name for file in (ROOT / "tests").glob("*.py"))

@@ -35,6 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import data
 import loop
 import runs
 import train
@@ -195,6 +196,36 @@ def test_a_run_goes_on_with_another_number_of_processes(world, tmp_path):
     assert_same_losses(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("error, code, says", [
+    (OSError("no batch has come"), 2, "no batch has come. The same command with --resume goes on"),
+    (data.Stopped(), 130, "stopped at step 2 of stage fine-tune")])
+def test_a_run_to_which_no_batch_comes_saves_and_goes_on_with_the_same_losses(
+        world, tmp_path, monkeypatch, capsys, error, code, says):
+    """Storage that does not answer, a worker that was killed, a signal while it waits."""
+    out = tmp_path / "run"
+    wait, waits = data.wait_for, iter(range(100))
+
+    def wait_in_vain(*loader):
+        if next(waits) == 5:  # three steps of warm-up, two of fine-tuning
+            raise error
+        return wait(*loader)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(data, "wait_for", wait_in_vain)
+        train.main(arguments(world, out, "--log-every", "10", "--micro-batch", "8"))
+    assert stop.value.code == code
+    said = capsys.readouterr()
+    assert says in said.out + said.err
+    state, _ = runs.load_state(out, print)
+    assert (state["stage"], state["step"]) == ("fine-tune", 2)
+    train.main(arguments(world, out, "--resume"))
+    train.main(arguments(world, tmp_path / "whole"))
+    weights = [load_file(folder / "model.safetensors") for folder in (out, tmp_path / "whole")]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name])
+
+
 # ---------------------------------------------------------------------------------- how its processes end
 
 
@@ -251,6 +282,25 @@ def test_a_run_with_reading_processes_survives_that_all_of_them_are_terminated(
     assert "stopped at step" in said
     assert run.returncode == 130 or launcher, said
     assert read_state(tmp_path / "run")["stage"] == "fine-tune"
+
+
+@pytest.mark.slow
+def test_a_run_whose_storage_hangs_obeys_a_signal(world, tmp_path, start):
+    """A pipe to which nobody writes stands for an image on such a storage. No process stays."""
+    pairs = write_pairs(tmp_path / "pairs", 24)
+    val = write_pairs(tmp_path / "val", 6)
+    (pairs.parent / "5.png").unlink()
+    os.mkfifo(pairs.parent / "5.png")
+    out = tmp_path / "run"
+    argv = arguments((*world[:2], pairs), out, "--val", val, "--workers", "1", *ENDLESS)
+    run = start(python_command(ROOT / "train.py", *argv), tmp_path / "said")
+    wait_until(lambda: (out / "metrics.jsonl").exists() and rows(out, "stage", "step", "val_loss"))
+    time.sleep(2)  # it waits for the first batches, one of which does not come
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(timeout=60) == 130
+    assert "stopped at step" in (tmp_path / "said").read_text()
+    with pytest.raises(ProcessLookupError):  # nor is anyone left in its group
+        os.killpg(run.pid, 0)
 
 
 @pytest.mark.slow
@@ -436,8 +486,8 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(world, tmp_path, 
     fails(train.main, strict, "could not be read")
 
 
-def pictures_with(problem, out):
-    return sorted(re.search(r"\w+\.png", where).group() for where in bad_data(out, problem))
+def names_of_bad(out, problem):
+    return sorted(where.split("/")[-1].split(":")[0] for where in bad_data(out, problem))
 
 
 @pytest.mark.slow
@@ -452,8 +502,8 @@ def test_bad_data_of_all_processes_and_of_a_resumed_run_is_written_down_once(wor
     train_in(2, [*resumed, "--resume"])
     train_in(2, arguments((*world[:2], pairs), tmp_path / "whole", "--val", val))
     for run in ("resumed", "whole"):
-        assert pictures_with("unreadable image", tmp_path / run) == ["11.png", "4.png"]
-    assert pictures_with("validation image left out", tmp_path / "resumed") == ["2.png"]
+        assert names_of_bad(tmp_path / run, "unreadable image") == ["11.png", "4.png"]
+    assert names_of_bad(tmp_path / "resumed", "validation image left out") == ["2.png"]
     assert rows(tmp_path / "whole", "stage", "bad_samples")[-1] == ("fine-tune", 4)
 
 
