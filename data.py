@@ -11,23 +11,36 @@ is decided before a stage begins: `plan` says which pair is sample i, for all i.
 share of every batch, a worker its share of that, and a killed run continues at any sample, without
 a replay. Where pairs come from is told in pairs.py.
 
+The file follows a sample: tokenizer, ids and prompts, images, order, samples and batches. Behind
+that stands what not every run needs: finding pictures that must not be trained on, and how
+conversations are written for a language model that was taught to converse.
+
 B batch, P prompt length, T target length, Q query tokens, K captions of an image.
 """
 
 import concurrent.futures
 import contextlib
+import copy
+import datetime
+import functools
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import resource
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, models, pre_tokenizers
@@ -62,6 +75,13 @@ class Tokenizer:
     def decode(self, ids):
         """ids -> text, without specials."""
         return self.encoder.decode(list(ids), skip_special_tokens=True)
+
+    @functools.cached_property
+    def specials(self):
+        """The special tokens as texts, longest first, so that none is taken for the beginning of
+        another."""
+        added = self.encoder.get_added_tokens_decoder().values()
+        return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
     def vocab(self):
         """{bytes that a token spells: id} without specials: what two tokenizers can be compared
@@ -580,16 +600,119 @@ def block_signals(_=None):
     return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
-def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0):
+class Packed:
+    """A collate function whose batches travel from worker to process through a pipe, as bytes, and
+    not through shared memory, of which containers have 64 MB."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, samples):
+        packed = {}
+        for key, value in self.collate(samples).items():
+            if torch.is_tensor(value):
+                content = value.contiguous().flatten().view(torch.uint8).numpy()
+                value = content, value.dtype, value.shape
+            packed[key] = value
+        return packed
+
+
+def unpack(packed):
+    batch = {}
+    for key, value in packed.items():
+        if isinstance(value, tuple):
+            content, dtype, shape = value
+            value = torch.from_numpy(content).view(dtype).view(shape)
+            value = value.pin_memory() if torch.cuda.is_available() else value
+        batch[key] = value
+    return batch
+
+
+def shared_memory():
+    """Bytes that are free for what processes share."""
+    try:
+        place = os.statvfs("/dev/shm")
+    except OSError:  # a system that keeps it elsewhere
+        return float("inf")
+    return place.f_bavail * place.f_frsize
+
+
+def fits_in_shared_memory(samples, micro_batch, per_step, world, workers):
+    """Do the micro-batches that are on their way at once fit there, and their files into the limit
+    on open ones? If not, torch's workers die or stand still."""
+    ahead = 2 * workers + per_step + 2
+    size = micro_batch * 3 * samples.size**2
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    tensors = 5  # of a micro-batch, each an open file
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return ahead * size * neighbours < shared_memory() / 2 and ahead * tensors < files / 2
+
+
+class Stopped(Exception):
+    """The run was asked to stop while it waited for a batch."""
+
+
+LOOK_EVERY = 5  # seconds; between looks at whether a run that waits is to stop
+LONGEST_WAIT = 600  # seconds, for a micro-batch
+
+
+def wait_for(loader, stop):
+    """The next micro-batch of workers. Stopped if stop() says so meanwhile; OSError with the remedy
+    if none comes any more."""
+    began = time.monotonic()
+    while True:
+        try:
+            return next(loader)
+        except RuntimeError as error:
+            said = str(error)
+            if not said.startswith(("DataLoader", "Too many open files", "Pin memory thread")):
+                raise
+            if not said.startswith("DataLoader timed out"):
+                raise OSError(f"a worker that reads images was ended from outside ({said}): if memory "
+                              "ran out, take fewer --workers; if it was a limit on open files, raise "
+                              "it by ulimit -n") from error
+        if stop and stop():
+            raise Stopped
+        if time.monotonic() - began > LONGEST_WAIT:
+            raise OSError(f"no batch has come from the workers for {LONGEST_WAIT:,} seconds: look at "
+                          "whether the storage with the images answers")
+
+
+def start_workers(samples, batches, collate, workers):
+    """-> what gives the micro-batches, and its processes."""
+    # workers end with the process that they read for, and leave it to that one what to do when all
+    # are told to stop; and what becomes of them is seen while it waits, not in the middle of a step
+    before = block_signals()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_child = signal.getsignal(signal.SIGCHLD)
+    others = multiprocessing.active_children()
+    try:
+        loader = iter(torch.utils.data.DataLoader(
+            samples, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+            pin_memory=torch.cuda.is_available(), worker_init_fn=block_signals,
+            timeout=LOOK_EVERY if workers else 0))
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGCHLD, on_child)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return loader, [child for child in multiprocessing.active_children() if child not in others]
+
+
+def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first_step=0, workers=0,
+                 stop=None):
     """Yields, for every optimizer step from first_step on, this rank's share of the batch as a list
     of micro-batches.
 
     Step s takes order[s * batch_size : (s + 1) * batch_size], sorted by the length of their texts,
-    so that those of a micro-batch need little padding; rank r takes every world-th of these
-    from r on, so that the union over ranks is the same however many there are. What does not fill
-    the last batch is left out."""
+    so that those of a micro-batch need little padding; rank r takes every world-th of these from r
+    on, so that the union over ranks is the same however many there are. What does not fill the last
+    batch is left out.
+
+    Waiting for workers has an end: Stopped when stop() says so, OSError when they are gone or
+    nothing comes; no worker is left behind."""
     steps = range(first_step, len(order) // batch_size)
     lengths = samples.lengths()
+    per_step = -(-len(range(rank, batch_size, world)) // micro_batch)
 
     def micro_batches():
         for step in steps:
@@ -599,18 +722,17 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
             for i in range(0, len(positions), micro_batch):
                 yield [(int(p), int(order[p])) for p in positions[i : i + micro_batch]]
 
-    # workers end with the process that they read for, and leave it to that one what to do when all
-    # are told to stop
-    before = block_signals()
+    shared = fits_in_shared_memory(samples, micro_batch, per_step, world, workers)
+    collate = samples.collate if shared or not workers else Packed(samples.collate)
+    loader, children = start_workers(samples, micro_batches(), collate, workers)
     try:
-        loader = iter(torch.utils.data.DataLoader(
-            samples, batch_sampler=micro_batches(), collate_fn=samples.collate, num_workers=workers,
-            pin_memory=torch.cuda.is_available(), worker_init_fn=block_signals))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    per_step = -(-len(range(rank, batch_size, world)) // micro_batch)
-    for _ in steps:
-        yield [next(loader) for _ in range(per_step)]
+        for _ in steps:
+            batch = [wait_for(loader, stop) for _ in range(per_step)]
+            yield [unpack(micro) for micro in batch] if isinstance(collate, Packed) else batch
+    except (OSError, Stopped):
+        for child in children:  # they may hang in the storage, and heed no other signal
+            child.kill()
+        raise
 
 
 # ----------------------------------------------------------------- pictures that must not be trained on
@@ -647,3 +769,292 @@ class Lookalikes:
         more than `most` of 255 levels."""
         alike = np.flatnonzero(np.abs(self.thumbnails - thumbnail(image)).max(1) <= most)
         return self.files[alike[0]] if len(alike) else None
+
+
+# ------------------------------------------------------------------------------------ conversations
+
+VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The "
+                 "assistant gives helpful, detailed, and polite answers to the user's questions.")
+
+# As FastChat writes v1.1, v1.3 and v1.5
+VICUNA_V1_1 = """\
+{%- if messages[0].role == 'system' %}{{ messages[0].content + ' ' }}
+{%- else %}{{ system + ' ' }}{% endif %}
+{%- for message in messages %}
+  {%- if message.role == 'user' %}{{ 'USER: ' + message.content + ' ASSISTANT:' }}
+  {%- elif message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}{% endif %}
+{%- endfor %}"""
+
+# As MiniGPT-4 and VPGTrans write v0 in training
+VICUNA_V0 = """\
+{%- for message in messages %}
+  {%- if message.role == 'user' %}{{ '###' if loop.first else '' }}{{ 'Human: ' + message.content }}
+    {{- ' ###Assistant: ' }}
+  {%- elif message.role == 'assistant' %}{{ message.content + '###' }}{% endif %}
+{%- endfor %}"""
+
+
+class ChatTemplate:
+    """How a language model writes a conversation: a jinja template, as Hugging Face's files have
+    it, and where the image goes.
+
+    `image`: what stands before and behind the soft prompts, in front of the first question.
+    bos: BOS goes first, where the template does not write it. separate: each answer is encoded
+    alone. stop: the text that ends an answer, where no special token does. tokens: {"bos_token":
+    "<s>", ...}"""
+
+    def __init__(self, source, image=("", "\n"), bos=False, separate=False, stop=None, tokens=None):
+        self.source = source
+        self.image = image
+        self.bos = bos
+        self.separate = separate
+        self.stop = stop
+        self.tokens = tokens or {}
+
+    def render(self, messages, add_generation_prompt=False):
+        """[{"role", "content"}, ...] -> text. ValueError if the template is damaged, or refuses
+        them."""
+        try:
+            return compiled(self.source).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
+                raise_exception=refuse, strftime_now=the_day, **self.tokens)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat template: {error}") from error
+        except (ArithmeticError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"chat template: {type(error).__name__} {error}") from error
+
+
+@functools.lru_cache
+def compiled(source):
+    """In a sandbox, since templates come from outside."""
+    # transformers' own tag, around what the model says
+    source = re.sub(r"({%-?\s*)generation(\s*-?%})", r"\1if true\2", source)
+    source = re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", source)
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    return sandbox.from_string(source)
+
+
+def refuse(message):
+    raise jinja2.TemplateError(message)
+
+
+def the_day(format):
+    """A day that is always the same (Llama-3.1's own, where it knows none): what a model reads does
+    not change overnight."""
+    return datetime.date(2024, 7, 26).strftime(format)
+
+
+TEMPLATES = {
+    "vicuna-v0": ChatTemplate(VICUNA_V0, ("<Img>", "</Img> "), bos=True, separate=True, stop="###"),
+    "vicuna-v1.1": ChatTemplate(VICUNA_V1_1, bos=True, tokens={"system": VICUNA_SYSTEM}),
+}
+
+
+def load_chat_template(folder):
+    """The chat template of a checkpoint: chat_template.jinja, else that of tokenizer_config.json, a
+    text or a list of named ones, of which it is "default". None if it has none; ValueError if the
+    file is damaged."""
+    folder = Path(folder)
+    named = folder / "tokenizer_config.json"
+    config = read_json(named) if named.is_file() else {}
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        there = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+        if "default" not in there:
+            raise ValueError(f"{named}: none of its chat templates ({', '.join(map(str, there))}) is "
+                             "called default")
+        source = there["default"]
+    if (folder / "chat_template.jinja").is_file():
+        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise ValueError(f"{named}: its chat_template is no text")
+    tokens = {}
+    for key, token in config.items():
+        token = token.get("content") if isinstance(token, dict) else token
+        if key.endswith("_token") and isinstance(token, str):
+            tokens[key] = token
+    template = ChatTemplate(source, tokens=tokens)
+    template.render([{"role": "user", "content": "Hi"}], True)  # or it is damaged
+    return template
+
+
+# Where contents stand in a rendered template: characters of nobody's, and tabs, which are gone
+# where the template strips contents
+MARK = re.compile("(\t?)\ue000(\\d+)\ue001(\t?)")
+
+
+class Part(NamedTuple):
+    """A piece of a conversation as it is written."""
+
+    text: str
+    by: str  # "template", "user", "assistant"; "image": there soft prompts go
+
+
+def write_chat(tok, template, turns, has_image, system=None):
+    """[[question, answer], ...] -> Parts. Without the last answer (None), it ends where the model
+    is to speak.
+
+    The template is rendered once, with marks for the contents, which are put in afterwards: what
+    they say is never searched for, or taken for a part of the template."""
+    contents = [("system", system)] if system is not None else []
+    for question, answer in turns:
+        contents += [("user", question), ("assistant", answer)]
+    asks = contents[-1][1] is None
+    contents = contents[:-1] if asks else contents
+    messages = [{"role": role, "content": f"\t\ue000{i}\ue001\t"} for i, (role, _) in enumerate(contents)]
+    own = {"bos_token": tok.bos_id, "eos_token": tok.eos_id, "pad_token": tok.pad_id}
+    tokens = {key: tok.encoder.id_to_token(id) for key, id in own.items() if id is not None}
+    known = copy.copy(template)
+    known.tokens = tokens | template.tokens
+    pieces = MARK.split(known.render(messages, asks))
+    written = [int(number) for number in pieces[2::4]]
+    if written != list(range(len(contents))):
+        raise ValueError("chat template: leaves out or repeats what is said, or changes its order: of "
+                         f"{', '.join(role for role, _ in contents)} it writes {written}")
+    parts = [Part(pieces[0], "template")]
+    for number, before, after, literal in zip(written, pieces[1::4], pieces[3::4], pieces[4::4]):
+        role, content = contents[number]
+        content = content if before else content.lstrip()
+        content = content if after else content.rstrip()
+        if has_image and role == "user":
+            has_image = False  # in front of the first question
+            parts += [Part(template.image[0], "template"), Part("", "image"),
+                      Part(template.image[1], "template")]
+        parts += [Part(content, "assistant" if role == "assistant" else "user"), Part(literal, "template")]
+    return parts
+
+
+def end_of_answer(tok, template, text):
+    """How many letters of what the template writes behind an answer end it: a special token, or the
+    template's stop."""
+    specials = [re.escape(token) for token in tok.specials]
+    ends = "|".join([re.escape(template.stop)] if template.stop else specials)
+    found = re.match(rf"\s*(?:{ends})", text)
+    return len(found[0]) if found else 0
+
+
+def encode_section(tok, parts, spans):
+    """Parts that are encoded as one text -> ids, and for each whether a letter of it is in one of
+    the spans [(begin, end)].
+
+    Special tokens are those that the template writes. Where people write one, it is a text like any
+    other, and what stands between special tokens is encoded piece by piece."""
+    text = "".join(part.text for part in parts)
+    specials = tok.specials
+    if not any(special in part.text for part in parts if part.by != "template" for special in specials):
+        pieces = [(text, 0, False)]
+    else:
+        pieces, begin, at = [], 0, 0
+        for part in parts:
+            if part.by == "template":
+                for found in re.finditer("|".join(map(re.escape, specials)), part.text):
+                    first = at + found.start()
+                    last = at + found.end()
+                    pieces += [(text[begin:first], begin, True), (text[first:last], first, False)]
+                    begin = last
+            at += len(part.text)
+        pieces.append((text[begin:], begin, True))
+    ids, scored = [], []
+    for piece, begin, is_plain in pieces:
+        tok.encoder.encode_special_tokens = is_plain
+        encoding = tok.encoder.encode(piece, add_special_tokens=False)
+        tok.encoder.encode_special_tokens = False
+        for id, (first, last) in zip(encoding.ids, encoding.offsets):
+            ids.append(id)
+            scored.append(any(first + begin < b and last + begin > a for a, b in spans))
+    return ids, scored
+
+
+def chat_ids(tok, template, turns, num_query_tokens=0, system=None):
+    """A conversation, [[question, answer], ...] -> its ids, with IMAGE at the places of soft prompts
+    in front of the first question, and for each whether it is an answer's or ends one.
+
+    With None for the last answer: what the model reads before it answers. ValueError if the template
+    refuses the conversation."""
+    ids = [tok.bos_id] if template.bos and tok.bos_id is not None else []
+    scored = [False] * len(ids)
+    section, spans, at = [], [], 0
+
+    def flush():
+        nonlocal section, spans, at
+        if section:
+            more, counts = encode_section(tok, section, spans)
+            ids.extend(more)
+            scored.extend(counts)
+        section, spans, at = [], [], 0
+
+    parts = write_chat(tok, template, turns, num_query_tokens > 0, system)
+    for part, behind in itertools.zip_longest(parts, parts[1:]):
+        if part.by == "image":
+            flush()
+            ids.extend([IMAGE] * num_query_tokens)
+            scored.extend([False] * num_query_tokens)
+            continue
+        if part.by == "assistant":
+            if template.separate:
+                flush()
+            spans.append((at, at + len(part.text) + end_of_answer(tok, template, behind.text)))
+        section.append(part)
+        at += len(part.text)
+    flush()
+    return ids, scored
+
+
+def stop_ids(tok, template):
+    """What ends an answer, as generate(stop=...) takes it: tuples of ids. ValueError if nothing
+    does."""
+    behind = write_chat(tok, template, [["a", "a"]], False)[-1].text
+    end = behind[: end_of_answer(tok, template, behind)].strip()
+    if not end:
+        raise ValueError("chat template: writes nothing that ends an answer")
+    if not template.stop:
+        return ((tok.encoder.token_to_id(end),),)
+    stops = []
+    for answer in ("a", "a.", "a ", "a\n"):  # behind a blank, a text is other tokens
+        parts = [Part(answer, "assistant"), Part(end, "template")]
+        ids, counts = encode_section(tok, parts, [(len(answer), len(answer + end))])
+        stops.append(tuple(id for id, counted in zip(ids, counts) if counted))
+    return tuple(dict.fromkeys(stops))
+
+
+class Conversations:
+    """What makes the Text of a conversation, an item {"turns": [[question, answer], ...]}, for
+    Samples: all up to the first answer is the prompt, all behind it the target, whose answers are
+    scored.
+
+    For an encoder-decoder (items of pairs.each_answer) the target is the last answer, and the
+    encoder reads all before it. A question None is one of `instructions`, drawn for each sample. A
+    target of more than max_tokens loses its end."""
+
+    def __init__(self, tok, template, num_query_tokens, max_tokens=2048, instructions=()):
+        self.tok = tok
+        self.template = template
+        self.num_query_tokens = num_query_tokens
+        self.max_tokens = max_tokens
+        self.instructions = instructions
+
+    def __call__(self, text, has_image, rng):
+        item = json.loads(text)
+        turns = []
+        for question, answer in item["turns"]:
+            if question is None:
+                question = self.instructions[int(rng.integers(len(self.instructions)))]
+            turns.append([question, answer])
+        places = self.num_query_tokens if has_image else 0
+        ids, scored = chat_ids(self.tok, self.template, turns, places, item.get("system"))
+        end = len(scored) - scored[::-1].index(True)  # the template may write more behind it
+        if self.tok.encoder_decoder:
+            first = end
+            while first and scored[first - 1]:
+                first -= 1
+            target = ids[first:end]
+            eos = [] if target[-1] == self.tok.eos_id else [self.tok.eos_id]
+            return Text([*ids[:first], self.tok.eos_id], [[*target, *eos][: self.max_tokens]])
+        first = scored.index(True)
+        target = ids[first:end][: self.max_tokens]
+        counts = scored[first:end][: self.max_tokens]
+        return Text(ids[:first], [target], None if all(counts) else counts)

@@ -185,7 +185,8 @@ def first_files(available):
     one holds the weights or is the index of their shards."""
     # tokenizer.model cannot be read, but it is fetched so that it can be named
     tokenizers = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["tokenizer.model"])
-    settings = ("tokenizer_config.json", "special_tokens_map.json")
+    settings = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                "generation_config.json")
     weights = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
                "pytorch_model.bin")
     there = [files for files in tokenizers if available.issuperset(files)]

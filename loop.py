@@ -9,7 +9,9 @@ run goes on.
 What trains, on which samples, for how long is a `Job`. Of a model the loop asks this much, and
 VisualLLM of vpgtrans.py has it:
 
-    model(prompt_ids, target_ids, **sees)     -> (loss sum, tokens); sees: images=... or queries=...
+    model(prompt_ids, target_ids, scored=None, **sees)
+                                              -> (loss sum, tokens); sees: images=..., features=... or
+                                              queries=..., and has_image where samples are without
     model.see(images)                         -> {name: (B,...)}, computed once to be looked at twice
     model.generate(prompt_ids, **sees, ...)   -> lists of ids
     model.parts, model.saved()                -> {part: beginning of its names}, {name: parameter}
@@ -213,11 +215,19 @@ def swap_neighbours(rows):
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def marks(batch):
-    """Of a batch, what a model is told beside prompts, targets and images, where it is not plain: which
-    targets are scored (B,T), and which samples have an image (B,)."""
-    told = {name: batch[name] for name in ("scored", "has_image") if name in batch}
-    return {name: mask for name, mask in told.items() if not mask.all()}
+def what_to_say(batch, device):
+    """-> the targets of a batch; {"scored": which of them count, "has_image": which samples have one},
+    each only where that is not all of them."""
+    targets = batch["target_ids"]
+    if targets.ndim == 2:  # packed ones are laid out on the CPU
+        targets = targets.to(device, non_blocking=True)
+    some = {}
+    if "scored" in batch:
+        some["scored"] = batch["scored"].to(device, non_blocking=True)
+    has_image = batch.get("has_image")
+    if has_image is not None and not has_image.all():
+        some["has_image"] = has_image
+    return targets, some
 
 
 class Validation:
@@ -245,15 +255,16 @@ class Validation:
         sums = torch.zeros(3, dtype=torch.float64)
         device = self.processes.device
         for batch in self.batches:
-            prompts, targets = batch["prompt_ids"], batch["target_ids"].to(device)
+            prompts = batch["prompt_ids"]
+            targets, some = what_to_say(batch, device)
             with evaluating(model), self.processes.autocast():
                 if "queries" in batch:
                     sees = {"queries": batch["queries"].to(device)}
                 else:
                     sees = model.see(batch["images"].to(device))
-                matched, tokens = model(prompts, targets, **marks(batch), **sees)
+                matched, tokens = model(prompts, targets, **some, **sees)
                 others = {name: swap_neighbours(x) for name, x in sees.items()}
-                shuffled, _ = model(prompts, targets, **marks(batch), **others)
+                shuffled, _ = model(prompts, targets, **some, **others)
             sums += torch.stack([matched, shuffled, tokens]).double().cpu()
         matched, shuffled, tokens = self.processes.sum(*sums)
         return matched / tokens, shuffled / tokens
@@ -263,9 +274,8 @@ class Validation:
         does."""
         batch = self.batches[0]
         images = batch["images"][:count].to(self.processes.device)
-        which = {}
-        if "has_image" in marks(batch):
-            which["has_image"] = batch["has_image"][:count]
+        _, some = what_to_say(batch, self.processes.device)
+        which = {name: mask[:count] for name, mask in some.items() if name == "has_image"}
         stop = ((self.tok.end_id,), (self.tok.eos_id,))
         # a few steps are too short to compile for
         with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
@@ -302,10 +312,8 @@ def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
         with no_sync, processes.autocast():
             kinds = [kind for kind in ("images", "features", "queries") if kind in micro]
             sees = {kind: micro[kind].to(processes.device, non_blocking=True) for kind in kinds}
-            targets = micro["target_ids"]
-            if targets.ndim == 2:  # packed ones are laid out on the CPU
-                targets = targets.to(processes.device, non_blocking=True)
-            loss, _ = trained(micro["prompt_ids"], targets, **marks(micro), **sees)
+            targets, some = what_to_say(micro, processes.device)
+            loss, _ = trained(micro["prompt_ids"], targets, **some, **sees)
             # times world, since DDP takes the mean over processes
             (loss * (processes.world / tokens)).backward()
         loss_sum += loss.detach()
@@ -516,6 +524,21 @@ def begin_stage(run, job, resumed):
     return optimizer, state["step"]
 
 
+def leave_between_steps(run, optimizer, since, at, error, bar):
+    """Ends a run to which no more batches come, or that was asked to stop while it waited for one.
+    A single process saves where it stands; of several, the others wait for this one in the midst
+    of a step, so that there is what was saved last."""
+    if run.processes.world == 1 and at["step"]:
+        if since.losses:  # no state is saved whose loss was not looked at
+            run.report(since, optimizer, at, optimizer.param_groups[0]["lr"], bar)
+        run.save(optimizer, at)
+    if isinstance(error, data.Stopped):
+        run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
+                          "--resume continues")
+        sys.exit(130)
+    raise Failure(f"{error}. The same command with --resume goes on from where it was saved last")
+
+
 def train_stage(run, job, resumed=None):
     """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state,
     stands."""
@@ -529,12 +552,16 @@ def train_stage(run, job, resumed=None):
         run.validate(job.at(0))
     since = Since(job.at(first)["samples"])
     batches = data.load_batches(job.samples, job.order, stage.batch_size, args.micro_batch,
-                                processes.rank, processes.world, first, args.workers)
+                                processes.rank, processes.world, first, args.workers,
+                                must_stop)
     hidden = None if processes.rank == 0 else True  # None: where there is no terminal
     bar = tqdm(total=job.steps, initial=first, desc=job.name, unit="step", disable=hidden)
     with contextlib.closing(batches), bar:
         for step in range(first, job.steps):
-            micro_batches = next(batches)
+            try:
+                micro_batches = next(batches)
+            except (OSError, data.Stopped) as error:
+                leave_between_steps(run, optimizer, since, job.at(step), error, bar)
             lr = vpgtrans.learning_rate(stage, step, job.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -6,6 +6,9 @@
 
     python pairs.py coco/annotations/captions_train2017.json    # what is in it, and a picture of it
 
+Beside pairs there are conversations and questions, each in one form whatever file they come from,
+and folders of images alone: read_conversations, read_questions, read_pictures.
+
 FORMATS is a table of what is read: the next format is one more entry and a function of a few lines.
 Such a function gives a row for each annotation, (where it stands, image, text, problem), with None
 for what there is not; whoever collects the rows leaves those out that have a problem, and counts

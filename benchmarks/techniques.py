@@ -34,8 +34,9 @@ Way = namedtuple("Way", "around model batches sees")
 # --------------------------------------------------------------------------- what the techniques replace
 
 
-def score_all_positions(llm, prefix, target_ids, prefix_mask=None, scored=None):
-    """DecoderOnly.loss as it is usually written: logits of the prefix's positions too, all at once."""
+def score_all_positions(llm, prefix, target_ids, prefix_mask=None, scored=None, memory=None):
+    """DecoderOnly.loss as it is usually written: logits of the prefix's positions too, all at once.
+    Every target counts, and there is no memory."""
     T = target_ids.shape[1]
     prefix, _, positions, mask = llm.lay_out(prefix, prefix_mask, T - 1)
     embeddings = llm.embed(target_ids[:, :-1].clamp(min=0))
@@ -60,9 +61,11 @@ def patched(*changes):
     before = [getattr(place, name) for place, name, _ in changes]
     for place, name, new in changes:
         setattr(place, name, new)
-    yield
-    for (place, name, _), old in zip(changes, before):
-        setattr(place, name, old)
+    try:
+        yield
+    finally:
+        for (place, name, _), old in zip(changes, before):
+            setattr(place, name, old)
 
 
 @contextlib.contextmanager
@@ -70,9 +73,11 @@ def unfrozen(model):
     frozen = [p for p in model.parameters() if not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)
-    yield
-    for p in frozen:
-        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 # -------------------------------------------------------------------------------------------- a step

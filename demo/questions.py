@@ -38,8 +38,11 @@ def ask(scene, rng):
 
 def ten_answers(answer, others, rng):
     """What ten people say: most of them the answer, some another word for it."""
-    said = [rng.choice(others) if others and rng.random() < 0.3 else answer for _ in range(10)]
-    return [{"answer": text, "answer_confidence": "yes", "answer_id": i + 1} for i, text in enumerate(said)]
+    said = []
+    for id in range(1, 11):
+        text = rng.choice(others) if others and rng.random() < 0.3 else answer
+        said.append({"answer": text, "answer_confidence": "yes", "answer_id": id})
+    return said
 
 
 def write_json(file, content):
@@ -77,9 +80,11 @@ def write_captions(folder, scenes, rng):
         texts = [caption(scene, rng).capitalize() + "." for _ in range(5)]
         coco.append({"image": IMAGES["coco"].format(i), "caption": texts})
         images.append({"id": i, "file_name": f"{i:016x}.jpg", "domain": DOMAINS[scene["arrangement"]]})
-        captions += [{"id": len(captions) + n, "image_id": i, "caption": c} for n, c in enumerate(texts)]
+        for text in texts:
+            captions.append({"id": len(captions), "image_id": i, "caption": text})
     write_json(folder / "coco/annotations/coco_karpathy_test.json", coco)
-    write_json(folder / "nocaps/nocaps_val_4500_captions.json", {"images": images, "annotations": captions})
+    nocaps = {"images": images, "annotations": captions}
+    write_json(folder / "nocaps/nocaps_val_4500_captions.json", nocaps)
 
 
 def write_questions(folder, scenes, rng):
@@ -91,11 +96,21 @@ def write_questions(folder, scenes, rng):
     for i, scene in enumerate(scenes):
         for n, (question, answer, others, kind, structural) in enumerate(ask(scene, rng)):
             answers = ten_answers(answer, others, rng)
-            row = {"question_id": 1000 * i + n, "image_id": i, "question": question, "answer_type": kind,
-                   "multiple_choice_answer": answer, "answers": answers}
+            row = {
+                "question_id": 1000 * i + n,
+                "image_id": i,
+                "question": question,
+                "answer_type": kind,
+                "multiple_choice_answer": answer,
+                "answers": answers,
+            }
             vqav2.append(row)
-            gqa[f"{i:05d}{n:03d}"] = {"imageId": f"n{i}", "question": question, "answer": answer,
-                                      "types": {"structural": structural}}
+            gqa[f"{i:05d}{n:03d}"] = {
+                "imageId": f"n{i}",
+                "question": question,
+                "answer": answer,
+                "types": {"structural": structural},
+            }
             if kind == "other":
                 people = [given | {"raw_answer": given["answer"]} for given in answers[::2]]
                 okvqa.append(row | {"answers": [p for p in people for _ in range(2)]})

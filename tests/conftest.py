@@ -513,13 +513,13 @@ def byte_level(pattern=None):
     return json.loads(tokenizer.to_str())
 
 
-def sentencepiece_bpe(form):
+def sentencepiece_bpe(form, corpus=CORPUS):
     """As LLaMA's: <unk> <s> </s>, the bytes, then pieces; spaces as ▁ by a normalizer (old files)
     or a pre-tokenizer (new ones)."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     # words, or BPE would learn whole sentences
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=700, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"] + BYTES))
     if form == "normalizer":
         tokenizer.pre_tokenizer = None

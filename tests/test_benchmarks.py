@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vpgtrans
+from benchmarks import answers, generation, peers, techniques, training
 from benchmarks import data as data_path
-from benchmarks import generation, peers, techniques, training
 
 CPU = torch.device("cpu")
 FLOAT = torch.float32
@@ -19,6 +19,7 @@ COMMANDS = {
     "generation": generation.main,
     "data": data_path.main,
     "techniques": techniques.main,
+    "answers": answers.main,
 }
 NARROW = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 LLMS = {
@@ -242,6 +243,16 @@ def test_tables_beside_transformers(command, options, rows, capsys):
     found = tables(capsys.readouterr().out)
     assert [cells[1] for cells in found] == rows
     assert len({len(cells) for cells in found}) <= 2  # forward and training have other columns
+
+
+@pytest.mark.slow
+def test_the_table_of_answers_is_of_equal_answers(capsys):
+    """In float32 four ways answer alike, and the counts say that ours has less to do."""
+    answers.main("--size tiny --precision fp32 --images 2 --questions 3 --batch-size 4 --repeats 1".split())
+    first, *rows = tables(capsys.readouterr().out)
+    assert [cells[0] for cells in rows] == ["ours", "LAVIS's way", *OURS_AND_THEIRS[1:]]
+    assert {cells[-1] for cells in rows} == {"100%"}
+    assert rows[0][-2] == "1.00" and float(rows[1][-2]) > 1
 
 
 @pytest.mark.slow

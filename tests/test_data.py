@@ -1,11 +1,20 @@
 """Facts about data.py: tokenizers, prompts, images, the order of samples, batches."""
 
 import dataclasses
+import functools
 import json
+import multiprocessing
+import os
 import random
 import re
+import signal
 import struct
+import subprocess
+import sys
+import time
+import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +27,7 @@ from conftest import (
     make_llm_pair,
     make_pairs,
     save_image,
+    sentencepiece_bpe,
     write,
     write_json,
     write_kind,
@@ -332,6 +342,314 @@ def test_tokens_are_counted_on_captions(tok):
     assert counts.sum() == sum(len(data.caption_ids(tok, caption)) for caption in captions)
 
 
+# ------------------------------------------------------------------------------------ conversations
+
+# In the layouts of VICUNA.md, section 5: Qwen2.5, Llama-3, Mistral 7B, Vicuna 1.1 as a checkpoint has
+# it, and Qwen3, which writes an empty block of thoughts into its last answer
+GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+CHATML = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe of help.<|im_end|>\\n' }}"
+          "{% endif %}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n'"
+          " + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}") + GENERATION
+LLAMA3 = ("{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role']"
+          " + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+          "{% if add_generation_prompt %}"
+          "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}")
+MISTRAL = ("{{ bos_token }}{% for message in messages %}"
+           "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+           "{{ raise_exception('roles must alternate') }}{% endif %}"
+           "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+           "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}")
+LLAMA2 = MISTRAL.replace("message['content'] + eos", "' ' + message['content'] | trim + ' ' + eos")
+VICUNA = ("{{ bos_token + 'Be polite. ' }}{% for message in messages %}{% if message['role'] == 'user' %}"
+          "{{ 'USER: ' + message['content'] + ' ASSISTANT:' }}{% else %}"
+          "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
+          "{% endif %}{% endfor %}")
+QWEN3 = ("{%- for message in messages %}\n    {{- '<|im_start|>' + message.role + '\\n' }}\n"
+         "    {%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}"
+         "{%- endif %}\n    {{- message.content + '<|im_end|>\\n' }}\n{%- endfor %}\n") + GENERATION
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
+LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHATS = {  # template, tokenizer, special tokens, what ends an answer
+    "ChatML": (CHATML, "Qwen", CHATML_TOKENS, "<|im_end|>"),
+    "Qwen3": (QWEN3, "Qwen", CHATML_TOKENS, "<|im_end|>"),
+    "ChatML, SentencePiece": (CHATML, "LLaMA, normalizer", CHATML_TOKENS, "<|im_end|>"),
+    "Llama-3": (LLAMA3, "GPT-2", LLAMA3_TOKENS, "<|eot_id|>"),
+    "Mistral": (MISTRAL, "LLaMA, normalizer", [], "</s>"),
+    "Mistral, new file": (MISTRAL, "LLaMA, pre-tokenizer", ["[INST]", "[/INST]"], "</s>"),
+    "Llama-2": (LLAMA2, "LLaMA, normalizer", [], "</s>"),
+    "Vicuna": (VICUNA, "LLaMA, normalizer", [], "</s>"),
+    "Vicuna, new file": (VICUNA, "LLaMA, pre-tokenizer", [], "</s>"),
+}
+
+
+def write_chat_kind(folder, template, kind, tokens):
+    """A checkpoint's tokenizer with such a chat template."""
+    write_kind(folder, kind)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(tokens)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if kind == "Qwen":
+        config["bos_token"] = "<s>"
+    return write_json(folder, tokenizer_config=config | {"chat_template": template})
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """{name: (our tokenizer, our template, transformers' tokenizer, the end)}"""
+    made = {}
+    for name, (template, kind, tokens, end) in CHATS.items():
+        folder = write_chat_kind(tmp_path_factory.mktemp("chat"), template, kind, tokens)
+        ours = data.load_tokenizer(folder), data.load_chat_template(folder)
+        made[name] = *ours, AutoTokenizer.from_pretrained(folder), end
+    return made
+
+
+def as_messages(turns, system=None):
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages[:-1] if turns[-1][1] is None else messages
+
+
+def conversations(count=60):
+    """Of one to four turns, of all kinds of pieces, but for special tokens."""
+    rng = random.Random(1)
+    plain = [piece for piece in PIECES if "<" not in piece and piece.strip()]
+
+    def text():
+        return rng.choice(["", " "]).join(rng.choices(plain, k=rng.randint(1, 6)))
+
+    made = [[["What is it?", "A red square."]], [["What is it?", "A square."], ["And?", "Red."]],
+            [["  What? ", "\nA square.\n "], ["\t", " Red "]]]
+    while len(made) < count:
+        made.append([[text(), text()] for _ in range(rng.randint(1, 4))])
+    return made
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_ids_of_conversations_equal_transformers(chats, name):
+    """Whole, and up to where the model is to answer."""
+    tok, template, theirs, _ = chats[name]
+    for turns in conversations():
+        for some in (turns, [*turns[:-1], [turns[-1][0], None]]):
+            expected = theirs.apply_chat_template(
+                as_messages(some), add_generation_prompt=some[-1][1] is None, return_dict=False)
+            ids, scored = data.chat_ids(tok, template, some)
+            assert ids == expected
+            assert len(scored) == len(ids)
+
+
+@pytest.mark.parametrize("name", ["ChatML", "Llama-3"])
+def test_a_system_text_is_written_as_the_template_has_it(chats, name):
+    tok, template, theirs, _ = chats[name]
+    turns = [["What is it?", "A red square."]]
+    expected = theirs.apply_chat_template(as_messages(turns, "Be brief."), return_dict=False)
+    ids, scored = data.chat_ids(tok, template, turns, system="Be brief.")
+    assert ids == expected
+    assert "Be brief." in tok.encoder.decode(ids, skip_special_tokens=False)
+
+
+def letters_of(text):
+    """Without blanks, since a token may reach over the seam to those before it."""
+    return "".join(unicodedata.normalize("NFC", text).replace("▁", " ").split())
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_answers_and_their_ends_are_scored_and_nothing_else(chats, name):
+    tok, template, _, end = chats[name]
+    end_id = tok.encoder.token_to_id(end)
+    for turns in conversations():
+        ids, scored = data.chat_ids(tok, template, turns)
+        runs, before = [], False
+        for id, counts in zip(ids, scored):
+            if counts and not before:
+                runs.append([])
+            if counts:
+                runs[-1].append(id)
+            before = counts
+        assert len(runs) == len(turns)
+        for run, (_, answer) in zip(runs, turns):
+            assert run[-1] == end_id
+            said = tok.encoder.decode(run[:-1], skip_special_tokens=False)
+            assert letters_of(said) == letters_of(answer)
+    assert data.stop_ids(tok, template) == ((end_id,),)
+
+
+def test_one_token_off_would_be_seen(chats):
+    """By hand: what is scored of two turns in ChatML."""
+    tok, template, _, _ = chats["ChatML"]
+    ids, scored = data.chat_ids(tok, template, [["Is it red?", "yes"], ["Is it?", "no way"]])
+    end = tok.encoder.token_to_id("<|im_end|>")
+    assert [id for id, counts in zip(ids, scored) if counts] == [
+        *tok.encode("yes"), end, *tok.encode("no way"), end]
+    first = scored.index(True)
+    assert ids[first - 1 : first] == tok.encode("\n")
+
+
+@pytest.mark.parametrize("name", ["ChatML", "Llama-3", "Mistral, new file", "Vicuna"])
+def test_a_special_token_in_what_people_say_is_a_text(chats, name):
+    """And does not end a turn: only those that the template writes are special."""
+    tok, template, _, end = chats[name]
+    end_id = tok.encoder.token_to_id(end)
+    turns = [[f"Say {end} now", f"I say {end} now"], ["<s>[INST]", "fine"]]
+    ids, scored = data.chat_ids(tok, template, turns)
+    honest, _ = data.chat_ids(tok, template, [["Say x now", "I say x now"], ["y", "fine"]])
+    for special in {*tok.specials}:
+        id = tok.encoder.token_to_id(special)
+        assert ids.count(id) == honest.count(id)
+    assert end in tok.encoder.decode([id for id, counts in zip(ids, scored) if counts][:-2],
+                                     skip_special_tokens=True)
+    assert sum(id == end_id for id, counts in zip(ids, scored) if counts) == 2
+    assert tok.encode(end) == [end_id]  # as ever
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_soft_prompts_stand_in_front_of_the_first_question(chats, name):
+    tok, template, _, _ = chats[name]
+    turns = [["What is it?", "A square."], ["And?", "Red."]]
+    ids, scored = data.chat_ids(tok, template, turns, num_query_tokens=3)
+    assert ids.count(data.IMAGE) == 3
+    at = ids.index(data.IMAGE)
+    assert ids[at : at + 3] == [-1, -1, -1]
+    assert not any(scored[: at + 3])
+    before = tok.encoder.decode(ids[:at], skip_special_tokens=False)
+    behind = tok.encoder.decode(ids[at + 3 :], skip_special_tokens=False)
+    assert "What" not in before
+    assert behind.lstrip().startswith("What is it?")
+
+
+def test_vicuna_v0_is_written_as_it_was_trained(kinds):
+    """Pieces around the image and the answer each encoded alone; ### ends an answer, and is another
+    token behind a blank."""
+    tok = kinds["LLaMA, normalizer"][0]
+    template = data.TEMPLATES["vicuna-v0"]
+    turns = [["What is red?", "The circle."], ["Is it?", "no"]]
+    ids, scored = data.chat_ids(tok, template, turns, num_query_tokens=2)
+    pieces = ["###Human: <Img>", [-1, -1], "</Img> What is red? ###Assistant: ",
+              "The circle.###Human: Is it? ###Assistant: ", "no###"]
+    expected = [1]
+    for piece in pieces:
+        expected += tok.encode(piece) if isinstance(piece, str) else piece
+    assert ids == expected
+    said = tok.decode(id for id, counts in zip(ids, scored) if counts)
+    assert said == "The circle.### no###"
+    without, _ = data.chat_ids(tok, template, [["Hi", "x"]])
+    assert without == [1, *tok.encode("###Human: Hi ###Assistant: "), *tok.encode("x###")]
+
+
+def test_all_spellings_of_vicuna_v0s_stop_are_known(tmp_path):
+    content = sentencepiece_bpe("normalizer", [*CORPUS, *["### a b ### c###"] * 200])
+    write_json(write_kind(tmp_path, "LLaMA, normalizer"), tokenizer=content)
+    tok = data.load_tokenizer(tmp_path)
+    stops = data.stop_ids(tok, data.TEMPLATES["vicuna-v0"])
+    assert len(stops) > 1
+    for before in ("a", "a ", "a.", "a\n"):
+        ids = tok.encode(f"{before}###")
+        assert any(tuple(ids[-len(stop) :]) == stop for stop in stops)
+
+
+def test_vicuna_v1_1_is_written_as_fastchat_does(kinds):
+    tok = kinds["LLaMA, normalizer"][0]
+    template = data.TEMPLATES["vicuna-v1.1"]
+    turns = [["Q1", "A1"], ["Q2", None]]
+    text = f"{data.VICUNA_SYSTEM} USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"
+    assert data.chat_ids(tok, template, turns)[0] == [1, *tok.encode(text)]
+    assert len(data.VICUNA_SYSTEM) == 154
+    own = data.chat_ids(tok, template, [["Q1", None]], system="Be brief.")[0]
+    assert own == [1, *tok.encode("Be brief. USER: Q1 ASSISTANT:")]
+    assert data.stop_ids(tok, template) == ((2,),)
+
+
+def test_a_chat_template_is_found_where_checkpoints_have_it(tmp_path):
+    write_chat_kind(tmp_path, CHATML, "Qwen", CHATML_TOKENS)
+    assert data.load_chat_template(tmp_path).source == CHATML
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": LLAMA3}]
+    write_json(tmp_path, tokenizer_config={"eos_token": "</s>", "chat_template": named})
+    assert data.load_chat_template(tmp_path).source == LLAMA3
+    write(tmp_path / "chat_template.jinja", MISTRAL)  # goes first
+    found = data.load_chat_template(tmp_path)
+    assert found.source == MISTRAL
+    assert found.tokens == {"eos_token": "</s>"}
+    assert data.load_chat_template(write_kind(tmp_path / "none", "GPT-2")) is None
+
+
+@pytest.mark.parametrize("template, says", [
+    ("{% for m in messages %}", "chat template: Unexpected end"),
+    ("{{ messages[0].content + 7 }}", "chat template: TypeError"),
+    ("{{ nothing.at.all }}", "chat template: 'nothing' is undefined"),
+    ("{{ raise_exception('no') }}", "chat template: no"),
+    ("{{ messages.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
+    ("{{ messages.append(1) }}", "unsafe|not safe|undefined"),
+    ("{% for i in range(10**9) %}x{% endfor %}", "chat template: OverflowError"),
+    ([{"name": "rag", "template": "x"}], "none of its chat templates .rag. is called default"),
+    (7, "its chat_template is no text")])
+def test_a_chat_template_that_is_damaged_or_does_mischief_is_refused(tmp_path, template, says):
+    write_json(tmp_path, tokenizer_config={"eos_token": "</s>", "chat_template": template})
+    with pytest.raises(ValueError, match=says):
+        data.load_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages[-1].content }}",  # leaves a turn out
+    "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+    "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"])
+def test_a_chat_template_that_drops_or_repeats_turns_is_refused(kinds, template):
+    with pytest.raises(ValueError, match="leaves out or repeats"):
+        data.chat_ids(kinds["GPT-2"][0], data.ChatTemplate(template), [["a", "b"]])
+
+
+def test_a_template_that_refuses_a_conversation_says_why(chats):
+    tok, template, _, _ = chats["Mistral"]
+    with pytest.raises(ValueError, match="roles must alternate"):
+        data.chat_ids(tok, template, [["a", "b"]], system="no place for it")
+
+
+def test_what_ends_no_answer_is_said(kinds):
+    template = data.ChatTemplate("{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}")
+    with pytest.raises(ValueError, match="nothing that ends an answer"):
+        data.stop_ids(kinds["GPT-2"][0], template)
+
+
+def test_conversations_become_a_prompt_and_a_target(chats):
+    tok, template, _, end = chats["ChatML"]
+    turns = [["What is it?", "A square."], ["And?", "Red."]]
+    ids, scored = data.chat_ids(tok, template, turns, 4)
+    make = data.Conversations(tok, template, 4)
+    text = make(json.dumps({"turns": turns}), True, None)
+    assert text.prompt == data.chat_ids(tok, template, [[turns[0][0], None]], 4)[0]
+    (target,) = text.targets
+    assert text.prompt + target == ids[:-1]  # but for the line end behind the last
+    assert text.scored == scored[len(text.prompt) : -1]
+    assert target[-1] == tok.encoder.token_to_id(end)
+    one = make(json.dumps({"turns": turns[:1], "system": "Be brief."}), False, None)
+    assert one.scored is None
+    assert data.IMAGE not in one.prompt
+    short = data.Conversations(tok, template, 4, max_tokens=3)(json.dumps({"turns": turns}), True, None)
+    assert short.targets == [target[:3]]
+
+
+def test_an_encoder_reads_all_before_the_last_answer(kinds):
+    tok = kinds["Unigram"][0]
+    make = data.Conversations(tok, data.TEMPLATES["vicuna-v1.1"], 2)
+    turns = [["what", "a red square"], ["is it", "the circle"]]
+    text = make(json.dumps({"turns": turns}), True, None)
+    assert text.targets == [[*tok.encode("the circle"), 1]]
+    asked = [turns[0], ["is it", None]]
+    assert text.prompt == [*data.chat_ids(tok, make.template, asked, 2)[0], 1]
+    assert text.prompt.count(data.IMAGE) == 2
+    assert text.scored is None
+
+
+def test_an_instruction_is_drawn_where_there_is_no_question(chats):
+    tok, template, _, _ = chats["ChatML"]
+    make = data.Conversations(tok, template, 0, instructions=("Look!", "See?", "What?"))
+    item = json.dumps({"turns": [[None, "A boat."]]})
+    prompts = {tuple(make(item, False, np.random.default_rng(i)).prompt) for i in range(40)}
+    asked = {tuple(data.chat_ids(tok, template, [[q, None]])[0]) for q in make.instructions}
+    assert prompts == asked
+
+
 # ------------------------------------------------------------------------------------------- images
 
 
@@ -411,6 +729,7 @@ def test_a_picture_with_as_many_pixels_as_allowed_is_decoded(tmp_path, monkeypat
         data.load_image(save_image(tmp_path / "more.png", size=(41, 30)))
 
 
+@functools.cache
 def photograph(width=640, height=480, seed=0):
     """Smooth colours with detail at all scales, as photographs have them."""
     rng = np.random.default_rng(seed)
@@ -438,10 +757,10 @@ def test_evaluation_images_equal_transformers(tmp_path, kind, options):
     assert (apart > 1e-3).float().mean() < 0.01
 
 
-def random_crops(file, **options):
-    """Crops of a file by ten seeds, and the sizes at which it was decoded."""
+def random_crops(file, seeds=10, **options):
+    """Crops of a file by several seeds, and the sizes at which it was decoded."""
     crops, sizes = [], []
-    for seed in range(10):
+    for seed in range(seeds):
         with data.open_image(file) as image:
             rng = np.random.default_rng(seed)
             crops.append(data.random_crop(image, 224, rng, **options).float())
@@ -457,8 +776,9 @@ def test_crops_of_jpegs_are_decoded_as_coarsely_as_they_allow(tmp_path, width, h
     file = tmp_path / "photo.jpg"
     smooth = photograph(width, height).filter(ImageFilter.GaussianBlur(width / 200))
     smooth.save(file, quality=95)
-    coarse, sizes = random_crops(file)
-    whole, all_of_it = random_crops(file, least=np.inf)
+    seeds = 10 if width < 1000 else 3
+    coarse, sizes = random_crops(file, seeds)
+    whole, all_of_it = random_crops(file, seeds, least=np.inf)
     assert {round(width / size[0]) for size in sizes} == factors
     assert set(all_of_it) == {(width, height)}
     assert (coarse - whole).abs().mean((1, 2, 3)).max() < 4
@@ -594,6 +914,147 @@ def test_starting_at_a_step_gives_what_would_have_come(samples):
             assert torch.equal(a["images"], b["images"])
             assert torch.equal(a["target_ids"], b["target_ids"])
             assert a["files"] == b["files"]
+
+
+def batches_equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if torch.is_tensor(value):
+                assert torch.equal(value, b[key])
+                assert value.dtype == b[key].dtype
+            else:
+                assert value == b[key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["no room", "few files"])
+def test_batches_travel_through_pipes_where_they_do_not_fit_elsewhere(samples, monkeypatch, way):
+    """The same come, to the bit."""
+    if way == "no room":
+        monkeypatch.setattr(data, "shared_memory", lambda: 1_000_000)
+    else:
+        monkeypatch.setattr(data.resource, "getrlimit", lambda _: (64, 64))
+    monkeypatch.setattr(samples, "size", 224)
+    assert not data.fits_in_shared_memory(samples, 4, 2, 1, 2)
+    monkeypatch.setattr(samples, "size", 28)
+    monkeypatch.setattr(data, "fits_in_shared_memory", lambda *_: False)
+    order = data.plan([40], 40, seed=0)
+    through = list(data.load_batches(samples, order, 8, 4, workers=2))
+    for ours, theirs in zip(through, data.load_batches(samples, order, 8, 4), strict=True):
+        batches_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool, torch.int64])
+def test_packed_batches_are_what_they_were(dtype):
+    batch = {"x": torch.arange(6).view(2, 3).to(dtype), "files": ["a"], "twins": {}}
+    batches_equal([data.unpack(data.Packed(lambda samples: samples)(batch))], [batch])
+
+
+def test_shared_memory_is_counted_beforehand(samples, monkeypatch):
+    """A container's 64 MB hold what two workers have on their way in micro-batches of 8 at 224
+    pixels, not what eight have of 36; neighbours share them."""
+    monkeypatch.setattr(data, "shared_memory", lambda: 64 * 2**20)
+    monkeypatch.setattr(samples, "size", 224)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert data.fits_in_shared_memory(samples, 8, 2, 1, 2)
+    assert not data.fits_in_shared_memory(samples, 36, 2, 1, 8)
+    assert not data.fits_in_shared_memory(samples, 8, 2, 8, 2)
+
+
+SMALL = """
+import sys
+import numpy as np
+import data
+from pairs import read_pairs
+
+if __name__ == "__main__":
+    samples = data.Samples([read_pairs(sys.argv[1])], data.load_tokenizer(sys.argv[2]), 224, 5)
+    steps = list(data.load_batches(samples, np.arange(40).repeat(20), 80, 40, workers=3))
+    print(sum(len(micro["images"]) for step in steps for micro in step), "samples")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["mount -t tmpfs -o size=8m tmpfs /dev/shm", "ulimit -n 64"])
+def test_little_shared_memory_or_few_open_files_do_not_end_a_run(tmp_path, world, limit):
+    """In a mount namespace of its own, where the machine allows that."""
+    space = ["unshare", "-m"] if limit.startswith("mount") else []
+    try:
+        subprocess.run([*space, "bash", "-c", limit], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no mount namespaces here; the test with a stand-in remains")
+    write(tmp_path / "small.py", SMALL)
+    pairs = write_pairs(tmp_path / "pairs", 40)
+    command = f"{limit} && exec {sys.executable} {tmp_path}/small.py {pairs} {world[1]}"
+    environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}
+    done = subprocess.run([*space, "bash", "-c", command], env=environment, capture_output=True,
+                          text=True, timeout=120)
+    assert done.stdout == "800 samples\n", done.stderr
+
+
+class Odd(data.Samples):
+    """Samples of which reading the fifth does what a test says."""
+
+    def look(self, pairs, file, position):
+        if position == 5:
+            self.happen()
+        return super().look(pairs, file, position)
+
+
+def kill_worker():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    time.sleep(1000)
+
+
+@pytest.fixture
+def odd(samples, tok, monkeypatch):
+    monkeypatch.setattr(data, "LOOK_EVERY", 1)
+
+    def load(happen, **options):
+        made = Odd(samples.sets, tok, 28, 5)
+        made.happen = happen
+        batches = data.load_batches(made, np.arange(40), 4, 4, workers=2, **options)
+        return [micro["files"] for step in batches for micro in step]
+
+    yield load
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_run_with_the_remedy(odd):
+    """As the system does where memory runs out; and in the main process nothing but waiting for a
+    batch is interrupted."""
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(OSError, match="a worker that reads images was ended .*fewer --workers"):
+        odd(kill_worker)
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+@pytest.mark.slow
+def test_storage_that_stops_answering_ends_the_run_with_the_remedy(odd, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_WAIT", 2)
+    with pytest.raises(OSError, match="no batch has come .* for 2 seconds: .*storage"):
+        odd(hang)
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_a_batch_can_be_stopped(odd):
+    with pytest.raises(data.Stopped):
+        odd(hang, stop=lambda: True)
+
+
+def test_what_goes_wrong_in_a_sample_is_no_matter_of_workers(odd):
+    """It is told as it is."""
+    class Broken:
+        def __next__(self):
+            raise RuntimeError("Caught RuntimeError in DataLoader worker process 0: mistake")
+
+    with pytest.raises(RuntimeError, match="mistake"):
+        data.wait_for(Broken(), None)
 
 
 def test_an_unreadable_image_is_replaced_and_named(tok, tmp_path):
@@ -1046,7 +1507,7 @@ def test_a_picture_is_known_in_another_size_quality_and_name(tmp_path, samples):
     pairs = make_pairs([str(tmp_path / "palette.png")], ["a red square"])
     looking = data.Samples([pairs], samples.tok, 28, 5, known=known)
     assert looking.look(pairs, pairs.file(0), 0)[1] == files[3]
-    turned = photograph(seed=0)
+    turned = photograph(seed=0).copy()
     turned.paste(Image.new("RGB", (120, 90), "red"), (300, 200))  # another picture of the same place
     assert known.find(turned) is None
     assert data.Lookalikes([]).find(turned) is None

@@ -933,3 +933,10 @@ def test_a_damaged_file_of_answers_is_named(world, benchmarks, tmp_path, capsys)
     with pytest.raises(SystemExit):
         score(world, tmp_path, f"coco={benchmarks / 'coco'}")
     assert f"{file}: damaged" in capsys.readouterr().err
+
+
+def test_the_example_in_docs_prints_what_it_says(capsys):
+    text = (HERE.parent / "docs" / "evaluation.md").read_text()
+    (example,) = re.findall(r"(?s)```python\n(.*?)```", text)
+    exec(example, {})
+    assert f"# {capsys.readouterr().out.strip()}\n" in example

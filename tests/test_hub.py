@@ -84,6 +84,10 @@ def test_what_a_role_needs_of_a_tokenizer(cache):
     only tokenizer.model."""
     there = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
     assert first_files({*there, "vocab.json"}) == there
+    chat = [*there[:3], "chat_template.jinja", "generation_config.json", "model.safetensors"]
+    assert first_files({*chat, "README.md"}) == chat
+    instruct = put(cache, "Qwen/Qwen2.5-7B-Instruct", chat)
+    assert resolve("Qwen/Qwen2.5-7B-Instruct", "target").llm == instruct
     lender = put(cache, "huggyllama/llama-7b", ["tokenizer.json"])
     assert resolve("llama-7b", "tokenizer").tokenizer == lender
     with pytest.raises(FileNotFoundError):  # its weights are not there

@@ -35,6 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import data
 import loop
 import runs
 import train
@@ -191,6 +192,36 @@ def test_a_run_goes_on_with_another_number_of_processes(world, tmp_path):
     stop_at("fine-tune", 2, arguments(world, tmp_path / "run"))
     train_in(2, arguments(world, tmp_path / "run", "--resume"))
     assert_same_losses(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error, code, says", [
+    (OSError("no batch has come"), 2, "no batch has come. The same command with --resume goes on"),
+    (data.Stopped(), 130, "stopped at step 2 of stage fine-tune")])
+def test_a_run_to_which_no_batch_comes_saves_and_goes_on_with_the_same_losses(
+        world, tmp_path, monkeypatch, capsys, error, code, says):
+    """Storage that does not answer, a worker that was killed, a signal while it waits."""
+    out = tmp_path / "run"
+    wait, waits = data.wait_for, iter(range(100))
+
+    def wait_in_vain(*loader):
+        if next(waits) == 5:  # three steps of warm-up, two of fine-tuning
+            raise error
+        return wait(*loader)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(data, "wait_for", wait_in_vain)
+        train.main(arguments(world, out, "--log-every", "10", "--micro-batch", "8"))
+    assert stop.value.code == code
+    said = capsys.readouterr()
+    assert says in said.out + said.err
+    state, _ = runs.load_state(out, print)
+    assert (state["stage"], state["step"]) == ("fine-tune", 2)
+    train.main(arguments(world, out, "--resume"))
+    train.main(arguments(world, tmp_path / "whole"))
+    weights = [load_file(folder / "model.safetensors") for folder in (out, tmp_path / "whole")]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name])
 
 
 # ---------------------------------------------------------------------------------- how its processes end
@@ -435,7 +466,7 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(world, tmp_path, 
 
 
 def names_of_bad(out, problem):
-    return sorted(where.split("/")[-1].rstrip("'") for where in bad_data(out, problem))
+    return sorted(where.split("/")[-1].split(":")[0] for where in bad_data(out, problem))
 
 
 @pytest.mark.slow
