@@ -406,6 +406,7 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
                          augment=False, split=split, seed=args.seed)
             for sets, split in ((train, True), (judge, False))
         ]
+        say(f"starts: {', '.join(named)}; {TRIAL_STEPS} steps each, at rates that rise until one does worse")
         start = pick_start(model, named, *samples, args, processes)
         say("\n".join(describe_start(start)))
         projector = named[start["init"]]
