@@ -15,7 +15,7 @@ demo study: export CUDA_VISIBLE_DEVICES =
 
 demo: .venv/run
 	rm -rf out/demo out/demo-from-scratch
-	$(TRAIN) --warm-up-steps 60 --steps 240 --lr 1e-3 --warm-up-lr 2e-2 --out out/demo
+	$(TRAIN) --init auto --warm-up-steps 60 --steps 240 --lr 1e-3 --out out/demo
 	$(TRAIN) --from-scratch --steps 300 --lr 2e-3 --out out/demo-from-scratch
 	$(BIN)/python -m demo.report out/demo out/demo-from-scratch
 

@@ -274,8 +274,9 @@ class Validation:
         does."""
         batch = self.batches[0]
         images = batch["images"][:count].to(self.processes.device)
-        _, some = what_to_say(batch, self.processes.device)
-        which = {name: mask[:count] for name, mask in some.items() if name == "has_image"}
+        which = {}
+        if not batch["has_image"].all():
+            which["has_image"] = batch["has_image"][:count]
         stop = ((self.tok.end_id,), (self.tok.eos_id,))
         # a few steps are too short to compile for
         with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):

@@ -490,8 +490,12 @@ class Parrot:
 
     def __init__(self, tok):
         self.tok = tok
-        self.vpg = SimpleNamespace(num_query_tokens=2, image_size=4)
-        self.projector = SimpleNamespace(weight=torch.zeros(1))
+        self.image_size = 4
+        self.num_query_tokens = 2
+        self.device = torch.device("cpu")
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
 
     def see(self, images):
         return {"queries": images[:, 0, 0, 0]}
