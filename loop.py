@@ -179,6 +179,9 @@ def run_command(main):
         main()
     except SystemExit as stop:
         code = stop.code
+        if isinstance(code, str):  # a message, as Python has it
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -340,7 +340,7 @@ def end(how):
     if how is not None:
         raise how
 
-for how in (None, SystemExit(), SystemExit(2), OSError("the disk is full")):
+for how in (None, SystemExit(), SystemExit(2), SystemExit("in vain"), OSError("the disk is full")):
     child = os.fork()
     if child == 0:
         loop.run_command(lambda: end(how))
@@ -355,8 +355,9 @@ os._exit(0)
 @pytest.mark.slow
 def test_one_process_of_several_ends_with_its_code_before_python_takes_it_down():
     done = python("-c", ENDINGS, WORLD_SIZE="2", PYTHONPATH=str(ROOT))
-    assert done.stdout.splitlines() == [f"said farewell {code}" for code in (0, 0, 2, 1)]
+    assert done.stdout.splitlines() == [f"said farewell {code}" for code in (0, 0, 2, 1, 1)]
     assert done.stderr.count("Traceback") == 1
+    assert "in vain" in done.stderr
     assert "OSError: the disk is full" in done.stderr
 
 
