@@ -3,7 +3,7 @@
     python -m study.memory make datasets/scene-questions
     python finetune.py --llm datasets/smollm2 --vit demo/source --image-scale 0.1 --lr 5e-3 \\
         --memvp scienceqa-words=datasets/scene-questions --rows 80 --batch-size 16 --steps 200
-    python -m study.memory score out/smollm2-memvp-scienceqa-words datasets/scene-questions
+    python -m study.memory score out/smollm2-memvp-scienceqa-words datasets/scene-questions --limit 600
 
 Which colour, which shape, how many, what is beside it; three to five choices; a third of the questions
 is about things that everybody knows, without an image. Colours and shapes are drawn evenly, so that

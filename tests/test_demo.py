@@ -46,7 +46,7 @@ def test_the_demo_runs_and_sums_up(demo):
     assert (out / "demo" / "captions.png").stat().st_size > 10_000
     assert (out / "demo" / "curves.png").exists()
     stages = "stage warm-up", "stage fine-tune", "stage from-scratch"
-    for text in ("word converter: ", *stages, "colour and shape named right", "by chance"):
+    for text in ("converter, ridge 10", "<- taken", *stages, "colour and shape named right", "by chance"):
         assert text in printed
 
 
