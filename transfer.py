@@ -238,6 +238,14 @@ TRIAL_STEPS = 20
 TRIAL_BATCH = 16
 
 
+def look_samples(looks, model, tok, args, split):
+    """Data sets with their queries -> Samples, of which each is one of the looks; `split`: as for
+    training, where the encoder of a T5 reads a part of the caption."""
+    vpg = model.vpg
+    return data.Samples(looks, tok, vpg.image_size, vpg.num_query_tokens, args.max_tokens, augment=False,
+                        split=split, seed=args.seed)
+
+
 def starts(projector, words, counts, looks, random):
     """{name: projector nn.Linear(Dq, Dt)} of all starts at hand, the `random` projector among them."""
     def quietly(_):
@@ -252,16 +260,18 @@ def starts(projector, words, counts, looks, random):
     return named
 
 
-def try_start(model, projector, lr, train, processes, clip):
+def try_start(model, projector, lr, train, processes, args):
     """A few optimizer steps of the model's projector alone, from a start, on samples of `train`."""
     model.projector.load_state_dict(projector.state_dict())
     stage = dataclasses.replace(vpgtrans.STAGES["warm-up"], lr=lr, final_lr=lr)
     optimizer = loop.new_optimizer(model, stage)
     order = data.plan([train.starts[-1]], TRIAL_STEPS * TRIAL_BATCH, train.seed)
     for step in range(TRIAL_STEPS):
-        positions = range(step * TRIAL_BATCH, (step + 1) * TRIAL_BATCH)
-        batch = train.collate([train[i, order[i]] for i in positions])
-        loop.optimizer_step(model, [batch], optimizer, processes, clip)
+        positions = torch.arange(step * TRIAL_BATCH, (step + 1) * TRIAL_BATCH)
+        micro_batches = []
+        for some in positions.split(args.micro_batch):
+            micro_batches.append(train.collate([train[i, order[i]] for i in some.tolist()]))
+        loop.optimizer_step(model, micro_batches, optimizer, processes, args.clip)
 
 
 def pick_start(model, named, train, judge, args, processes):
@@ -281,7 +291,7 @@ def pick_start(model, named, train, judge, args, processes):
         first, _ = judge.losses(model)
         before = math.inf
         for lr in RATES:
-            try_start(model, projector, lr, train, alone, args.clip)
+            try_start(model, projector, lr, train, alone, args)
             loss, shuffled = judge.losses(model)
             tried.append({"init": name, "lr": lr, "first": first, "loss": loss, "shuffled": shuffled})
             if not loss < before:
@@ -399,15 +409,11 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
         projector = refit_projector(projector, words, looks, say)
     if args.init == "auto":
         train, judge = keep_back(looks)
-        counts = count_shared(words, sets)
-        named = starts(projector, words, counts, train, model.projector)
-        samples = [
-            data.Samples(sets, tok, model.vpg.image_size, model.vpg.num_query_tokens, args.max_tokens,
-                         augment=False, split=split, seed=args.seed)
-            for sets, split in ((train, True), (judge, False))
-        ]
+        named = starts(projector, words, count_shared(words, sets), train, model.projector)
         say(f"starts: {', '.join(named)}; {TRIAL_STEPS} steps each, at rates that rise until one does worse")
-        start = pick_start(model, named, *samples, args, processes)
+        train = look_samples(train, model, tok, args, split=True)
+        judge = look_samples(judge, model, tok, args, split=False)
+        start = pick_start(model, named, train, judge, args, processes)
         say("\n".join(describe_start(start)))
         projector = named[start["init"]]
     model.projector.load_state_dict(projector.state_dict())
