@@ -223,10 +223,14 @@ def refit_projector(projector, words, looks, say):
 
 
 def keep_back(looks):
-    """Data sets -> two thirds of each to start from, and the others to judge a start by."""
+    """Data sets -> two thirds of each to start from, and the others to judge a start by. ValueError if
+    these are fewer than two images."""
     kept = [np.arange(len(pairs)) % 3 == 2 for pairs in looks]
     train = [pairs.subset(np.flatnonzero(~rows)) for pairs, rows in zip(looks, kept)]
     judge = [pairs.subset(np.flatnonzero(rows)) for pairs, rows in zip(looks, kept)]
+    if sum(map(len, judge)) < 2:
+        raise ValueError(f"--init auto judges its starts by a third of the training images, two at least: "
+                         f"{sum(map(len, looks))} are too few; use --init captions or converter")
     return train, judge
 
 

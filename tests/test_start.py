@@ -145,6 +145,12 @@ def test_no_image_is_both_trained_on_and_judged_by(world):
     assert not trained & judged and (len(trained), len(judged)) == (16, 8)
 
 
+def test_too_few_images_to_judge_by_are_named(world):
+    few = read_pairs(str(world[2])).subset(np.arange(5))
+    with pytest.raises(ValueError, match="third of the training images, two at least: 5 are too few"):
+        transfer.keep_back([few])
+
+
 @pytest.fixture
 def look(world, tmp_path, capsys):
     """A function: some lines of pairs.jsonl -> what the VPG makes of their images, and what was said."""
