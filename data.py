@@ -1021,6 +1021,35 @@ def stop_ids(tok, template):
     return tuple(dict.fromkeys(stops))
 
 
+def ends_early(text, stop):
+    """How many letters at the end of a text may be half a character, or the beginning of `stop`."""
+    whole = text.rstrip("\ufffd")  # what a byte is written as until the rest of its character comes
+    for n in range(len(stop or "") - 1, 0, -1):
+        if whole.endswith(stop[:n]):
+            return len(text) - len(whole) + n
+    return len(text) - len(whole)
+
+
+def stream_text(tok, ids, stop=None):
+    """A generator of ids -> yields for each of them the text that it adds, at times "": half a
+    character is held back, and so is what may be the beginning of the text `stop`, which ends it
+    all."""
+    seen = []
+    text = ""
+    given = 0
+    for id in ids:
+        seen.append(id)
+        text = tok.decode(seen)
+        if stop and stop in text:
+            ids.close()
+            text = text[: text.index(stop)]
+            break
+        sure = max(given, len(text) - ends_early(text, stop))
+        yield text[given:sure]
+        given = sure
+    yield text[given:].rstrip("\ufffd")
+
+
 class Conversations:
     """What makes the Text of a conversation, an item {"turns": [[question, answer], ...]}, for
     Samples: all up to the first answer is the prompt, all behind it the target, whose answers are
