@@ -214,8 +214,9 @@ def print_answer(conversation, question, options):
     said = ""
     with interrupts() as interrupted, contextlib.closing(conversation.ask(question, **options)) as answer:
         for piece in answer:
-            if not said and conversation.forgotten > forgotten:
-                print(f"({how_forgetful(conversation.forgotten)})")
+            if conversation.forgotten > forgotten:
+                forgotten = conversation.forgotten
+                print(f"({how_forgetful(forgotten)})")
             said += piece
             print(printable(piece), end="", flush=True)
             if interrupted.is_set():
@@ -237,8 +238,10 @@ def obey(conversation, line, options):
         print("/image needs the name of a file.")
     elif word == "/image":
         file = typed_path(rest)
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"{file}: there is no such file")
         conversation.show(data.load_image(file))
-        print(f"{file}: what is it about?")
+        print(f"{file}: a new conversation begins.")
     elif word.startswith("/"):
         print(f"{word} is no command. There are:\n{HELP}")
     else:
