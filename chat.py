@@ -433,9 +433,9 @@ class Request(BaseHTTPRequestHandler):
             raise Gone
         if int(length) > most:
             self.head(413, "application/x-ndjson")
-            for _ in range(0, min(int(length), 8 * most), 2**16):  # or browsers would not read the answer
-                if not self.rfile.read(2**16):
-                    break
+            left = min(int(length), 8 * most)
+            while left > 0:  # or browsers, still sending, would not read the answer
+                left -= len(self.rfile.read(min(left, 2**16)) or bytes(left))
             raise ValueError(f"{int(length) / 2**20:.1f} MB are more than the {most / 2**20:g} MB that are "
                              "taken")
         return self.rfile.read(int(length))

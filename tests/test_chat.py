@@ -106,8 +106,8 @@ def test_answers_are_those_behind_the_whole_conversation_read_anew(talker, penal
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")
 def test_answers_equal_transformers(chat_models, llama, tmp_path):
-    """With its language model, its repetition penalty, the end marks of generation_config.json, one of which the
-    model says."""
+    """With its language model, its repetition penalty, and the end marks of generation_config.json, which the
+    model says at times."""
     folder, _ = chat_models["llama"]
     _, said = record(begin(llama), QUESTIONS[1], max_new_tokens=14, repetition_penalty=1.2)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
