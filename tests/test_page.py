@@ -323,7 +323,7 @@ class Browser:
     def __init__(self):
         self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
         started = next(line for line in self.driver.stdout if "started successfully" in line)
-        self.address = f"http://127.0.0.1:{re.search(r'port (\d+)', started)[1]}"
+        self.address = "http://127.0.0.1:" + re.search(r"port (\d+)", started)[1]
         self.path = "/session"
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         options = {"args": flags, "binary": shutil.which("chromium")}
@@ -512,7 +512,7 @@ def test_errors_are_shown_and_what_was_typed_is_not_lost(tab, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no picture")
     tab.type(str(text), "#file")
-    assert "the picture: no picture in one of JPEG" in tab.until("document.querySelector('.error')?.innerText")
+    assert "the picture: no picture in one of" in tab.until("document.querySelector('.error')?.innerText")
     assert tab.text("figcaption") == "No picture yet"
     tab.run("about.most_bytes = 5")
     tab.type(str(text), "#file")
