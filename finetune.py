@@ -83,11 +83,10 @@ def read_conversations(spec, tok, template, args, say):
     good = []
     for i in about_image:
         item = json.loads(items.texts[i])
-        turns = item["turns"]
-        first = turns[0][0] or ""
-        why = why_not(len(turns), "system" in item)
+        asked = item.get("system", "") + (item["turns"][0][0] or "")
+        why = why_not(len(item["turns"]), "system" in item)
         # a token has a letter at least
-        if not why and len(first) > args.max_tokens and len(tok.encode(first)) > args.max_tokens:
+        if not why and len(asked) > args.max_tokens and len(tok.encode(asked)) > args.max_tokens:
             why = f"a first question longer than --max-tokens {args.max_tokens}"
         if why:
             left_out.setdefault(why, []).append(f"{spec}, {item['id']}")
@@ -116,8 +115,21 @@ class InstructionTuning:
         if not is_dry:
             hub.resolve(args.model, "model")  # fetches the weights
 
+    def check_length(self, most):
+        """ValueError if questions and answers of so many tokens do not fit into the language model."""
+        longest = getattr(self.shapes.llm, "longest", None)
+        ids, _ = data.chat_ids(self.tok, self.template, [["", None]], self.shapes.num_query_tokens)
+        if longest is not None and len(ids) + 2 * most > longest:
+            fits = max(0, longest - len(ids)) // 2
+            raise ValueError(f"--max-tokens {most}, for a first question and what stands behind it, are more "
+                             f"than {self.place.llm} reads, {longest} with the {len(ids)} of image and "
+                             f"template; {fits} would fit")
+
     def read(self, args, say):
         """-> data.Samples to train on and for validation, and the weights of the data sets or None."""
+        self.check_length(args.max_tokens)
+        own = self.template is not data.TEMPLATES.get(args.template)
+        say(f"conversations: in {'its own chat template' if own else args.template}")
         sets = [read_conversations(spec, self.tok, self.template, args, say) for spec in args.instruct]
         if args.val:
             val = read_conversations(args.val, self.tok, self.template, args, say)
