@@ -552,15 +552,15 @@ def load_model(name, dtype=torch.bfloat16, device="cpu"):
 
 
 def choose_template(place, name=None):
-    """The data.ChatTemplate in which a model converses: that of its run, where stage 3 taught it; else
-    the one of data.TEMPLATES that is named; else its LLM's own. ValueError if it has none, or was
-    taught in another than is named."""
+    """The data.ChatTemplate in which a model converses: that of its run, or what was exported from it,
+    where stage 3 taught it; else the one of data.TEMPLATES that is named; else its LLM's own. ValueError
+    if it has none, or was taught in another than is named."""
     if name is not None and name not in data.TEMPLATES:
         raise ValueError(f"--template {name}: there are {', '.join(data.TEMPLATES)}; without it, a "
                          "checkpoint's own chat template is taken")
     asked = data.TEMPLATES.get(name)
     taught = hub.read_config(place.folder).get("chat_template")
-    if taught is None:
+    if not isinstance(taught, dict):
         template = asked or data.load_chat_template(place.llm)
         if template is None:
             raise ValueError(f"{place.llm}: has no chat template, neither chat_template.jinja nor in "

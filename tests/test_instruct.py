@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import re
 from pathlib import Path
@@ -30,6 +31,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import data
+import export
 import finetune
 import llm as language_models
 import loop
@@ -415,3 +417,38 @@ def test_a_dry_run_needs_no_data_and_loads_no_weights(talk, tmp_path, capsys, mo
     finetune.main(command(talk, tmp_path / "run", "--dry-run", "a100"))
     assert "22 conversations" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------- exports
+
+
+def run_card(folder, picture):
+    """What README.md of an exported folder says, run there, about another picture. -> what it prints"""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    code = code.replace("cat.jpg", str(picture)).replace(f'"{folder.name}"', f'"{folder}"')
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code.replace("max_new_tokens=300", "max_new_tokens=8"), "README.md", "exec"), {})
+    return printed.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["its own", "vicuna-v1.1", "vicuna-v0"])
+def test_what_is_exported_converses_in_transformers_as_here(talk, tmp_path, template):
+    """By the code of its README; and, for us, in the template that it was taught in."""
+    conversations = write_conversations(tmp_path / "talk")
+    model, more = talk[0], []
+    if template != "its own":
+        model = write_talker(tmp_path / "model", template=None)
+        more = ["--template", template]
+    finetune.main(command((model, conversations), tmp_path / "run", "--steps", "2", "--lr", "0.1", *more))
+    export.main([str(tmp_path / "run"), str(tmp_path / "exported"), "--precision", "fp32"])
+    picture = conversations.parent / "2.png"
+    said = run_card(tmp_path / "exported", picture)
+    for folder in ("run", "exported"):
+        model, tok, found = transfer.load_chat(str(tmp_path / folder), dtype=torch.float32)
+        ids, _ = data.chat_ids(tok, found, [["What is in the picture?", None]], 5)
+        image = data.resize(Image.open(picture), 28)[None]
+        (answer,) = model.generate(torch.tensor([ids]), images=image, stop=data.stop_ids(tok, found),
+                                   max_new_tokens=8)
+        assert answer and tok.decode(answer).strip() == said.strip()
