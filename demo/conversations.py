@@ -29,20 +29,23 @@ from study.scenes import BACKGROUNDS, CANONICAL, COLOURS, SHAPES, WORDS, article
 QUESTIONS = {
     "describe": ["What is in the picture?", "Describe the picture.", "What do you see?",
                  "Tell me what this picture shows.", "What does the image show?"],
-    "colour": ["What colour is the {shape}?", "What color is the {shape}?", "Which colour does the {shape} have?",
-               "Tell me the colour of the {shape}.", "The {shape}, what colour is it?"],
+    "colour": ["What colour is the {shape}?", "What color is the {shape}?",
+               "Which colour does the {shape} have?", "Tell me the colour of the {shape}.",
+               "The {shape}, what colour is it?"],
     "shape": ["What is the {colour} thing?", "What shape is the {colour} one?", "Which shape is {colour}?",
               "What is it that is {colour}?", "Which thing here is {colour}?"],
     "count": ["How many shapes are there?", "How many things are in the picture?", "Count the shapes.",
               "How many objects do you see?", "What is the number of shapes?"],
-    "background": ["What colour is the background?", "What color is the background?", "What is behind it all?",
-                   "Which background does the picture have?", "On what background is it?"],
-    "place": ["What is {place} the {shape}?", "Which shape is {place} the {shape}?", "What do you see {place} "
-              "the {shape}?", "Tell me what is {place} the {shape}.", "The {shape}, what is {place} it?"],
+    "background": ["What colour is the background?", "What color is the background?",
+                   "What is behind it all?", "Which background does the picture have?",
+                   "On what background is it?"],
+    "place": ["What is {place} the {shape}?", "Which shape is {place} the {shape}?",
+              "What do you see {place} the {shape}?", "Tell me what is {place} the {shape}.",
+              "The {shape}, what is {place} it?"],
     "yes or no": ["Is there {claim}?", "Do you see {claim}?", "Is {claim} in the picture?",
                   "Does the picture show {claim}?", "Can {claim} be seen?"],
-    "other": ["And the other one?", "What is the other one?", "And the other shape?", "What about the other one?",
-              "And what else is there?"],
+    "other": ["And the other one?", "What is the other one?", "And the other shape?",
+              "What about the other one?", "And what else is there?"],
 }
 NUMBERS = {1: "one", 2: "two"}
 PLACES = {"above": ("above", "below"), "beside": ("next to", "beside")}  # of the first and the second object
@@ -107,8 +110,8 @@ def converse(scene, rng, most=4, unseen=False):
         kind, needs, answer, about = asked.pop()
         turns.append((kind, word(kind, needs, rng, unseen), answer))
         if about is not None and kind != "place" and len(scene["objects"]) == 2 and rng.random() < 0.4:
-            other = scene["objects"][1 - about]
-            turns.append(("other", word("other", {}, rng, unseen), f"The other one is {article(name(other))}."))
+            other = article(name(scene["objects"][1 - about]))
+            turns.append(("other", word("other", {}, rng, unseen), f"The other one is {other}."))
     return turns[:most]
 
 
@@ -150,7 +153,8 @@ def is_right(kind, answer, expected):
         table = COLOURS if kind == "colour" else SHAPES
         return words_of(answer, table) == words_of(expected, table)
     if kind == "background":
-        known = [ground for ground, words in BACKGROUNDS.items() if re.search(rf"\b({'|'.join(words)})\b", answer)]
+        said = set(re.findall(r"\w+", answer))
+        known = [ground for ground, words in BACKGROUNDS.items() if said & set(words)]
         return known == [re.search(r"is (\w+)", expected)[1]]
     if kind == "count":
         found = set(re.findall(r"\b(one|two|1|2|three|3|four|4|five|5)\b", answer))
@@ -252,8 +256,8 @@ def print_losses(run):
     """Held-out loss at the beginning and at the end of a run of stage 3."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held_out = [line for line in lines if "val_loss" in line]
-    for when, line in (("before", held_out[0]), ("after", held_out[-1])):
-        print(f"  held-out loss a token {when} {held_out[-1]['step']} steps of stage 3: {line['val_loss']:.3f}, with "
+    for line in (held_out[0], held_out[-1]):
+        print(f"  held-out loss a token after {line['step']} steps of stage 3: {line['val_loss']:.3f}, with "
               f"shuffled pictures {line['val_loss_shuffled']:.3f}")
 
 
