@@ -812,12 +812,12 @@ class ChatTemplate:
         self.tokens = tokens or {}
 
     def render(self, messages, add_generation_prompt=False):
-        """[{"role", "content"}, ...] -> text. ValueError if the template is damaged, or refuses
-        them."""
+        """[{"role", "content"}, ...] -> text. A model that can think first (Qwen3) is told not to.
+        ValueError if the template is damaged, or refuses them."""
         try:
             return compiled(self.source).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                raise_exception=refuse, strftime_now=the_day, **self.tokens)
+                enable_thinking=False, raise_exception=refuse, strftime_now=the_day, **self.tokens)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
         except (ArithmeticError, LookupError, TypeError, RecursionError) as error:

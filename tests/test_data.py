@@ -368,7 +368,9 @@ VICUNA = ("{{ bos_token + 'Be polite. ' }}{% for message in messages %}{% if mes
           "{% endif %}{% endfor %}")
 QWEN3 = ("{%- for message in messages %}\n    {{- '<|im_start|>' + message.role + '\\n' }}\n"
          "    {%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}"
-         "{%- endif %}\n    {{- message.content + '<|im_end|>\\n' }}\n{%- endfor %}\n") + GENERATION
+         "{%- endif %}\n    {{- message.content + '<|im_end|>\\n' }}\n{%- endfor %}\n") + GENERATION + (
+         "{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+         "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}")
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHATS = {  # template, tokenizer, special tokens, what ends an answer
@@ -436,7 +438,8 @@ def test_ids_of_conversations_equal_transformers(chats, name):
     for turns in conversations():
         for some in (turns, [*turns[:-1], [turns[-1][0], None]]):
             expected = theirs.apply_chat_template(
-                as_messages(some), add_generation_prompt=some[-1][1] is None, return_dict=False)
+                as_messages(some), add_generation_prompt=some[-1][1] is None, enable_thinking=False,
+                return_dict=False)
             ids, scored = data.chat_ids(tok, template, some)
             assert ids == expected
             assert len(scored) == len(ids)
