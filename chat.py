@@ -163,7 +163,6 @@ class Conversation:
                 yield id
         finally:
             self.read = read[: self.cache.used]
-            self.cache.cut(len(self.read))  # what may have been the beginning of an end is not known here
 
 
 # ------------------------------------------------------------------------------------ in the terminal
@@ -378,17 +377,20 @@ class Request(BaseHTTPRequestHandler):
             raise Gone from error
 
     def is_allowed(self):
-        """Is it a request of our page's? Not one of another page's, by a name that leads here (DNS
-        rebinding) or across sites."""
-        port = self.server.server_port
-        host = self.headers.get("Host")
-        if host not in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        """Is it a request of our page's? Not one of another page's, by a name that was made to lead here
+        (DNS rebinding) or across sites. Ports may differ, where one is forwarded."""
+        host = self.headers.get("Host", "")
+        if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host):
             return False
         return self.command == "GET" or self.headers.get("Origin") == f"http://{host}"
 
+    def refuse(self):
+        self.head(403, "text/plain")
+        self.wfile.write(f"chat.py answers to http://127.0.0.1:{self.server.server_port} alone\n".encode())
+
     def do_GET(self):
         if not self.is_allowed():
-            self.head(403, "text/plain")
+            self.refuse()
         elif self.path == "/":
             self.head(200, "text/html; charset=utf-8")
             self.wfile.write(self.server.html)
@@ -401,7 +403,7 @@ class Request(BaseHTTPRequestHandler):
     def do_POST(self):
         deeds = {"/picture": self.take_picture, "/ask": self.answer, "/clear": self.clear}
         if not self.is_allowed():
-            return self.head(403, "text/plain")
+            return self.refuse()
         if self.path not in deeds:
             return self.head(404, "text/plain")
         try:

@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import time
 
@@ -341,6 +342,26 @@ def test_the_terminal_says_when_turns_are_forgotten(monkeypatch, capsys, llama):
     assert 0 < sum(told) < 8
     assert re.match(r"\(the conversation has got too long for the model: its first (2 turns|turn) ",
                     said[told.index(1)])
+
+
+def test_ctrl_c_ends_an_answer_where_it_is(monkeypatch, capsys, llama):
+    conversation = begin(llama)
+    step = conversation.model.llm.step
+    steps = []
+
+    def interrupted(ids, cache):
+        steps.append(ids)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(ids, cache)
+
+    monkeypatch.setattr(conversation.model.llm, "step", interrupted)
+    (said,) = in_terminal(monkeypatch, capsys, conversation, QUESTIONS[0])[:1]
+    assert said.endswith(" (stopped)\n")
+    assert len(steps) == 3
+    ((_, answer),) = conversation.turns
+    assert chat.printable(answer) in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_would_command_the_terminal_is_not_printed():
