@@ -928,6 +928,15 @@ def write_chat(tok, template, turns, has_image, system=None):
     return parts
 
 
+def why_not_written(tok, template, turns, has_system=False):
+    """Why a template does not write a conversation of so many turns, or None. What is said does not
+    matter: marks stand for it when the template is rendered."""
+    try:
+        write_chat(tok, template, [["", ""]] * turns, False, "" if has_system else None)
+    except ValueError as error:
+        return str(error)
+
+
 def end_of_answer(tok, template, text):
     """How many letters of what the template writes behind an answer end it: a special token, or the
     template's stop."""

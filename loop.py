@@ -237,8 +237,10 @@ class Validation:
     """The loss on held-out pairs with their own and with other pairs' images: the difference is
     what the LLM sees."""
 
-    def __init__(self, samples, micro_batch, processes):
+    def __init__(self, samples, micro_batch, processes, stop=None):
+        """`stop`: the ids that end an answer; None: those that end a caption."""
         self.tok = samples.tok
+        self.stop = stop or ((samples.tok.end_id,), (samples.tok.eos_id,))
         self.processes = processes
         count = int(samples.starts[-1]) // 2 * 2
         if count < 2:
@@ -273,18 +275,21 @@ class Validation:
         return matched / tokens, shuffled / tokens
 
     def examples(self, model, count):
-        """Lines with captions of the first validation images, as people wrote them and as the model
-        does."""
+        """Lines with captions of the first validation images, or with the first answers about them, as
+        people wrote them and as the model does."""
         batch = self.batches[0]
         images = batch["images"][:count].to(self.processes.device)
         which = {}
         if not batch["has_image"].all():
             which["has_image"] = batch["has_image"][:count]
-        stop = ((self.tok.end_id,), (self.tok.eos_id,))
         # a few steps are too short to compile for
         with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
-            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=stop, **which)
-        for file, truth, answer in zip(batch["files"], batch["target_ids"].tolist(), answers):
+            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=self.stop, **which)
+        truths = batch["target_ids"]
+        if "scored" in batch:
+            first_answer = batch["scored"].long().cumprod(1).bool()
+            truths = truths.masked_fill(~first_answer, data.PADDING)
+        for file, truth, answer in zip(batch["files"], truths.tolist(), answers):
             truth = self.tok.decode(i for i in truth if i >= 0).strip()
             yield f"    {Path(file).name}: {self.tok.decode(answer).strip()}  (people: {truth})"
 

@@ -359,6 +359,14 @@ def place(spec):
     return spec.source, spec.images, spec.split
 
 
+def read_weights(specs):
+    """The weights of data sets, or None where their specs give none. ValueError where some do."""
+    weights = [parse_spec(spec).weight for spec in specs]
+    if any(weights) and not all(weights):
+        raise ValueError(f"give each of {', '.join(specs)} a :WEIGHT above 0, or none of them")
+    return weights if any(weights) else None
+
+
 def holds_images_alone(source):
     """Is it a folder of images without texts?"""
     return source.is_dir() and not any(source.rglob("*.txt")) and not any(source.glob("*.tar"))
@@ -393,12 +401,8 @@ def find_data(args, stages, say):
             raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
     of_stages = {}
     for name in stages:
-        weights = [parse_spec(spec).weight for spec in specs[name]]
-        if any(weights) and not all(weights):
-            raise ValueError(f"give each of {', '.join(specs[name])} a :WEIGHT above 0, or none of "
-                             "them")
         of_stage = [sets[place(spec)] for spec in specs[name]]
-        of_stages[name] = of_stage, weights if any(weights) else None
+        of_stages[name] = of_stage, read_weights(specs[name])
     return of_stages, one_caption_an_image(val, args.val_samples)
 
 
