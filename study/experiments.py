@@ -251,7 +251,7 @@ def to_smollm2(name, start, steps, rates, split, seed):
     warm_up = 0
     flags = ["--src", "demo/source", "--tgt", SMOLLM2]
     flags += ["--data", "demo/pairs/train.tar", "--val", f"{HELD_OUT}/{split}.tar", "--val-samples", 100]
-    flags += ["--batch-size", 32, "--micro-batch", 8, "--augment", "none", "--clip", 0.5, "--workers", 0]
+    flags += ["--batch-size", 32, "--micro-batch", 32, "--augment", "none", "--clip", 0.5, "--workers", 0]
     flags += ["--val-every", every, "--log-every", 10, "--save-every", 50, "--gate", 0]
     flags += ["--seed", seed, *SMOLLM2_STARTS[start], "--lr", rate]
     if warm_up_rate:
