@@ -247,7 +247,7 @@ def to_smollm2(name, start, steps, rates, split, seed):
     """A run in so many steps from a start of SMOLLM2_STARTS; a fifth of a transfer's are warm-up."""
     warm_up_rate, rate = rates
     from_scratch = start.startswith("scratch")
-    every = steps // (10 if from_scratch else 20)
+    every = steps // (10 if from_scratch else 15)
     warm_up = 0
     flags = ["--src", "demo/source", "--tgt", SMOLLM2]
     flags += ["--data", "demo/pairs/train.tar", "--val", f"{HELD_OUT}/{split}.tar", "--val-samples", 100]

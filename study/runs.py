@@ -90,7 +90,8 @@ def measured(run):
     if done.returncode:
         raise RuntimeError(f"{run.name}: its captions could not be made: {done.stderr}")
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return json.loads(done.stdout) | {"metrics": metrics}
+    start = json.loads((out / "config.json").read_text()).get("start")
+    return json.loads(done.stdout) | ({"start": start} if start else {}) | {"metrics": metrics}
 
 
 def do(run, results, say):

@@ -137,7 +137,7 @@ def test_right_shares_are_counted_by_claim():
 def test_a_run_is_compared_with_where_a_baseline_ends(tmp_path):
     """Steps are counted through both stages."""
     def write(name, **stages):
-        rows = [dict(stage=stage, step=10 * i, val_loss=loss)
+        rows = [dict(stage=stage, step=10 * i, samples=0, seconds=0.0, val_loss=loss)
                 for stage, losses in stages.items() for i, loss in enumerate(losses)]
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -132,7 +132,8 @@ def test_a_loss_that_is_nan_is_never_taken(monkeypatch):
     nan = float("nan")
     start = pick(monkeypatch, {"captions": [nan] * 4, "random": [5.0, 4.0, nan, 3.0]})
     assert (start["init"], start["lr"]) == ("random", transfer.RATES[1])
-    (taken,) = [line for line in transfer.describe_start(start) if line.endswith("<- taken")]
+    lines = transfer.describe_start(start | {"seconds": 1.0})
+    (taken,) = [line for line in lines if line.endswith("<- taken")]
     assert "random" in taken and "4.000" in taken
     with pytest.raises(ValueError, match="NaN or infinite"):
         pick(monkeypatch, {"captions": [nan] * 4, "random": [float("inf")] * 4})
