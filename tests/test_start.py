@@ -146,6 +146,30 @@ def test_no_image_is_both_trained_on_and_judged_by(world):
     assert not trained & judged and (len(trained), len(judged)) == (16, 8)
 
 
+def test_starts_are_fitted_and_tried_on_other_images_than_those_that_judge_them(world, tmp_path, monkeypatch):
+    """Of a whole run: what the fits and the trials' steps are given, and what the losses are of."""
+    given = {}
+
+    class Enough(Exception):
+        pass
+
+    def starts(projector, words, counts, looks, random, starts=transfer.starts):
+        given["fitted"] = looks
+        return starts(projector, words, counts, looks, random)
+
+    def pick_start(model, named, train, judge, *_):
+        given.update(tried=train.sets, judged=judge.sets)
+        raise Enough
+
+    monkeypatch.setattr(transfer, "starts", starts)
+    monkeypatch.setattr(transfer, "pick_start", pick_start)
+    with pytest.raises(Enough):
+        train.main(command(world, tmp_path / "run", "--init", "auto"))
+    files = {use: {file for pairs in sets for file in pairs.files()} for use, sets in given.items()}
+    assert files["fitted"] == files["tried"] and len(files["judged"]) >= 2
+    assert not files["judged"] & files["tried"]
+
+
 def test_too_few_images_to_judge_by_are_named(world):
     few = read_pairs(str(world[2])).subset(np.arange(5))
     with pytest.raises(ValueError, match="third of the training images, two at least: 5 are too few"):
