@@ -100,7 +100,7 @@ def test_runs_to_smollm2_are_all_as_long_and_differ_in_their_start_and_rates():
         length = 1000 if "-1000-" in run.name else 300
         assert warm_up + args.steps == length
         assert warm_up in (0, length // 5)
-        has_rate = args.init != "auto" and not args.from_scratch
+        has_rate = args.init != "auto" and not args.from_scratch and not args.no_warm_up
         assert (args.warm_up_lr is not None) == has_rate, run.name
         common.add((args.src, args.tgt, *args.data, args.batch_size, args.clip, args.augment))
     assert len(common) == 1
