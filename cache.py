@@ -13,10 +13,15 @@ projector and the LLM run. A folder holds index.json, which says what the featur
 shards of 4,096 images, each written whole or not at all.
 """
 
+import collections
+import contextlib
 import hashlib
+import itertools
 import json
 import math
+import multiprocessing.pool
 import os
+import time
 import uuid
 from pathlib import Path
 
@@ -26,6 +31,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 SHARD = 4096  # images a file
+LOOK_EVERY = 5  # seconds; between looks at whether a cache that waits for an image is to stop
+LONGEST_WAIT = 600  # seconds, for an image
 
 
 def fingerprint_files(files):
@@ -36,6 +43,10 @@ def fingerprint_files(files):
     some = files[:: max(1, len(files) // 1000)]
     sizes = [os.path.getsize(file) if os.path.isfile(file) else -1 for file in some]
     return short_hash([names, sizes])
+
+
+def never():
+    return False
 
 
 def short_hash(values):
@@ -119,36 +130,34 @@ class FeatureCache:
         left = sum(len(rows) for rows in self.to_do().values())
         return len(self.files) * each, left * each
 
-    def fill(self, read, compute, batch_size=32, workers=0, rank=0, world=1, stop=lambda: False):
+    def fill(self, read, compute, batch_size=32, workers=0, rank=0, world=1, stop=never):
         """Computes what is missing; of `world` processes each takes the shards with number % world
         == rank. -> False if stop() ended it.
 
         read(file) gives the pixels of an image, as a uint8 tensor, or an OSError, which is kept in
         the place of the features and tried again the next time; compute((B, ...) of them) gives (B,
-        *shape)."""
+        *shape). `workers` threads read ahead. OSError if nothing comes from them any more."""
         self.check()
         todo = {number: rows for number, rows in self.to_do().items() if number % world == rank}
         self.folder.mkdir(parents=True, exist_ok=True)
         index = self.folder / "index.json"
         if not index.exists():
             self.write(index, lambda file: file.write_text(json.dumps(self.index, indent=2)))
-        batches = [(number, few) for number, rows in todo.items() for few in in_batches(rows, batch_size)]
-        numbers = [[number * SHARD + row for row in few] for number, few in batches]
-        images = iter(torch.utils.data.DataLoader(
-            Images(self.files, read), batch_sampler=numbers, num_workers=workers, collate_fn=list,
-            pin_memory=torch.cuda.is_available()))
-        total = sum(len(few) for _, few in batches)
+        files = [self.files[number * SHARD + row] for number, rows in todo.items() for row in rows]
+        images = read_ahead(read, files, workers, 2 * batch_size, stop)
         hidden = None if rank == 0 else True  # None: where nobody looks at a terminal
-        with tqdm(total=total, desc=f"cache {self.folder}", unit="image", disable=hidden) as bar:
+        bar = tqdm(total=len(files), desc=f"cache {self.folder}", unit="image", disable=hidden)
+        with bar, contextlib.closing(images):
             for number, rows in todo.items():
                 found = self.read_shard(number)
                 new = torch.zeros(self.length(number), *self.shape, dtype=self.dtype)
                 features = new if found is None else found[0][:]
                 bad = {}
                 for few in in_batches(rows, batch_size):
-                    if stop():
+                    some = list(itertools.islice(images, len(few)))
+                    if len(some) < len(few) or stop():
                         return False
-                    bad |= self.compute_rows(features, few, next(images), compute)
+                    bad |= self.compute_rows(features, few, some, compute)
                     bar.update(len(few))
                 if found is None or len(bad) < len(rows):
                     self.write_shard(number, features, bad)
@@ -204,14 +213,43 @@ def in_batches(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-class Images(torch.utils.data.Dataset):
-    """The pixels of files, or the message of one that cannot be read."""
-
-    def __init__(self, files, read):
-        self.files, self.read = files, read
-
-    def __getitem__(self, i):
+def read_ahead(read, files, workers, most, stop):
+    """Yields read(file) of each file, or the message of its OSError, until stop() says so while it
+    waits. So many threads read at most so many images ahead: decoders work outside of Python's lock."""
+    def read_or_message(file):
         try:
-            return self.read(self.files[i])
+            return read(file)
         except OSError as error:
             return str(error)
+
+    if not workers:
+        yield from map(read_or_message, files)
+        return
+    files = iter(files)
+    # threads of such a pool end with the process, also where they hang in the storage
+    with multiprocessing.pool.ThreadPool(workers) as pool:
+        def begin(file):
+            return file, pool.apply_async(read_or_message, [file])
+
+        ahead = collections.deque(map(begin, itertools.islice(files, most)))
+        while ahead:
+            image = wait_for(*ahead.popleft(), stop)
+            if image is None:
+                return
+            ahead.extend(map(begin, itertools.islice(files, 1)))
+            yield image
+
+
+def wait_for(file, reading, stop):
+    """What comes of reading a file; None if stop() says so meanwhile. OSError where its storage does
+    not answer."""
+    began = time.monotonic()
+    while True:
+        try:
+            return reading.get(LOOK_EVERY)
+        except multiprocessing.TimeoutError:
+            if stop():
+                return None
+        if time.monotonic() - began > LONGEST_WAIT:
+            raise OSError(f"{file}: has not been read for {LONGEST_WAIT:,} seconds: look at whether its "
+                          "storage answers; what is in the cache already stays")

@@ -303,26 +303,10 @@ def add_machine(parser):
     machine.add_argument("--micro-batch", type=int, default=4,
                          help="questions at a time on one GPU; but for the draws of dropout, the"
                               " result is the same whatever it is (default: %(default)s)")
-    machine.add_argument("--dry-run", nargs="?", const="", metavar="CARD",
-                         help="print what would train, how long, and the memory, operations and "
-                              f"hours that it should take on CARD ({', '.join(estimate.CARDS)}; "
-                              "default: what is found here), and load no weights")
-    machine.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
-                         help="of frozen weights and of the arithmetic; trained weights are "
-                              "always float32 (default: %(default)s)")
-    machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                         default=torch.cuda.is_available(),
-                         help="torch.compile the repeated blocks (default: on GPUs)")
-    machine.add_argument("--workers", type=int, default=min(8, os.cpu_count() // 2),
-                         help="processes that read images, for each GPU (default: %(default)s)")
+    train.add_machine_options(machine)
     machine.add_argument("--cache", type=Path, metavar="DIR",
                          help="keep there what stands still of each image, computed once for all "
                               "runs; for --features queries or --adapters 0")
-    machine.add_argument("--resume", action="store_true",
-                         help="continue the run in --out where it stands")
-
-
-AT_LEAST_1 = ["steps", "batch_size", "micro_batch", "val_samples", "log_every", "val_every", "save_every"]
 
 
 def parse_arguments(argv=None):
@@ -335,9 +319,7 @@ def parse_arguments(argv=None):
     args.source = source or str(Path(os.environ.get("VPGTRANS_DATA", "datasets")) / args.task)
     if args.task not in TASKS:
         parser.error(f"--memvp {args.task}: the tasks are {', '.join(TASKS)}")
-    for name in AT_LEAST_1:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"{train.option(name)} must be at least 1")
+    train.check_ranges(parser, args)
     if args.features == "queries" and args.vit_layers:
         parser.error("--vit-layers is for --features patches: a Q-Former reads the block that it was "
                      "trained on")
@@ -362,49 +344,24 @@ def choose_stage(args, task, has_adapters):
 
 def fill_cache(args, questions, model, made, processes):
     """Opens, and fills, the cache of what the frozen ViT or VPG makes of each image."""
-    dtype = transfer.DTYPES[args.precision]
-
-    @torch.no_grad()
     def see(images):
-        with processes.autocast():
-            return model.see(images.to(processes.device))["features"]
+        return model.see(images)["features"]
 
     nothing = torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8)
+    with torch.no_grad(), processes.autocast():
+        shape = see(nothing.to(processes.device))[0].shape
     made_with = {name: made[name] for name in ("features", "vit_layers", "normalise", "image_size")}
     made_with["vit"] = transfer.memory_fingerprints(model)["vit"]
     (items,) = questions.sets
-    files = items.files()
-    features = cache.FeatureCache(args.cache / args.task, files, see(nothing)[0].shape, dtype, made_with)
-    whole, left = features.need()
-    free = train.free_space(args.cache)
-    size = estimate.readable_size
-    if left > free:
-        raise OSError(f"{args.cache}: the cache needs {size(left)} more, and {size(free)} are free on "
-                      "that disk")
-    processes.say(f"cache: {args.cache}, {len(files):,} images, {size(whole)}, of which {size(left)} are "
-                  "still to be computed")
-    read = partial(data.read_image, size=model.image_size)
+    dtype = transfer.DTYPES[args.precision]
+    features = cache.FeatureCache(args.cache / args.task, items.files(), shape, dtype, made_with)
+    train.check_cache_fits(args.cache, [features], processes.say)
     with loop.stopping_when_asked():
-        done = features.fill(read, see, args.micro_batch, args.workers, processes.rank, processes.world,
-                             loop.must_stop)
-        if processes.sum(not done)[0]:
-            processes.say("stopped while the cache was computed; the same command goes on with it")
-            sys.exit(130)
+        train.fill_cache(features, see, model.image_size, args, processes)
     questions.sets = [dataclasses.replace(items, cache=features)]
 
 
 # ------------------------------------------------------------------------------------------ the run
-
-def check_same_run(args, state):
-    """ValueError if a state is that of a run with other arguments, as far as they matter."""
-    now = transfer.arguments(args)
-    then = state["arguments"]
-    other = [f"{train.option(key)} was {then.get(key)}, is {now[key]}"
-             for key in now if key not in train.FREE and now[key] != then.get(key)]
-    if other:
-        raise ValueError(f"{args.out}: --resume with other arguments would be another run: "
-                         f"{'; '.join(other)}")
-
 
 def run_config(args, made, model):
     """config.json of a run: how its memory is made, which ViT and LLM belong to it, its
@@ -511,7 +468,7 @@ def set_up(args, task, found, watch):
     steps = count_steps(args, stage, available, processes.world)
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
-        check_same_run(args, resumed[0])
+        train.check_same_arguments(args, resumed[0]["arguments"])
     torch.manual_seed(args.seed)  # what the memory draws
     dtype = transfer.DTYPES[args.precision]
     model = transfer.build_memory_llm(found.made, found.vit, found.llm, dtype, processes.device)

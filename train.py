@@ -148,12 +148,8 @@ def add_length(parser):
                         help="a run is a function of its arguments and this (default: %(default)s)")
 
 
-def add_machine(parser):
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--micro-batch", type=int,
-                         help="samples at a time on one GPU; but for the draws of dropout, the "
-                              "result is the same whatever it is (default: what should fit into "
-                              f"the GPU's memory, {estimate.LARGEST} at most)")
+def add_machine_options(machine):
+    """Of every command that trains."""
     machine.add_argument("--dry-run", nargs="?", const="", metavar="CARD",
                          help="print what would train, how long, and the memory, operations and "
                               f"hours that it should take on CARD ({', '.join(estimate.CARDS)}; "
@@ -166,6 +162,17 @@ def add_machine(parser):
                          help="torch.compile the repeated blocks (default: on GPUs)")
     machine.add_argument("--workers", type=int, default=min(8, os.cpu_count() // 2),
                          help="processes that read images, for each GPU (default: %(default)s)")
+    machine.add_argument("--resume", action="store_true",
+                         help="continue the run in --out where it stands")
+
+
+def add_machine(parser):
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--micro-batch", type=int,
+                         help="samples at a time on one GPU; but for the draws of dropout, the "
+                              "result is the same whatever it is (default: what should fit into "
+                              f"the GPU's memory, {estimate.LARGEST} at most)")
+    add_machine_options(machine)
     machine.add_argument("--cache", type=Path, metavar="DIR",
                          help="keep there what the frozen VPG makes of each image of stage 1 (49 "
                               "KB in bf16), computed once for all runs with this VPG and data; "
@@ -174,8 +181,6 @@ def add_machine(parser):
                          help="after the warm-up, stop unless shuffled images raise the validation "
                               "loss by at least this: else the LLM does not look at them, and days "
                               "of fine-tuning would be in vain; 0: never (default: %(default)s)")
-    machine.add_argument("--resume", action="store_true",
-                         help="continue the run in --out where it stands")
 
 
 def add_log(parser):
@@ -206,6 +211,16 @@ def option(name):
     return f"--{name.replace('_', '-')}"
 
 
+def check_ranges(parser, args):
+    """Ends the command where a number is too small; those are passed over that it has not."""
+    for name in AT_LEAST_1:
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            parser.error(f"{option(name)} must be at least 1")
+    for name, least in ABOVE.items():
+        if getattr(args, name, None) is not None and not getattr(args, name) > least:
+            parser.error(f"{option(name)} must be above {least}")
+
+
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,12 +233,7 @@ def parse_arguments(argv=None):
     for one, other in EXCLUDE_EACH_OTHER:
         if getattr(args, one) and getattr(args, other):
             parser.error(f"{option(one)} and {option(other)} exclude each other")
-    for name in AT_LEAST_1:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"{option(name)} must be at least 1")
-    for name, least in ABOVE.items():
-        if getattr(args, name) is not None and not getattr(args, name) > least:
-            parser.error(f"{option(name)} must be above {least}")
+    check_ranges(parser, args)
     if args.from_scratch and args.init != "converter":
         parser.error("--from-scratch has a random projector; --init is for the transfer of a VPG")
     if args.vit_layers and (args.q_former or not args.from_scratch):
@@ -473,7 +483,6 @@ FREE = {"out", "micro_batch", "dry_run", "compile", "workers", "resume", "gate",
 
 def check_same_run(args, state):
     """ValueError if a state is that of a run with other arguments, as far as they matter."""
-    now = transfer.arguments(args)
     # an option that is newer than the state had its default's effect
     defaults = transfer.arguments(parse_arguments(["--src", args.src, "--tgt", args.tgt]))
     then = defaults | state["arguments"]
@@ -481,16 +490,23 @@ def check_same_run(args, state):
     if not isinstance(then["from_scratch"], bool):
         then["q_former"] = then["from_scratch"] or None
         then["from_scratch"] = then["from_scratch"] is not None
+    check_same_arguments(args, then)
+
+
+def check_same_arguments(args, then):
+    """ValueError if a run that had the arguments `then` would be another one with those of today, as far
+    as they matter."""
+    now = transfer.arguments(args)
     other = []
     for key in now:
-        if key not in FREE and now[key] != then[key]:
-            other.append(f"{option(key)} was {then[key]}, is {now[key]}")
+        if key not in FREE and now[key] != then.get(key):
+            other.append(f"{option(key)} was {then.get(key)}, is {now[key]}")
     if other:
         raise ValueError(f"{args.out}: --resume with other arguments would be another run: "
                          f"{'; '.join(other)}")
 
 
-# ----------------------------------------------------------------------------- the cache of stage 1
+# ---------------------------------------------------------------------------------------- the cache
 
 
 def free_space(folder):
@@ -518,35 +534,39 @@ def open_caches(args, sets, vpg, say):
         folder = args.cache / pairs.name
         features = cache.FeatureCache(folder, pairs.files(), shape, dtype, made_with)
         cached.append(dataclasses.replace(pairs, cache=features))
-    whole, left = (sum(sizes) for sizes in zip(*(pairs.cache.need() for pairs in cached)))
-    free = free_space(args.cache)
-    images = sum(len(pairs.cache.files) for pairs in cached)
-    size = estimate.readable_size
-    need = (f"{images:,} images x {size(whole / images)} = {size(whole)}, of which {size(left)} "
-            f"are still to be computed; {size(free)} are free")
-    if left > free:
-        raise OSError(f"{args.cache}: the cache does not fit on this disk: {need}")
-    say(f"cache: {args.cache}, {need}; stage 1 sees these images whole, without crops, and does "
-        "not look for validation images among them")
+    check_cache_fits(args.cache, [pairs.cache for pairs in cached], say)
+    say("cache: stage 1 sees these images whole, without crops, and does not look for validation images "
+        "among them")
     return cached
 
 
-def fill_caches(args, sets, vpg, processes):
-    """Computes what --cache does not hold yet of the images of stage 1; a signal ends it, and the
-    run."""
-    read = functools.partial(data.read_image, size=vpg.image_size)
+def check_cache_fits(folder, caches, say):
+    """Says what the caches of a --cache folder need; OSError if that is not free on its disk."""
+    whole, left = (sum(sizes) for sizes in zip(*(features.need() for features in caches)))
+    images = sum(len(features.files) for features in caches)
+    free = free_space(folder)
+    size = estimate.readable_size
+    need = (f"{images:,} images x {size(whole / images)} = {size(whole)}, of which {size(left)} are "
+            f"still to be computed; {size(free)} are free")
+    if left > free:
+        raise OSError(f"{folder}: the cache does not fit on this disk: {need}")
+    say(f"cache: {folder}, {need}")
 
+
+def fill_cache(features, see, image_size, args, processes):
+    """Computes what a cache does not hold yet: see((B,3,H,W) uint8) gives the features. A signal ends
+    it, and the run."""
     @torch.no_grad()
-    def queries(images):
+    def compute(images):
         with processes.autocast():
-            return vpg(images.to(processes.device))
+            return see(images.to(processes.device))
 
-    for pairs in sets:
-        done = pairs.cache.fill(read, queries, args.micro_batch, args.workers, processes.rank,
-                                processes.world, loop.must_stop)
-        if processes.sum(not done)[0]:
-            processes.say("stopped while the cache was computed; the same command goes on with it")
-            sys.exit(130)
+    read = functools.partial(data.read_image, size=image_size)
+    done = features.fill(read, compute, args.micro_batch, args.workers, processes.rank, processes.world,
+                         loop.must_stop)
+    if processes.sum(not done)[0]:
+        processes.say("stopped while the cache was computed; the same command goes on with it")
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------- without weights
@@ -791,8 +811,9 @@ def train(run, jobs, resumed):
     first = names.index(resumed[0]["stage"]) if resumed else 0
     with loop.stopping_when_asked():
         for job in jobs[first:]:
-            if job.samples.sets[0].cache:
-                fill_caches(run.args, job.samples.sets, run.model.vpg, run.processes)
+            for features in [pairs.cache for pairs in job.samples.sets if pairs.cache]:
+                vpg = run.model.vpg
+                fill_cache(features, vpg, vpg.image_size, run.args, run.processes)
             loop.train_stage(run, job, resumed)
             resumed = None
             if job.name == "warm-up" and len(jobs) > 1:

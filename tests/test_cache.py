@@ -1,6 +1,8 @@
 """Facts about cache.py: it gives back what was computed, once, and notices what it does not belong to."""
 
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -83,13 +85,43 @@ def test_processes_share_the_work(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == [*shards, "index.json"]
 
 
-@pytest.mark.slow
 def test_workers_give_the_same(tmp_path):
     one = new_cache(tmp_path / "one")
     two = new_cache(tmp_path / "two")
     fill(one)
     two.fill(read_but_7, features_of, batch_size=3, workers=2)
     assert all(torch.equal(one[file], two[file]) for file in FILES if file != FILES[7])
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    """What reads images from a storage that does not answer for one of them, until the test is over."""
+    monkeypatch.setattr(cache, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(cache, "LONGEST_WAIT", 0.3)
+    answer = threading.Event()
+
+    def read(file):
+        if file == FILES[9]:
+            answer.wait()
+        return pixel_of(file)
+
+    yield read
+    answer.set()
+
+
+def test_waiting_for_storage_has_an_end(tmp_path, storage):
+    new = new_cache(tmp_path)
+    with pytest.raises(OSError, match=r"/pictures/\d+.jpg: has not been read for 0.3 seconds"):
+        new.fill(storage, features_of, batch_size=2, workers=2)
+    assert 0 not in new.to_do()
+
+
+def test_a_cache_that_waits_for_storage_can_be_stopped(tmp_path, storage, monkeypatch):
+    monkeypatch.setattr(cache, "LONGEST_WAIT", 600)
+    began = time.time()
+    assert not new_cache(tmp_path).fill(storage, features_of, batch_size=2, workers=2,
+                                        stop=lambda: time.time() > began + 0.5)
+    assert time.time() < began + 30
 
 
 def test_it_stops_when_asked_and_goes_on_later(tmp_path):
