@@ -69,7 +69,7 @@ SMOLLM2_RATES = {
     "no-warm-up": [("", "1e-3"), ("", "2e-3")],
     "scratch-stage1": [("", "2e-3"), ("", "4e-3"), ("", "1e-3")]}
 SMOLLM2_CHOSEN = {start: pairs[0] for start, pairs in SMOLLM2_RATES.items() if start != "auto"}
-SMOLLM2_BUDGETS = (300, 1000)
+SMOLLM2_BUDGETS = {300: tuple(SMOLLM2_CHOSEN), 1000: ("scratch", "converter", "captions")}
 
 # ------------------------------------------------------------------------------------------ one run
 
@@ -271,11 +271,11 @@ def smollm2_runs():
         for rates in pairs:
             name = "-".join(["smollm2-sweep", start, *filter(None, rates)])
             runs.append(to_smollm2(name, start, 300, rates, "val", seed=0))
-    for steps in SMOLLM2_BUDGETS:
-        for start, rates in SMOLLM2_CHOSEN.items():
+    for steps, starts in SMOLLM2_BUDGETS.items():
+        for start in starts:
             for seed in SEEDS:
                 name = f"smollm2-{start}-{steps}-s{seed}"
-                runs.append(to_smollm2(name, start, steps, rates, "test", seed))
+                runs.append(to_smollm2(name, start, steps, SMOLLM2_CHOSEN[start], "test", seed))
     return {run.name: run for run in runs}
 
 

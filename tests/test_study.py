@@ -507,19 +507,21 @@ def test_what_the_fit_of_a_projector_reads_and_takes_is_counted(tmp_path):
     assert speed_up(tmp_path, "fitted") == ["20 (1 of 3 seeds)", "3.0 ×", "1.0 ×", "2.0 ×"]
 
 
-def test_the_document_says_what_was_recorded():
-    text = (ROOT / "docs" / "miniature.md").read_text()
+@pytest.mark.parametrize("document", report.DOCUMENTS)
+def test_the_document_says_what_was_recorded(document):
+    text = (ROOT / "docs" / document).read_text()
     assert report.fill(text, records.Results(RESULTS)) == text
 
 
 def test_what_was_recorded_are_the_experiments_with_their_commands():
     results = records.Results(RESULTS)
     assert results.rows
-    assert results.rows.keys() == {name for name in results.records if EVERY[name].trains}
+    every = EVERY | SECOND
+    assert results.rows.keys() == {name for name in results.records if every[name].trains}
     for name, record in results.records.items():
         # Recorded before the module had this name
         command = record["command"].replace("miniature/initialise.py", "-m study.initialise")
-        assert shlex.split(command) == EVERY[name].command
+        assert shlex.split(command) == every[name].command
 
 
 @pytest.mark.parametrize("init", experiments.WARM_UP_RATES)
@@ -536,6 +538,17 @@ def test_the_baseline_has_the_best_rate_of_its_sweep(start, steps):
     results = records.Results(RESULTS)
     losses = {rate: results.final(f"sweep-scratch-{start}-{steps}-{rate}") for rate in experiments.RATES}
     assert experiments.CHOSEN[start, steps] == min(losses, key=losses.get)
+
+
+@pytest.mark.parametrize("start", experiments.SMOLLM2_CHOSEN)
+def test_runs_to_smollm2_have_the_best_rates_that_were_tried(start):
+    results = records.Results(RESULTS)
+    names = {}
+    for rates in experiments.SMOLLM2_RATES[start]:
+        names[rates] = "-".join(filter(None, ["smollm2-sweep", start, *rates]))
+    losses = results.losses(names)
+    if losses:
+        assert experiments.SMOLLM2_CHOSEN[start] == min(losses, key=losses.get)
 
 
 # --------------------------------------------------------------------------------------- the world
