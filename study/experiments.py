@@ -59,7 +59,7 @@ SMOLLM2_STARTS = {
     "captions": CAPTIONS,
     "ridge-0.001": ["--ridge", 0.001],  # as in the first study
     "no-warm-up": ["--no-warm-up"],
-    "scratch-stage1": ["--from-scratch", f"{WORLD}/stage1"]}
+    "scratch-stage1": ["--from-scratch", f"{HELD_OUT}/stage1"]}
 SMOLLM2_RATES = {
     "scratch": [("", "2e-3"), ("", "4e-3"), ("", "1e-3")],
     "auto": [("", "1e-3")],

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from study import scenes
 from study.languages import LLMS, make_llms, make_tokenizers
 from study.sight import make_stage1, make_vit
-from study.world import SEEDS
+from study.world import SEEDS, save_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = dict(train=20000, val=500, test=1000)
@@ -117,9 +118,8 @@ def make_demo(args):
 # ----------------------------------------------------------------------------------- stage: smollm2
 
 
-def make_held_out(args):
-    """smollm2/: the demo's held-out scenes in two shards, val.tar to choose by and test.tar to report."""
-    folder = args.out / "smollm2"
+def make_held_out(folder):
+    """The demo's held-out scenes in two shards, val.tar to choose by and test.tar to report."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(ROOT / "demo" / "pairs" / "val.tar") as shard:
         members = [(member.name, shard.extractfile(member).read()) for member in shard]
@@ -127,6 +127,22 @@ def make_held_out(args):
         with tarfile.open(folder / f"{split}.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
             for name, content in members[part]:  # two files a scene
                 add_file(shard, name, content)
+
+
+def make_smollm2(args):
+    """smollm2/: held-out scenes, and a Q-Former after the first stage behind the ViT of demo/source, for the
+    baseline that starts from one."""
+    folder = args.out / "smollm2"
+    make_held_out(folder)
+    make_scenes(args)
+    source = ROOT / "demo" / "source"
+    for name, place in {"pairs": args.out / "pairs", "opt-128": source}.items():  # its tokenizer is read
+        if not (folder / name).exists():
+            (folder / name).symlink_to(place.resolve())
+    tensors = load_file(source / "model.safetensors")
+    vit = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+    save_bf16(folder / "vit" / "model.safetensors", vit)
+    make_stage1(argparse.Namespace(out=folder, steps=args.steps))
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -154,7 +170,7 @@ def main():
     if "demo" in args.stages:
         make_demo(args)
     if "smollm2" in args.stages:
-        make_held_out(args)
+        make_smollm2(args)
 
 
 if __name__ == "__main__":

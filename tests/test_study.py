@@ -107,7 +107,7 @@ def test_runs_to_smollm2_are_all_as_long_and_differ_in_their_start_and_rates():
 
 
 def test_the_held_out_scenes_are_parted_once_for_choices_and_once_for_figures(tmp_path):
-    make.make_held_out(SimpleNamespace(out=tmp_path))
+    make.make_held_out(tmp_path / "smollm2")
     whole = captions.read_scenes(ROOT / "demo" / "pairs" / "val.tar")
     parts = [captions.read_scenes(tmp_path / "smollm2" / f"{split}.tar") for split in ("val", "test")]
     assert [len(files) for files, _, _ in parts] == [100, 200]
