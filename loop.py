@@ -213,6 +213,13 @@ def evaluating(model):
             module.training = True
 
 
+@contextlib.contextmanager
+def generating(model, processes):
+    """Within this, the model may generate. The few steps of an answer are too short to compile for."""
+    with evaluating(model), processes.autocast(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def swap_neighbours(rows):
     """(B,...) -> the same rows, each in the place of its neighbour: 1, 0, 3, 2, ..."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
@@ -282,8 +289,7 @@ class Validation:
         which = {}
         if not batch["has_image"].all():
             which["has_image"] = batch["has_image"][:count]
-        # a few steps are too short to compile for
-        with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
+        with generating(model, self.processes):
             answers = model.generate(batch["prompt_ids"][:count], images=images, stop=self.stop, **which)
         truths = batch["target_ids"]
         if "scored" in batch:
@@ -404,6 +410,7 @@ class Run:
     watch: Callable = None  # is told where the run stands, after each line of the log
     last_validation: tuple = None  # losses with matched and with shuffled images
     remedy: str = ""  # what to do when the loss is NaN or infinite, for people
+    score: Callable = None  # model -> {name: number}, called by every process at each validation
 
     def write(self, at, **row):
         self.log.add(**at, **row)
@@ -413,9 +420,14 @@ class Run:
     def validate(self, at):
         """Logs, prints and draws how the model does at a step."""
         matched, shuffled = self.last_validation = self.validation.losses(self.model)
-        self.write(at, val_loss=matched, val_loss_shuffled=shuffled)
-        self.processes.say(f"step {at['step']:>6,}  validation loss {matched:.3f}, "
-                           f"with shuffled images {shuffled:.3f}")
+        row = {"val_loss": matched, "val_loss_shuffled": shuffled}
+        said = f"step {at['step']:>6,}  validation loss {matched:.3f}, with shuffled images {shuffled:.3f}"
+        if self.score:
+            with generating(self.model, self.processes):
+                row["scores"] = self.score(self.model)
+            said += "".join(f", {name} {score:.1f}" for name, score in row["scores"].items())
+        self.write(at, **row)
+        self.processes.say(said)
         if self.processes.rank == 0:
             self.processes.say("\n".join(self.validation.examples(self.model, 2)))
             self.log.draw()
