@@ -729,7 +729,7 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
         for _ in steps:
             batch = [wait_for(loader, stop) for _ in range(per_step)]
             yield [unpack(micro) for micro in batch] if isinstance(collate, Packed) else batch
-    except (OSError, Stopped):
+    except BaseException:  # GeneratorExit, too, where the run stops between two steps
         for child in children:  # they may hang in the storage, and heed no other signal
             child.kill()
         raise
@@ -812,12 +812,12 @@ class ChatTemplate:
         self.tokens = tokens or {}
 
     def render(self, messages, add_generation_prompt=False):
-        """[{"role", "content"}, ...] -> text. ValueError if the template is damaged, or refuses
-        them."""
+        """[{"role", "content"}, ...] -> text. A model that can think first (Qwen3) is told not to.
+        ValueError if the template is damaged, or refuses them."""
         try:
             return compiled(self.source).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                raise_exception=refuse, strftime_now=the_day, **self.tokens)
+                enable_thinking=False, raise_exception=refuse, strftime_now=the_day, **self.tokens)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
         except (ArithmeticError, LookupError, TypeError, RecursionError) as error:
@@ -1028,6 +1028,35 @@ def stop_ids(tok, template):
         ids, counts = encode_section(tok, parts, [(len(answer), len(answer + end))])
         stops.append(tuple(id for id, counted in zip(ids, counts) if counted))
     return tuple(dict.fromkeys(stops))
+
+
+def ends_early(text, stop):
+    """How many letters at the end of a text may be half a character, or the beginning of `stop`."""
+    whole = text.rstrip("\ufffd")  # what a byte is written as until the rest of its character comes
+    for n in range(len(stop or "") - 1, 0, -1):
+        if whole.endswith(stop[:n]):
+            return len(text) - len(whole) + n
+    return len(text) - len(whole)
+
+
+def stream_text(tok, ids, stop=None):
+    """A generator of ids -> yields for each of them the text that it adds, at times "": half a
+    character is held back, and so is what may be the beginning of the text `stop`, which ends it
+    all."""
+    seen = []
+    text = ""
+    given = 0
+    for id in ids:
+        seen.append(id)
+        text = tok.decode(seen)
+        if stop and stop in text:
+            ids.close()
+            text = text[: text.index(stop)]
+            break
+        sure = max(given, len(text) - ends_early(text, stop))
+        yield text[given:sure]
+        given = sure
+    yield text[given:].rstrip("\ufffd")
 
 
 class Conversations:

@@ -213,6 +213,13 @@ def evaluating(model):
             module.training = True
 
 
+@contextlib.contextmanager
+def generating(model, processes):
+    """Within this, the model may generate. The few steps of an answer are too short to compile for."""
+    with evaluating(model), processes.autocast(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def swap_neighbours(rows):
     """(B,...) -> the same rows, each in the place of its neighbour: 1, 0, 3, 2, ..."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
@@ -282,8 +289,7 @@ class Validation:
         which = {}
         if not batch["has_image"].all():
             which["has_image"] = batch["has_image"][:count]
-        # a few steps are too short to compile for
-        with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
+        with generating(model, self.processes):
             answers = model.generate(batch["prompt_ids"][:count], images=images, stop=self.stop, **which)
         truths = batch["target_ids"]
         if "scored" in batch:
@@ -311,9 +317,12 @@ def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
     `trained` is the model, or DDP around it.
 
     Each token counts alike, whichever process and micro-batch it is in: -> (their number in all,
-    this process's loss sum, has any process been asked to stop)."""
-    own_tokens = sum(data.count_targets(micro) for micro in micro_batches)
-    tokens, stop = processes.sum(own_tokens, must_stop())
+    this process's loss sum, has any process been asked to stop). Where one process has no batch,
+    micro_batches None, no process takes the step: -> None."""
+    own_tokens = sum(data.count_targets(micro) for micro in micro_batches or ())
+    tokens, stop, without = processes.sum(own_tokens, must_stop(), micro_batches is None)
+    if without:
+        return None
     loss_sum = torch.zeros((), device=processes.device)
     for i, micro in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
@@ -401,6 +410,7 @@ class Run:
     watch: Callable = None  # is told where the run stands, after each line of the log
     last_validation: tuple = None  # losses with matched and with shuffled images
     remedy: str = ""  # what to do when the loss is NaN or infinite, for people
+    score: Callable = None  # model -> {name: number}, called by every process at each validation
 
     def write(self, at, **row):
         self.log.add(**at, **row)
@@ -410,9 +420,14 @@ class Run:
     def validate(self, at):
         """Logs, prints and draws how the model does at a step."""
         matched, shuffled = self.last_validation = self.validation.losses(self.model)
-        self.write(at, val_loss=matched, val_loss_shuffled=shuffled)
-        self.processes.say(f"step {at['step']:>6,}  validation loss {matched:.3f}, "
-                           f"with shuffled images {shuffled:.3f}")
+        row = {"val_loss": matched, "val_loss_shuffled": shuffled}
+        said = f"step {at['step']:>6,}  validation loss {matched:.3f}, with shuffled images {shuffled:.3f}"
+        if self.score:
+            with generating(self.model, self.processes):
+                row["scores"] = self.score(self.model)
+            said += "".join(f", {name} {score:.1f}" for name, score in row["scores"].items())
+        self.write(at, **row)
+        self.processes.say(said)
         if self.processes.rank == 0:
             self.processes.say("\n".join(self.validation.examples(self.model, 2)))
             self.log.draw()
@@ -533,19 +548,29 @@ def begin_stage(run, job, resumed):
     return optimizer, state["step"]
 
 
+def next_batch(batches):
+    """-> (this process's micro-batches of the next step, None); or (None, why there are none)"""
+    try:
+        return next(batches), None
+    except (OSError, data.Stopped) as error:
+        return None, error
+
+
 def leave_between_steps(run, optimizer, since, at, error, bar):
-    """Ends a run to which no more batches come, or that was asked to stop while it waited for one.
-    A single process saves where it stands; of several, the others wait for this one in the midst
-    of a step, so that there is what was saved last."""
-    if run.processes.world == 1 and at["step"]:
+    """Saves and ends a run to which no more batches come, or that was asked to stop while it waited
+    for one; `error` says so on the processes that it happened to."""
+    errors = run.processes.gather([error] if error else [])
+    if at["step"]:
         if since.losses:  # no state is saved whose loss was not looked at
             run.report(since, optimizer, at, optimizer.param_groups[0]["lr"], bar)
         run.save(optimizer, at)
-    if isinstance(error, data.Stopped):
-        run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
-                          "--resume continues")
-        sys.exit(130)
-    raise Failure(f"{error}. The same command with --resume goes on from where it was saved last")
+    for error in errors:
+        if not isinstance(error, data.Stopped):
+            run.fail(f"{error}. The same command with --resume goes on from step {at['step']:,} of stage "
+                     f"{at['stage']}")
+    run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
+                      "--resume continues")
+    sys.exit(130)
 
 
 def train_stage(run, job, resumed=None):
@@ -567,18 +592,17 @@ def train_stage(run, job, resumed=None):
     bar = tqdm(total=job.steps, initial=first, desc=job.name, unit="step", disable=hidden)
     with contextlib.closing(batches), bar:
         for step in range(first, job.steps):
-            try:
-                micro_batches = next(batches)
-            except (OSError, data.Stopped) as error:
-                leave_between_steps(run, optimizer, since, job.at(step), error, bar)
+            micro_batches, error = next_batch(batches)
             lr = vpgtrans.learning_rate(stage, step, job.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # dropout is a function of seed, step and rank, so that a resumed run draws what it
             # would have drawn
             torch.manual_seed(hash((job.samples.seed, step, processes.rank)))
-            tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes,
-                                                args.clip)
+            taken = optimizer_step(trained, micro_batches, optimizer, processes, args.clip)
+            if taken is None:
+                leave_between_steps(run, optimizer, since, job.at(step), error, bar)
+            tokens, loss, stop = taken
             since.add(loss, tokens, micro_batches)
 
             at = job.at(step + 1)

@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ import cache
 import captioning
 import data
 import estimate
+import evaluate
 import hub
 import loop
 import runs
@@ -188,6 +190,15 @@ def add_log(parser):
     log.add_argument("--val-every", type=int, metavar="STEPS", help="(default: ten times a stage)")
     log.add_argument("--save-every", type=int, default=500, metavar="STEPS",
                      help="(default: %(default)s)")
+    return log
+
+
+def add_log_and_score(parser):
+    log = add_log(parser)
+    log.add_argument("--score", action="append", metavar="NAME=FILE[@IMAGES]",
+                     help="at each validation score the model, too, on at most --val-samples items of a "
+                          "benchmark of evaluate.py, by greedy answers: coco=coco_karpathy_val.json@coco "
+                          "gives CIDEr, in metrics and curves; may be given several times")
 
 
 EXCLUDE_EACH_OTHER = [
@@ -218,7 +229,7 @@ def check_ranges(parser, args):
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for add in (add_models, add_method, add_data, add_length, add_machine, add_log):
+    for add in (add_models, add_method, add_data, add_length, add_machine, add_log_and_score):
         add(parser)
     args = parser.parse_args(argv)
     # from scratch: with a random Q-Former, or that of the model named
@@ -476,7 +487,7 @@ def count_steps(args, name, stage, available, captions, world):
 # What a run's result does not depend on, or by the draws of dropout alone, so that --resume may
 # change it.
 FREE = {"out", "micro_batch", "dry_run", "compile", "workers", "resume", "gate", "log_every",
-        "val_every", "save_every", "max_bad"}
+        "val_every", "save_every", "max_bad", "score"}
 
 
 def check_same_run(args, state):
@@ -595,12 +606,6 @@ def choose_micro_batch(args, stages, found):
     return fits
 
 
-def average_tokens(tok, sets, max_tokens):
-    """Of the first thousand captions of each data set."""
-    texts = [text for pairs in sets for text in itertools.islice(pairs.captions, 1000)]
-    return round(sum(len(data.caption_ids(tok, text, max_tokens)) for text in texts) / len(texts))
-
-
 def dry_run(args, stages, found):
     """Prints what the run would do and need. Without data, the paper's amounts are taken."""
     model, world = found.shapes, found.processes.world
@@ -611,14 +616,15 @@ def dry_run(args, stages, found):
         tokens, longest = 12, args.max_tokens
         if found.sets:
             sets, _ = found.sets[name]
-            tokens = average_tokens(found.tok, sets, args.max_tokens)
+            samples = new_samples(args, found, model, sets, captions=args.captions)
+            tokens = samples.measure().sum(1).mean() - len(samples.prompt)
             longest = longest_text(args, sets)
         if args.init == "auto" and name == "warm-up" and not args.warm_up_lr:
             print(f"\n--init auto: the rate of the warm-up will be one of {transfer.RATES}")
         table = vpgtrans.enter_stage(model, stage)
         print(*loop.describe_stage(name, stage, steps, available, table), sep="\n")
         longest = transfer.example_batch(model, found.tok, longest)
-        typical = transfer.example_batch(model, found.tok, round(tokens * captions))
+        typical = transfer.example_batch(model, found.tok, round(tokens))
         samples = steps * stage.batch_size
         lines = estimate.report(model, longest, typical, samples, machine, args.micro_batch, world)
         print(*lines, sep="\n")
@@ -641,6 +647,7 @@ class Found:
     shapes: vpgtrans.VisualLLM  # without weights
     sets: dict = None  # {stage: (data sets, weights or None)}; a dry run may have none
     val: Pairs = None
+    score: Callable = None  # of --score: model -> {name: number}
 
 
 def take_folder(args, processes, held):
@@ -693,6 +700,9 @@ def find(args, stages, held):
             said = str(error).splitlines()[0]
             processes.say(f"{said}: taken are the paper's amounts, each caption a sample of 12 "
                           "tokens")
+        if args.score:
+            batch_size = args.micro_batch or estimate.LARGEST
+            found.score = evaluate.scorer(args.score, args.val_samples, tok, batch_size, processes)
     return found
 
 
@@ -791,7 +801,7 @@ def set_up(args, stages, found, watch):
         begin_log(args, found, model, log, start)
     log.report(processes.gather(validation.bad))
     saved = {"arguments": transfer.arguments(args), "start": start}
-    run = loop.Run(args, saved, processes, model, validation, log, watch)
+    run = loop.Run(args, saved, processes, model, validation, log, watch, score=found.score)
     run.remedy = ("To go on from the weights last saved, with another rate or precision: --src "
                   f"{args.out} --no-warm-up --lr ... --precision ... and a new --out")
     return run, jobs, resumed

@@ -314,6 +314,9 @@ def loss_or_infinity(row):
 
 def describe_start(start):
     """Lines: what --init auto has tried, each start at its best rate, and what it took."""
+    tried = len(start["tried"])
+    yield (f"{tried} trials of {TRIAL_STEPS} steps of {TRIAL_BATCH} samples, the projector alone "
+           f"({start['seconds']:.0f} s)")
     yield f"  start                     at first   after {TRIAL_STEPS} steps   shuffled images   at rate"
     for name, rows in itertools.groupby(start["tried"], key=operator.itemgetter("init")):
         row = min(rows, key=loss_or_infinity)
@@ -400,6 +403,7 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
     say = processes.say
     if args.init == "random":
         return say("projector: random")
+    began = time.time()
     projector = qformer.load_projector(src.folder)
     if src.llm.resolve() == tgt.llm.resolve():
         model.projector.load_state_dict(projector.state_dict())
@@ -419,6 +423,7 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
         train = look_samples(train, model, tok, args, split=True)
         judge = look_samples(judge, model, tok, args, split=False)
         start = pick_start(model, named, train, judge, args, processes)
+        start["seconds"] = time.time() - began
         say("\n".join(describe_start(start)))
         projector = named[start["init"]]
     model.projector.load_state_dict(projector.state_dict())
