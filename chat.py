@@ -283,8 +283,7 @@ class Upload(io.BytesIO):
 
 
 def preview(image):
-    """A picture (PIL) -> a small one as a data: URL, which all browsers show."""
-    image = image.copy()
+    """Makes a picture (PIL) small (in place). -> it as a data: URL, which all browsers show"""
     image.thumbnail((PREVIEW, PREVIEW))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
@@ -535,6 +534,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if args.page and args.image:
         parser.error("with --page, pictures are chosen on the page")
+    if not 0 <= args.port < 2**16:
+        parser.error("--port must be from 0 to 65535")
     return args
 
 

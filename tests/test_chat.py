@@ -436,3 +436,4 @@ def test_bad_arguments_are_named(fails, chat_models, tmp_path):
     fails(chat.main, [folder, "--max-new-tokens", "0"], "max_new_tokens = 0")
     fails(chat.main, [folder, "--temperature", "-1"], "temperature = -1.0")
     fails(chat.main, [folder, "a.png", "--page"], "pictures are chosen on the page")
+    fails(chat.main, [folder, "--page", "--port", "70000"], "from 0 to 65535")
