@@ -538,6 +538,24 @@ def test_errors_are_shown_and_what_was_typed_is_not_lost(tab, tmp_path):
 
 @needs_browser
 @pytest.mark.slow
+def test_notes_say_who_is_next_and_what_is_forgotten(tab, monkeypatch):
+    monkeypatch.setattr(chat, "CONTEXT", 110)
+    with tab.page.busy:
+        tab.type("is it red" + ENTER, "#question")
+        tab.until("document.querySelector('.note')?.innerText.includes('you are next')")
+    tab.until(f"document.querySelector('.answer').innerText && {ANSWERED}")
+    assert tab.texts(".note") == []
+    for count in range(2, 7):
+        tab.type("And what else?" + ENTER, "#question")
+        tab.until(f"document.querySelectorAll('.answer').length == {count} && {ANSWERED}")
+    notes = tab.texts(".note")
+    assert notes
+    assert all("forgotten, the picture is not" in note for note in notes)
+    assert not tab.texts(".error")
+
+
+@needs_browser
+@pytest.mark.slow
 def test_temperature_and_length_are_what_is_asked_with(tab, monkeypatch):
     asked = []
     ask = chat.Conversation.ask
