@@ -526,9 +526,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--top-p", type=float, default=0.9,
                         help="draw from the most probable tokens that make up this share (default: "
                              "%(default)s)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.05,
+    parser.add_argument("--repetition-penalty", type=float, default=1.0,
                         help="above 1: tokens that the answer has already are less probable (default: "
-                             "%(default)s, as MiniGPT-4)")
+                             "%(default)s, as VPGTrans; MiniGPT-4 has 1.05)")
     parser.add_argument("--precision", choices=tuple(transfer.DTYPES), default="bf16",
                         help="of ViT and LLM (default: %(default)s)")
     args = parser.parse_args(argv)

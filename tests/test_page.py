@@ -549,6 +549,9 @@ def test_notes_say_who_is_next_and_what_is_forgotten(tab, monkeypatch):
         tab.type("And what else?" + ENTER, "#question")
         tab.until(f"document.querySelectorAll('.answer').length == {count} && {ANSWERED}")
     notes = tab.texts(".note")
+    tab.size(390, 500)
+    tab.until("log.scrollHeight - log.scrollTop - log.clientHeight < 2")  # the end stays in view
+    assert tab.run("return log.scrollTop > 100")
     assert notes
     assert all("forgotten, the picture is not" in note for note in notes)
     assert not tab.texts(".error")
