@@ -452,3 +452,5 @@ def test_what_is_exported_converses_in_transformers_as_here(talk, tmp_path, temp
         (answer,) = model.generate(torch.tensor([ids]), images=image, stop=data.stop_ids(tok, found),
                                    max_new_tokens=8)
         assert answer and tok.decode(answer).strip() == said.strip()
+    ends = json.loads((tmp_path / "exported" / "config.json").read_text())["text_config"]["eos_token_id"]
+    assert ends == ([tok.encoder.token_to_id("<|im_end|>")] if template == "its own" else []) + [tok.eos_id]
