@@ -89,7 +89,7 @@ def read_conversations(spec, tok, template, args, say):
         if not why and len(asked) > args.max_tokens and len(tok.encode(asked)) > args.max_tokens:
             why = f"a first question longer than --max-tokens {args.max_tokens}"
         if why:
-            left_out.setdefault(why, []).append(f"{spec}, {item['id']}")
+            left_out.setdefault(why, []).append(f"{spec}, {item['id'] or i}")
         else:
             good.append(i)
     if not good:

@@ -5,14 +5,16 @@ import random
 
 import pytest
 import torch
-from conftest import python, write_language_model
+from conftest import arguments, write_language_model
 from PIL import Image
 from torch import nn
 
 import data
+import finetune
 import llm as language_models
 import pairs
 import qformer
+import train
 import vpgtrans
 from demo import conversations
 from demo.conversations import ask, converse, is_right
@@ -179,19 +181,16 @@ def test_the_report_tells_first_turns_from_later_ones():
 
 
 @pytest.mark.slow
-def test_a_run_of_stage_3_is_scored(world, written, tmp_path):
-    """From the pictures to the report, by the commands."""
+def test_a_run_of_stage_3_is_scored(world, written, tmp_path, capsys):
+    """From the pictures to the report."""
     target = write_language_model(tmp_path / "target")
-    small = ["--batch-size", "4", "--steps", "1", "--workers", "0", "--precision", "fp32"]
-    moved = ["--src", world[0], "--tgt", target, "--data", world[2], "--no-warm-up",
-             "--out", tmp_path / "moved"]
+    train.main(arguments((world[0], target, world[2]), tmp_path / "moved", "--no-warm-up", "--steps", "1"))
     taught = ["--model", tmp_path / "moved", "--instruct", written / "train", "--template", "vicuna-v0",
-              "--val-samples", "4", "--out", tmp_path / "chat"]
-    scored = [written, "--score", tmp_path / "chat", "--most", "2", "--precision", "fp32"]
-    for words in (["train.py", *moved, *small], ["finetune.py", *taught, *small],
-                  ["-m", "demo.conversations", *scored]):
-        done = python(*words)
-        assert done.returncode == 0, done.stderr
-    assert "held-out loss a token after 1 steps" in done.stdout and "after it, none" in done.stdout
+              "--val-samples", "4", "--out", tmp_path / "chat", "--batch-size", "4", "--steps", "1",
+              "--workers", "0", "--precision", "fp32"]
+    finetune.main(list(map(str, taught)))
+    conversations.score(tmp_path / "chat", written / "test", 2, "fp32")
+    said = capsys.readouterr().out
+    assert "held-out loss a token after 1 steps" in said and "both, none" in said
     answers = json.loads((tmp_path / "chat" / "answers.json").read_text())
-    assert len(answers["asked"]) == 2 and len(answers["answers"]) == 6
+    assert len(answers["asked"]) == 2 and len(answers["answers"]) == 5
