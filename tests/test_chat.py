@@ -90,9 +90,8 @@ class Readings:
         monkeypatch.setattr(llm, "read", watched)
 
 
-@pytest.mark.parametrize("has_image", [True, False])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_answers_are_those_behind_the_whole_conversation_read_anew(talker, penalty, has_image):
+@pytest.mark.parametrize("has_image, penalty", [(True, 1.0), (False, 1.3)])
+def test_answers_are_those_behind_the_whole_conversation_read_anew(talker, device_kind, has_image, penalty):
     """To the id in float32, turn after turn."""
     conversation = begin(talker, RED if has_image else None)
     options = dict(max_new_tokens=12, repetition_penalty=penalty)
@@ -174,7 +173,7 @@ def test_another_picture_begins_another_conversation(llama):
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_an_answer_that_is_stopped_stands_as_it_is(talker, count):
+def test_an_answer_that_is_stopped_stands_as_it_is(talker, device_kind, count):
     """And what is said next is as if all of that were read anew; without a letter, the question is taken
     back."""
     conversation = begin(talker)
