@@ -443,7 +443,8 @@ def find(args, task, held):
         llm = dataclasses.replace(llm, tokenizer=tokenizer)
         vit = hub.resolve(args.vit, "shapes" if is_dry else "vpg")
         made = transfer.how_memory_is_made(args, vit, llm)
-        shapes = transfer.shape_memory_llm(made, vit, llm, transfer.DTYPES[args.precision])
+        shapes = transfer.shape_memory_llm(made, vit, llm, transfer.DTYPES[args.precision],
+                                           args.llm_weights)
         found = Found(processes, vit, llm, tok, made, shapes)
         if not is_dry:
             train.check_disk(args.out, shapes)
@@ -471,7 +472,8 @@ def set_up(args, task, found, watch):
         train.check_same_arguments(args, resumed[0]["arguments"])
     torch.manual_seed(args.seed)  # what the memory draws
     dtype = transfer.DTYPES[args.precision]
-    model = transfer.build_memory_llm(found.made, found.vit, found.llm, dtype, processes.device)
+    model = transfer.build_memory_llm(found.made, found.vit, found.llm, dtype, processes.device,
+                                      args.llm_weights)
     transfer.check_vocabulary(found.tok, model.llm, found.llm)
     validation = loop.Validation(held_out, args.micro_batch, processes)
     log = runs.Log(args.out, processes.rank)
