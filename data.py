@@ -729,7 +729,7 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
         for _ in steps:
             batch = [wait_for(loader, stop) for _ in range(per_step)]
             yield [unpack(micro) for micro in batch] if isinstance(collate, Packed) else batch
-    except (OSError, Stopped):
+    except BaseException:  # GeneratorExit, too, where the run stops between two steps
         for child in children:  # they may hang in the storage, and heed no other signal
             child.kill()
         raise

@@ -709,6 +709,8 @@ def open_answers(file, header):
 
 def answer_task(task, model, tok, header, args, folder, processes):
     """Answers what is not answered yet, each process its share of the images -> {id: row} of all."""
+    from tqdm import tqdm
+
     done = {id for id, row in read_answers(folder, task.name, header).items() if "problem" not in row}
     processes.sum(0)  # all have read before one writes
     shown = [item["image"] or item["id"] for item in task.items]
@@ -720,14 +722,13 @@ def answer_task(task, model, tok, header, args, folder, processes):
     else:
         options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
         answered_ahead = answer_items(model, tok, mine, header["prompt"], options, args.batch_size)
-    with open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
-        answered = 0
+    hidden = None if processes.rank == 0 else True  # None: where nobody looks at a terminal
+    bar = tqdm(total=len(mine), desc=task.name, unit="answer", leave=False, disable=hidden)
+    with bar, open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
         for rows in answered_ahead:
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
             file.flush()
-            answered += len(rows)
-            if processes.rank == 0 and sys.stderr.isatty():
-                print(f"\r{task.name}: {answered:,} of {len(mine):,}", end="", file=sys.stderr)
+            bar.update(len(rows))
     processes.sum(0)
     return read_answers(folder, task.name, header)
 

@@ -306,9 +306,12 @@ def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
     `trained` is the model, or DDP around it.
 
     Each token counts alike, whichever process and micro-batch it is in: -> (their number in all,
-    this process's loss sum, has any process been asked to stop)."""
-    own_tokens = sum(data.count_targets(micro) for micro in micro_batches)
-    tokens, stop = processes.sum(own_tokens, must_stop())
+    this process's loss sum, has any process been asked to stop). Where one process has no batch,
+    micro_batches None, no process takes the step: -> None."""
+    own_tokens = sum(data.count_targets(micro) for micro in micro_batches or ())
+    tokens, stop, without = processes.sum(own_tokens, must_stop(), micro_batches is None)
+    if without:
+        return None
     loss_sum = torch.zeros((), device=processes.device)
     for i, micro in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
@@ -528,19 +531,29 @@ def begin_stage(run, job, resumed):
     return optimizer, state["step"]
 
 
+def next_batch(batches):
+    """-> (this process's micro-batches of the next step, None); or (None, why there are none)"""
+    try:
+        return next(batches), None
+    except (OSError, data.Stopped) as error:
+        return None, error
+
+
 def leave_between_steps(run, optimizer, since, at, error, bar):
-    """Ends a run to which no more batches come, or that was asked to stop while it waited for one.
-    A single process saves where it stands; of several, the others wait for this one in the midst
-    of a step, so that there is what was saved last."""
-    if run.processes.world == 1 and at["step"]:
+    """Saves and ends a run to which no more batches come, or that was asked to stop while it waited
+    for one; `error` says so on the processes that it happened to."""
+    errors = run.processes.gather([error] if error else [])
+    if at["step"]:
         if since.losses:  # no state is saved whose loss was not looked at
             run.report(since, optimizer, at, optimizer.param_groups[0]["lr"], bar)
         run.save(optimizer, at)
-    if isinstance(error, data.Stopped):
-        run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
-                          "--resume continues")
-        sys.exit(130)
-    raise Failure(f"{error}. The same command with --resume goes on from where it was saved last")
+    for error in errors:
+        if not isinstance(error, data.Stopped):
+            run.fail(f"{error}. The same command with --resume goes on from step {at['step']:,} of stage "
+                     f"{at['stage']}")
+    run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
+                      "--resume continues")
+    sys.exit(130)
 
 
 def train_stage(run, job, resumed=None):
@@ -562,18 +575,17 @@ def train_stage(run, job, resumed=None):
     bar = tqdm(total=job.steps, initial=first, desc=job.name, unit="step", disable=hidden)
     with contextlib.closing(batches), bar:
         for step in range(first, job.steps):
-            try:
-                micro_batches = next(batches)
-            except (OSError, data.Stopped) as error:
-                leave_between_steps(run, optimizer, since, job.at(step), error, bar)
+            micro_batches, error = next_batch(batches)
             lr = vpgtrans.learning_rate(stage, step, job.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # dropout is a function of seed, step and rank, so that a resumed run draws what it
             # would have drawn
             torch.manual_seed(hash((job.samples.seed, step, processes.rank)))
-            tokens, loss, stop = optimizer_step(trained, micro_batches, optimizer, processes,
-                                                args.clip)
+            taken = optimizer_step(trained, micro_batches, optimizer, processes, args.clip)
+            if taken is None:
+                leave_between_steps(run, optimizer, since, job.at(step), error, bar)
+            tokens, loss, stop = taken
             since.add(loss, tokens, micro_batches)
 
             at = job.at(step + 1)

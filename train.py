@@ -596,12 +596,6 @@ def choose_micro_batch(args, stages, found):
     return fits
 
 
-def average_tokens(tok, sets, max_tokens):
-    """Of the first thousand captions of each data set."""
-    texts = [text for pairs in sets for text in itertools.islice(pairs.captions, 1000)]
-    return round(sum(len(data.caption_ids(tok, text, max_tokens)) for text in texts) / len(texts))
-
-
 def dry_run(args, stages, found):
     """Prints what the run would do and need. Without data, the paper's amounts are taken."""
     model, world = found.shapes, found.processes.world
@@ -612,14 +606,15 @@ def dry_run(args, stages, found):
         tokens, longest = 12, args.max_tokens
         if found.sets:
             sets, _ = found.sets[name]
-            tokens = average_tokens(found.tok, sets, args.max_tokens)
+            samples = new_samples(args, found, model, sets, captions=args.captions)
+            tokens = samples.measure().sum(1).mean() - len(samples.prompt)
             longest = longest_text(args, sets)
         if args.init == "auto" and name == "warm-up" and not args.warm_up_lr:
             print(f"\n--init auto: the rate of the warm-up will be one of {transfer.RATES}")
         table = vpgtrans.enter_stage(model, stage)
         print(*loop.describe_stage(name, stage, steps, available, table), sep="\n")
         longest = transfer.example_batch(model, found.tok, longest)
-        typical = transfer.example_batch(model, found.tok, round(tokens * captions))
+        typical = transfer.example_batch(model, found.tok, round(tokens))
         samples = steps * stage.batch_size
         lines = estimate.report(model, longest, typical, samples, machine, args.micro_batch, world)
         print(*lines, sep="\n")

@@ -1,7 +1,9 @@
 """Facts about data.py: tokenizers, prompts, images, the order of samples, batches."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -1014,11 +1016,12 @@ def hang():
 def odd(samples, tok, monkeypatch):
     monkeypatch.setattr(data, "LOOK_EVERY", 1)
 
-    def load(happen, **options):
+    def load(happen, most=None, **options):
         made = Odd(samples.sets, tok, 28, 5)
         made.happen = happen
         batches = data.load_batches(made, np.arange(40), 4, 4, workers=2, **options)
-        return [micro["files"] for step in batches for micro in step]
+        with contextlib.closing(batches):
+            return [micro["files"] for step in itertools.islice(batches, most) for micro in step]
 
     yield load
     assert not multiprocessing.active_children()
@@ -1045,6 +1048,12 @@ def test_storage_that_stops_answering_ends_the_run_with_the_remedy(odd, monkeypa
 def test_a_run_that_waits_for_a_batch_can_be_stopped(odd):
     with pytest.raises(data.Stopped):
         odd(hang, stop=lambda: True)
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_early_leaves_no_worker_that_hangs(odd):
+    """One that reads ahead, for a step that is not taken any more."""
+    assert len(odd(hang, most=1)) == 1
 
 
 def test_what_goes_wrong_in_a_sample_is_no_matter_of_workers(odd):

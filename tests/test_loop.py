@@ -198,7 +198,7 @@ def test_a_run_goes_on_with_another_number_of_processes(world, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error, code, says", [
-    (OSError("no batch has come"), 2, "no batch has come. The same command with --resume goes on"),
+    (OSError("no batch has come"), 2, "no batch has come. The same command with --resume goes on from step"),
     (data.Stopped(), 130, "stopped at step 2 of stage fine-tune")])
 def test_a_run_to_which_no_batch_comes_saves_and_goes_on_with_the_same_losses(
         world, tmp_path, monkeypatch, capsys, error, code, says):
@@ -318,12 +318,25 @@ def test_processes_whose_launcher_was_killed_alone_save_and_stop(world, tmp_path
     assert not (out / runs.LOCK).exists()
 
 
+def train_failing(how, world, out, *more):
+    script = ROOT / "tests" / "failing_train.py"
+    done = python(*torchrun(), script, how, *arguments(world, out, *more), PYTHONPATH=str(ROOT))
+    assert done.returncode != 0
+    return done.stderr
+
+
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_all_of_them(world, tmp_path):
-    script = ROOT / "tests" / "failing_train.py"
-    done = python(*torchrun(), script, *arguments(world, tmp_path / "run"), PYTHONPATH=str(ROOT))
-    assert done.returncode != 0
-    assert "this card is broken" in done.stderr
+    assert "this card is broken" in train_failing("card", world, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_process_to_which_no_batch_comes_lets_all_save(world, tmp_path):
+    out = tmp_path / "run"
+    said = train_failing("storage", world, out)
+    assert "no batch has come. The same command with --resume goes on from step 2 of stage fine-tune" in said
+    state = read_state(out)
+    assert (state["stage"], state["step"]) == ("fine-tune", 2)
 
 
 ENDINGS = """
