@@ -107,8 +107,11 @@ def largest_micro_batch(model, step, capacity, most=LARGEST, world=1):
     each = step.kept + 2.5 * step.logits
     fits = int((0.9 * capacity - fixed) // each)
     if fits < 1:
+        smaller = "a smaller --tgt"
+        if not model.llm.largest_quantised:
+            smaller = f"--llm-weights int8 or nf4, {smaller}"
         raise ValueError(f"this should need {(fixed + each) / 0.9 / 1e9:.1f} GB of GPU memory, and there are "
-                         f"{capacity / 1e9:.1f}; use a smaller --tgt, or --micro-batch 1 to try all the same")
+                         f"{capacity / 1e9:.1f}; use {smaller}, or --micro-batch 1 to try all the same")
     return min(most, fits)
 
 

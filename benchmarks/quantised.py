@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import data
 import llm as language_models
@@ -65,13 +66,16 @@ def texts_and_captions(folder, count):
     return tok, texts[::every][:count], captions[:count]
 
 
-def loss(llm, first_id, rows):
+def loss(llm, first_id, rows, batch=20):
     """Nats a token behind `first_id`."""
     total = tokens = 0
-    for row in rows:
-        prefix = llm.embed(torch.tensor([[first_id]]))
-        some, count = llm.loss(prefix, torch.tensor([row]))
-        total += some.item()
+    rows = sorted(rows, key=len)
+    for start in range(0, len(rows), batch):
+        some = [torch.tensor(row) for row in rows[start : start + batch]]
+        targets = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=-100)
+        prefix = llm.embed(torch.full((len(some), 1), first_id))
+        summed, count = llm.loss(prefix, targets)
+        total += summed.item()
         tokens += count.item()
     return total / tokens
 
