@@ -812,12 +812,12 @@ class ChatTemplate:
         self.tokens = tokens or {}
 
     def render(self, messages, add_generation_prompt=False):
-        """[{"role", "content"}, ...] -> text. ValueError if the template is damaged, or refuses
-        them."""
+        """[{"role", "content"}, ...] -> text. A model that can think first (Qwen3) is told not to.
+        ValueError if the template is damaged, or refuses them."""
         try:
             return compiled(self.source).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                raise_exception=refuse, strftime_now=the_day, **self.tokens)
+                enable_thinking=False, raise_exception=refuse, strftime_now=the_day, **self.tokens)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error}") from error
         except (ArithmeticError, LookupError, TypeError, RecursionError) as error:
@@ -928,6 +928,15 @@ def write_chat(tok, template, turns, has_image, system=None):
     return parts
 
 
+def why_not_written(tok, template, turns, has_system=False):
+    """Why a template does not write a conversation of so many turns, or None. What is said does not
+    matter: marks stand for it when the template is rendered."""
+    try:
+        write_chat(tok, template, [["", ""]] * turns, False, "" if has_system else None)
+    except ValueError as error:
+        return str(error)
+
+
 def end_of_answer(tok, template, text):
     """How many letters of what the template writes behind an answer end it: a special token, or the
     template's stop."""
@@ -1019,6 +1028,35 @@ def stop_ids(tok, template):
         ids, counts = encode_section(tok, parts, [(len(answer), len(answer + end))])
         stops.append(tuple(id for id, counted in zip(ids, counts) if counted))
     return tuple(dict.fromkeys(stops))
+
+
+def ends_early(text, stop):
+    """How many letters at the end of a text may be half a character, or the beginning of `stop`."""
+    whole = text.rstrip("\ufffd")  # what a byte is written as until the rest of its character comes
+    for n in range(len(stop or "") - 1, 0, -1):
+        if whole.endswith(stop[:n]):
+            return len(text) - len(whole) + n
+    return len(text) - len(whole)
+
+
+def stream_text(tok, ids, stop=None):
+    """A generator of ids -> yields for each of them the text that it adds, at times "": half a
+    character is held back, and so is what may be the beginning of the text `stop`, which ends it
+    all."""
+    seen = []
+    text = ""
+    given = 0
+    for id in ids:
+        seen.append(id)
+        text = tok.decode(seen)
+        if stop and stop in text:
+            ids.close()
+            text = text[: text.index(stop)]
+            break
+        sure = max(given, len(text) - ends_early(text, stop))
+        yield text[given:sure]
+        given = sure
+    yield text[given:].rstrip("\ufffd")
 
 
 class Conversations:

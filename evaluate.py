@@ -707,16 +707,20 @@ def open_answers(file, header):
     return opened
 
 
+def share(items, processes):
+    """This process's part of the items: all that are about the same image belong to one process."""
+    shown = [item["image"] or item["id"] for item in items]
+    images = {image: i for i, image in enumerate(dict.fromkeys(shown))}
+    return [item for item, image in zip(items, shown) if images[image] % processes.world == processes.rank]
+
+
 def answer_task(task, model, tok, header, args, folder, processes):
     """Answers what is not answered yet, each process its share of the images -> {id: row} of all."""
     from tqdm import tqdm
 
     done = {id for id, row in read_answers(folder, task.name, header).items() if "problem" not in row}
     processes.sum(0)  # all have read before one writes
-    shown = [item["image"] or item["id"] for item in task.items]
-    images = {image: i for i, image in enumerate(dict.fromkeys(shown))}
-    mine = [item for item, image in zip(task.items, shown)
-            if item["id"] not in done and images[image] % processes.world == processes.rank]
+    mine = [item for item in share(task.items, processes) if item["id"] not in done]
     if task.name == "scienceqa":
         answered_ahead = answer_choices(model, tok, mine, header["captions"], args.batch_size)
     else:
@@ -731,6 +735,44 @@ def answer_task(task, model, tok, header, args, folder, processes):
             bar.update(len(rows))
     processes.sum(0)
     return read_answers(folder, task.name, header)
+
+
+def answer_greedily(task, model, tok, batch_size, processes):
+    """{id: row} of all items of a task, each process its share; nothing is kept on the disk."""
+    asks = BENCHMARKS[task.name].asks
+    options = {"max_new_tokens": (QUESTION if asks else CAPTION)["max_new_tokens"]}
+    prompt = question_prompt(tok) if asks else ""
+    mine = share(task.items, processes)
+    answered = answer_items(model, tok, mine, prompt, options, batch_size)
+    rows = processes.gather([row for rows in answered for row in rows])
+    return {row["id"]: row for row in rows}
+
+
+def scorer(specs, limit, tok, batch_size, processes):
+    """NAME=FILE[@IMAGES] each -> a function of a model, called by all processes: what it scores on at
+    most `limit` items of each benchmark, {"COCO CIDEr": 71.3}, in papers' points.
+
+    Greedy answers of any length will do along the way of a training; the papers have five beams."""
+    tasks = find_tasks(argparse.Namespace(benchmarks=specs, limit=limit))
+    if any(task.name == "scienceqa" for task in tasks):
+        raise ValueError("scienceqa is for runs of MemVP, and not scored along the way")
+
+    def score(model):
+        scores = {}
+        for task in tasks:
+            benchmark = BENCHMARKS[task.name]
+            rows = answer_greedily(task, model, tok, batch_size, processes)
+            unread = [row["problem"] for row in rows.values() if "problem" in row]
+            if unread:
+                processes.say(f"{task.name}: {len(unread):,} scored as no answer, since their images "
+                              f"cannot be read, such as {unread[0]}")
+            answers = {item["id"]: rows[item["id"]]["answer"] for item in task.items}
+            found, _ = benchmark.score(task.items, answers, RULES[-1])
+            metric = next(iter(found))
+            scores[f"{benchmark.title} {metric}"] = found[metric]
+        return scores
+
+    return score
 
 
 # --------------------------------------------------------------------------------------------- report

@@ -50,7 +50,9 @@ pipeline_tag: image-text-to-text
 
 {origin}
 
-```python
+{use}
+"""
+CAPTION = """```python
 from PIL import Image
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
@@ -63,8 +65,29 @@ print(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
 
 `text=""` asks for a caption; `text="Question: what colour is the cat? Answer:"` is BLIP-2's way to
 ask. What a decoder-only language model generates begins with its prompt. Images are expected upright
-and opaque: EXIF orientation and transparency are not looked at.
-"""
+and opaque: EXIF orientation and transparency are not looked at."""
+CHAT = """It was taught to converse about an image, which stands in front of the first question:
+
+```python
+from PIL import Image
+from transformers import Blip2ForConditionalGeneration, Blip2Processor
+
+processor = Blip2Processor.from_pretrained("{name}")
+model = Blip2ForConditionalGeneration.from_pretrained("{name}", dtype="{dtype}")
+tokenizer = processor.tokenizer
+image = processor.image_processor(Image.open("cat.jpg"), return_tensors="pt")["pixel_values"]
+question = {before!r} + "<image>" * {Q} + {behind!r} + "What is in the picture?"
+messages = [{{"role": "user", "content": question}}]
+text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+image = image.to(model.device, model.dtype)
+ids = model.generate(**inputs, pixel_values=image, max_new_tokens=300{stop})
+answer = ids[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True).strip())
+```
+
+`Blip2Processor` alone would put the image in front of everything. Images are expected upright and opaque:
+EXIF orientation and transparency are not looked at."""
 
 
 MOVED = ("A BLIP-2 model whose visual prompt generator was moved to {llm} by VPGTrans\n"
@@ -177,6 +200,27 @@ def processor_files(vpg, tok):
         "preprocessor_config.json": processor | images,
         "processor_config.json": processor | {"num_query_tokens": vpg.num_query_tokens},
     }
+
+
+def chat_files(tok, template):
+    """{file name: text} of a chat template as transformers' tokenizers read it, which know no variables
+    but their own tokens, and put no BOS in front."""
+    known = [f"{{%- set {name} = {json.dumps(text)} %}}" for name, text in template.tokens.items()]
+    begins = ["{{- bos_token }}"] if template.bos and tok.bos_id is not None else []
+    return {"chat_template.jinja": "".join([*known, *begins, template.source])}
+
+
+def describe_chat(model, tok, template):
+    """What the card has to say about a model that converses."""
+    before, behind = template.image
+    stop = f", stop_strings=[{template.stop!r}], tokenizer=tokenizer" if template.stop else ""
+    return {"before": before, "behind": behind, "Q": model.num_query_tokens, "stop": stop}
+
+
+def chat_ends(tok, template):
+    """The ids that end an answer. A caption's end, a newline, does not."""
+    stops = [] if template.stop else data.stop_ids(tok, template)
+    return list(dict.fromkeys([*(id for id, in stops), tok.eos_id]))
 
 
 def blip2_tensors(model, image_id):
@@ -363,8 +407,9 @@ def export(run, folder, precision="bf16"):
         print(f"{run}: was trained beside an LLM in {weights}; written is the LLM of its checkpoint in "
               f"{precision}, with this run's parts: what they say will differ a little")
     model, tok = transfer.load_model(run, dtype, weights="full")
-    llm = config.get("llm", {}).get("name", run)
-    return write_folder(folder, model, tok, place.llm, MOVED.format(llm=Path(llm).name), dtype)
+    origin = MOVED.format(llm=Path(config.get("llm", {}).get("name", run)).name)
+    template = transfer.choose_template(place) if "chat_template" in config else None
+    return write_folder(folder, model, tok, place.llm, origin, dtype, template=template)
 
 
 def export_lavis(file, folder, llm, vit=None, projector=None, precision="bf16"):
@@ -378,18 +423,29 @@ def export_lavis(file, folder, llm, vit=None, projector=None, precision="bf16"):
     return write_folder(folder, model, tok, llm_folder, origin, dtype, changes)
 
 
-def write_folder(folder, model, tok, llm_folder, origin, dtype, text_config=()):
-    """Writes a model with its tokenizer, config and processor. -> bytes of its weights"""
+def write_folder(folder, model, tok, llm_folder, origin, dtype, text_config=(), template=None):
+    """Writes a model with its tokenizer, config and processor, and with the chat template of one that
+    converses. -> bytes of its weights"""
     folder = folder.resolve()
+    if template and tok.encoder_decoder:
+        raise ValueError("a T5 that converses has no place for its template in transformers' processor; use "
+                         "it here")
+    texts = chat_files(tok, template) if template else {}
+    ends = chat_ends(tok, template) if template else None
     image_id = add_image_token(tok)
     tensors, vocab_size = blip2_tensors(model, image_id)
     # all of one dtype, since older versions of transformers do not load a mixture
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     dtype_name = str(dtype).removeprefix("torch.")
-    card = CARD.format(name=folder.name, origin=origin, dtype=dtype_name)
+    about = {"name": folder.name, "dtype": dtype_name}
+    use = CHAT.format(**about, **describe_chat(model, tok, template)) if template else CAPTION.format(**about)
+    texts["README.md"] = CARD.format(name=folder.name, origin=origin, use=use)
     files = processor_files(model.vpg, tok)
     files["config.json"] = blip2_config(llm_folder, model, tok, image_id, vocab_size, dtype_name)
     files["config.json"]["text_config"].update(text_config)
+    if template:
+        files["config.json"]["text_config"]["eos_token_id"] = ends
+        files["config.json"]["chat_template"] = transfer.describe_template(template)
 
     size = sum(tensor.nbytes for tensor in tensors.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -404,7 +460,8 @@ def write_folder(folder, model, tok, llm_folder, origin, dtype, text_config=()):
         for name, content in files.items():
             (unfinished / name).write_text(json.dumps(content, indent=2) + "\n")
         tok.encoder.save(str(unfinished / "tokenizer.json"))
-        (unfinished / "README.md").write_text(card)
+        for name, text in texts.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,20 +1,27 @@
-"""Adapt what sees to a task, by MemVP: images in the memory of a frozen language model's FFNs.
+"""Adapt what sees: to instructions, so that it converses about a picture (stage 3 of VL-Vicuna), or to
+a task by MemVP, with images in the memory of a frozen language model's FFNs.
 
+    torchrun --nproc-per-node 8 finetune.py --model out/opt-6.7b-to-vicuna-7b --template vicuna-v1.1 \\
+        --instruct datasets/cc_sbu_align
     torchrun --nproc-per-node 8 finetune.py --llm llama-7b --vit openai/clip-vit-large-patch14 \\
         --memvp scienceqa=datasets/scienceqa
-    python finetune.py --llm opt-6.7b --vit out/opt-2.7b-to-opt-6.7b --features queries ...
+    python finetune.py --llm opt-6.7b --vit out/opt-2.7b-to-opt-6.7b --features queries --memvp ...
 
-The first is the paper's; the second puts in the memory what a transferred VPG's Q-Former makes of
-an image. --prompts input trains the comparison, the same features as soft prompts in the input.
+The first goes on with a transfer, as the paper's last system did; without --template it converses as the
+checkpoint's own chat template says. The second is MemVP's paper; the third puts in the memory what a
+transferred VPG's Q-Former makes of an image. --prompts input trains the comparison, the same features as
+soft prompts in the input.
 
-A run writes OUT/: model.safetensors (a memory and adapters, some 15 MB), config.json,
-metrics.jsonl, curves.png, bad_data.jsonl (which questions were left out, and why), and
-resume.safetensors, from which --resume continues a killed one with the same losses. sample.py takes
-OUT as its --model."""
+A run writes OUT/: model.safetensors (what was trained alone), config.json, metrics.jsonl, curves.png,
+bad_data.jsonl (what of the data was left out, and why), and resume.safetensors, from which --resume
+continues a killed one with the same losses. Every command takes OUT as its --model.
+
+The file goes: instructions, MemVP, arguments, and the run, which is the same for both."""
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -37,7 +44,139 @@ import train
 import transfer
 import vpgtrans
 
-# ----------------------------------------------------------------------- questions, as they are asked
+# --------------------------------------------------------------------------- instructions: stage 3
+
+# MiniGPT-4's for captions that have no question, prompts/alignment.txt; one is drawn for each sample.
+INSTRUCTIONS = (
+    "Describe this image in detail.",
+    "Take a look at this image and describe what you notice.",
+    "Please provide a detailed description of the picture.",
+    "Could you describe the contents of this image for me?",
+)
+
+
+def name_file(spec):
+    """The spec of the conversations in a folder, its only .json or .jsonl; another spec as it is."""
+    parsed = pairs.parse_spec(spec)
+    if not parsed.source.is_dir():
+        return spec
+    files = sorted(file for file in parsed.source.iterdir() if file.suffix in (".json", ".jsonl"))
+    if len(files) != 1:
+        there = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"{parsed.source}: a folder of conversations holds one .json or .jsonl; here are: "
+                         f"{there}. Name the file")
+    name = f"{parsed.name}=" if spec.startswith(f"{parsed.name}=") else ""
+    return f"{name}{files[0]}" + (f"@{parsed.images}" if parsed.images else "")
+
+
+def read_conversations(spec, tok, template, args, say):
+    """-> pairs.Items of the conversations about an image that the template writes. The others are named
+    in left_out, but for those without an image, of which there may be many: they are counted."""
+    items = pairs.read_conversations(name_file(spec))
+    about_image = np.flatnonzero(items.image >= 0)
+    if len(about_image) < len(items):
+        without = len(items) - len(about_image)
+        say(f"data: {items.name}, {without:,} of {len(items):,} conversations left out: they are about no "
+            "image, and what alone reads them, the language model, is frozen")
+    why_not = functools.cache(partial(data.why_not_written, tok, template))
+    left_out = dict(items.left_out)
+    good = []
+    for i in about_image:
+        item = json.loads(items.texts[i])
+        asked = item.get("system", "") + (item["turns"][0][0] or "")
+        why = why_not(len(item["turns"]), "system" in item)
+        # a token has a letter at least
+        if not why and len(asked) > args.max_tokens and len(tok.encode(asked)) > args.max_tokens:
+            why = f"a first question longer than --max-tokens {args.max_tokens}"
+        if why:
+            left_out.setdefault(why, []).append(f"{spec}, {item['id']}")
+        else:
+            good.append(i)
+    if not good:
+        raise ValueError(f"{spec}: no conversation to train on: {', '.join(left_out) or 'none has an image'}")
+    items = dataclasses.replace(items.subset(np.array(good)), left_out=left_out)
+    train.check_left_out(items, args.max_bad, say)
+    return items.each_answer() if tok.encoder_decoder else items
+
+
+class InstructionTuning:
+    """A model that sees learns to converse, in the chat template of its language model."""
+
+    name = "instruct"
+    assumed = 3_439, (60, 160), (60, 90)  # samples; longest and typical (prompt, target), for a dry run
+    assumption = "taken are cc_sbu_align's amounts, and 90 tokens an answer"
+
+    def __init__(self, args, is_dry):
+        self.place = transfer.find_whole(args.model)
+        self.tok = data.load_tokenizer(self.place.tokenizer)
+        self.template = transfer.choose_template(self.place, args.template)
+        self.stop = data.stop_ids(self.tok, self.template)
+        # the run goes on as the model was trained, and says so in its config.json
+        args.llm_weights = args.llm_weights or transfer.trained_with(hub.read_config(self.place.folder))
+        dtype = transfer.DTYPES[args.precision]
+        self.shapes = transfer.shape_whole(self.place, dtype, args.llm_weights)
+        if not is_dry:
+            hub.resolve(args.model, "model")  # fetches the weights
+
+    def check_length(self, most):
+        """ValueError if questions and answers of so many tokens do not fit into the language model."""
+        longest = getattr(self.shapes.llm, "longest", None)
+        ids, _ = data.chat_ids(self.tok, self.template, [["", None]], self.shapes.num_query_tokens)
+        if longest is not None and len(ids) + 2 * most > longest:
+            fits = max(0, longest - len(ids)) // 2
+            raise ValueError(f"--max-tokens {most}, for a first question and what stands behind it, are more "
+                             f"than {self.place.llm} reads, {longest} with the {len(ids)} of image and "
+                             f"template; {fits} would fit")
+
+    def read(self, args, say):
+        """-> data.Samples to train on and for validation, and the weights of the data sets or None."""
+        self.check_length(args.max_tokens)
+        own = self.template is not data.TEMPLATES.get(args.template)
+        say(f"conversations: in {'its own chat template' if own else args.template}")
+        sets = [read_conversations(spec, self.tok, self.template, args, say) for spec in args.instruct]
+        if args.val:
+            val = read_conversations(args.val, self.tok, self.template, args, say)
+        else:
+            held = pairs.hold_out(sets[0], args.val_samples)
+            val = sets[0].without(held, instead=True)
+            sets = [items.without(held) for items in sets]
+            say(f"validation: {len(held)} images of {sets[0].name} held out")
+        for items in sets:
+            say(f"data: {items.name}, {len(items):,} conversations, {len(items.images):,} images")
+            if not len(items):
+                raise ValueError(f"{items.name}: no conversation is left to train on; name --val, or use "
+                                 "more")
+        # neighbours lend each other their images, so that each has one of its own
+        val = pairs.one_caption_an_image(val, args.val_samples)
+        Q = self.shapes.num_query_tokens
+        text = data.Conversations(self.tok, self.template, Q, args.max_tokens, INSTRUCTIONS)
+        what = self.tok, self.shapes.image_size, Q
+        how = {"augment": False, "split": False, "seed": args.seed, "text": text}
+        samples = data.Samples(sets, *what, known=data.Lookalikes(val.files()), **how)
+        return samples, data.Samples([val], *what, **how), train.read_weights(args.instruct)
+
+    def stage(self, args):
+        """The recipe's, with the arguments' rate and batch size in the place of its own."""
+        stage = vpgtrans.STAGES["instruct"]
+        batch_size = args.batch_size or stage.batch_size
+        lr = args.lr or stage.lr
+        final_lr = lr * stage.final_lr / stage.lr
+        trains = (args.trains,) if args.trains else stage.trains
+        return dataclasses.replace(stage, batch_size=batch_size, lr=lr, final_lr=final_lr, trains=trains)
+
+    def build(self, args, device):
+        """The model with its weights."""
+        dtype = transfer.DTYPES[args.precision]
+        model, _ = transfer.load_model(args.model, dtype, device, args.llm_weights)
+        transfer.check_vocabulary(self.tok, model.llm, self.place)
+        return model
+
+    def config(self, args, model):
+        """config.json of the run."""
+        return transfer.chat_config(args, self.place, model, self.template)
+
+
+# ------------------------------------------------------------------- MemVP: questions, as they are asked
 
 LETTERS = "ABCDE"  # ScienceQA has five choices at most
 
@@ -142,7 +281,7 @@ TASKS = {
 }
 
 
-# ------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------ MemVP: what is read
 
 
 def make_text(tok, task, content, has_image, rng):
@@ -228,106 +367,7 @@ def read_questions(args, task, tok, image_size, say):
     return both
 
 
-# ---------------------------------------------------------------------------------------- arguments
-
-
-def add_models(parser):
-    models = parser.add_argument_group("models: a short name (llama-7b), a Hub id, a folder, or a "
-                                       "run of ours")
-    models.add_argument("--llm", required=True, help="the language model whose FFNs read the memory")
-    models.add_argument("--llm-tokenizer", metavar="NAME",
-                        help="where its tokenizer is, if not with it (huggyllama/llama-7b for "
-                             "Vicuna)")
-    models.add_argument("--vit", required=True,
-                        help="what sees: CLIP (openai/clip-vit-large-patch14, the paper's), or a"
-                             " BLIP-2 or a transfer of ours")
-    models.add_argument("--features", choices=("patches", "queries"), default="patches",
-                        help="what the memory holds of an image: the ViT's patches, with "
-                             "adapters in the ViT; or what the Q-Former of a BLIP-2 or a "
-                             "transfer makes of them, as it is (not of the paper) (default: "
-                             "%(default)s)")
-    models.add_argument("--vit-layers", type=int, metavar="N",
-                        help="read patches after block N of the ViT (default: all but the last)")
-    models.add_argument("--out", type=Path, help="folder of this run (default: out/<llm>-memvp-<task>)")
-
-
-def add_method(parser):
-    method = parser.add_argument_group("method: the defaults are the paper's")
-    method.add_argument("--memvp", required=True, metavar="TASK=FOLDER[@IMAGES]",
-                        help=f"what to learn, of {', '.join(TASKS)}, and where it lies, such as "
-                             "scienceqa=datasets/scienceqa")
-    method.add_argument("--prompts", choices=("memory", "input"), default="memory",
-                        help="where an image goes: to the FFNs' memory, or (the comparison) in "
-                             "front of the question as soft prompts (default: %(default)s)")
-    method.add_argument("--rows", type=int, metavar="M",
-                        help="keys of the memory (default: 320; beside LLMs wider than 4096, 400)")
-    method.add_argument("--image-scale", type=float, default=0.01, metavar="S",
-                        help="times the projector's output (default: %(default)s, of MemVP's code)")
-    method.add_argument("--adapters", type=int, default=12, metavar="WIDTH",
-                        help="of those beside the ViT's MLPs; 0: none (default: %(default)s)")
-    method.add_argument("--normalise", choices=tuple(memvp.NORMALISE), default="imagenet",
-                        help="images by whose mean and deviation: ImageNet's, with which the "
-                             "paper's figures were made, or CLIP's own (default: %(default)s)")
-
-
-def add_data(parser):
-    questions = parser.add_argument_group("data")
-    questions.add_argument("--max-tokens", type=int, default=512,
-                           help="of prompt and answer; longer ones are left out and named "
-                                "(default: %(default)s)")
-    questions.add_argument("--val-samples", type=int, default=500,
-                           help="validation questions at most (default: %(default)s)")
-    questions.add_argument("--max-bad", type=float, default=0.01,
-                           help="stop when more than this share of the questions is unusable, or"
-                                " of the images cannot be read (default: %(default)s)")
-
-
-def add_length(parser):
-    length = parser.add_argument_group("length and rate: the defaults are the paper's")
-    length.add_argument("--batch-size", type=int,
-                        help="questions an optimizer step, over all GPUs (default: ScienceQA 32, "
-                             "VQAv2 300, GQA 500, COCO 250)")
-    length.add_argument("--steps", type=int, help="optimizer steps (default: 20 epochs)")
-    length.add_argument("--lr", type=float,
-                        help="peak rate (default: ScienceQA 1.125e-3, the others 3e-4; in proportion "
-                             "to --batch-size)")
-    length.add_argument("--clip", type=float, metavar="NORM",
-                        help="scale gradients down to this norm where theirs is larger (default:"
-                             " never)")
-    length.add_argument("--seed", type=int, default=0,
-                        help="a run is a function of its arguments and this (default: %(default)s)")
-
-
-def add_machine(parser):
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--micro-batch", type=int, default=4,
-                         help="questions at a time on one GPU; but for the draws of dropout, the"
-                              " result is the same whatever it is (default: %(default)s)")
-    train.add_machine_options(machine)
-    machine.add_argument("--cache", type=Path, metavar="DIR",
-                         help="keep there what stands still of each image, computed once for all "
-                              "runs; for --features queries or --adapters 0")
-
-
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for add in (add_models, add_method, add_data, add_length, add_machine, train.add_log):
-        add(parser)
-    args = parser.parse_args(argv)
-    args.task, _, source = args.memvp.partition("=")
-    args.source = source or str(Path(os.environ.get("VPGTRANS_DATA", "datasets")) / args.task)
-    if args.task not in TASKS:
-        parser.error(f"--memvp {args.task}: the tasks are {', '.join(TASKS)}")
-    train.check_ranges(parser, args)
-    if args.features == "queries" and args.vit_layers:
-        parser.error("--vit-layers is for --features patches: a Q-Former reads the block that it was "
-                     "trained on")
-    args.out = args.out or Path("out") / f"{Path(args.llm).name}-memvp-{args.task}"
-    if args.cache and args.features == "patches" and args.adapters:
-        parser.error("--cache is for --features queries or --adapters 0: else the ViT's adapters train, and "
-                     "its features change")
-    return args
+# ------------------------------------------------------------------------------ MemVP: what it trains
 
 
 def choose_stage(args, task, has_adapters):
@@ -337,9 +377,6 @@ def choose_stage(args, task, has_adapters):
     lr = args.lr or stage.lr * batch_size / stage.batch_size
     trains = tuple(part for part in stage.trains if has_adapters or part != "adapters")
     return dataclasses.replace(stage, batch_size=batch_size, lr=lr, trains=trains)
-
-
-# ---------------------------------------------------------------------------------------- the cache
 
 
 def fill_cache(args, questions, model, made, processes):
@@ -361,9 +398,7 @@ def fill_cache(args, questions, model, made, processes):
     questions.sets = [dataclasses.replace(items, cache=features)]
 
 
-# ------------------------------------------------------------------------------------------ the run
-
-def run_config(args, made, model):
+def memory_config(args, made, model):
     """config.json of a run: how its memory is made, which ViT and LLM belong to it, its
     arguments."""
     found = transfer.memory_fingerprints(model)
@@ -377,42 +412,242 @@ def run_config(args, made, model):
     }
 
 
+class MemVPTuning:
+    """A task is learnt by what a language model's FFNs find in their memory of an image."""
+
+    stop = None  # what ends a caption
+    assumed = 12_726, (505, 7), (121, 7)  # as InstructionTuning's
+    assumption = "taken are ScienceQA's amounts, and 128 tokens a question"
+
+    def __init__(self, args, is_dry):
+        self.name = args.task
+        self.task = TASKS[args.task]
+        tokenizer, self.tok = transfer.find_tokenizer(args.llm, args.llm_tokenizer)
+        llm = hub.resolve(args.llm, "tokenizer" if is_dry else "target")
+        self.llm = dataclasses.replace(llm, tokenizer=tokenizer)
+        self.vit = hub.resolve(args.vit, "shapes" if is_dry else "vpg")
+        self.made = transfer.how_memory_is_made(args, self.vit, self.llm)
+        dtype = transfer.DTYPES[args.precision]
+        self.shapes = transfer.shape_memory_llm(self.made, self.vit, self.llm, dtype, args.llm_weights)
+
+    def read(self, args, say):
+        """As InstructionTuning's."""
+        return *read_questions(args, self.task, self.tok, self.shapes.image_size, say), None
+
+    def stage(self, args):
+        return choose_stage(args, self.task, "adapters" in self.shapes.parts)
+
+    def build(self, args, device):
+        """The model with its weights; its memory is drawn."""
+        torch.manual_seed(args.seed)
+        dtype = transfer.DTYPES[args.precision]
+        model = transfer.build_memory_llm(self.made, self.vit, self.llm, dtype, device, args.llm_weights)
+        transfer.check_vocabulary(self.tok, model.llm, self.llm)
+        return model
+
+    def config(self, args, model):
+        return memory_config(args, self.made, model)
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def add_instructions(parser):
+    instruct = parser.add_argument_group("instructions (stage 3): the defaults are the recipe of VL-Vicuna")
+    instruct.add_argument("--instruct", action="append", metavar=train.SPEC,
+                          help="conversations about images: cc_sbu_align, LLaVA's, or \"messages\", a file "
+                               "or the folder that it lies in; may be given several times, and is mixed by "
+                               "WEIGHT where that is given. python pairs.py SOURCE shows what is in it")
+    instruct.add_argument("--model", help="what is to converse: a run of train.py, or a BLIP-2 (folder, Hub "
+                                          "id, short name)")
+    instruct.add_argument("--template", choices=tuple(data.TEMPLATES),
+                          help="how conversations are written, where the checkpoint of the language model "
+                               "does not say it by a chat template; the run keeps it")
+    instruct.add_argument("--trains", choices=("projector",),
+                          help="train the projector alone, as MiniGPT-4 (default: Q-Former and projector, as "
+                               "VL-Vicuna)")
+    instruct.add_argument("--val", metavar=train.SPEC,
+                          help="conversations for validation (default: 5%% of the images of the first set, "
+                               "500 at most, are held out)")
+
+
+def add_memvp(parser):
+    method = parser.add_argument_group("MemVP: the defaults are the paper's")
+    method.add_argument("--memvp", metavar="TASK=FOLDER[@IMAGES]",
+                        help=f"what to learn, of {', '.join(TASKS)}, and where it lies, such as "
+                             "scienceqa=datasets/scienceqa")
+    method.add_argument("--llm", help="the language model whose FFNs read the memory: a short name "
+                                      "(llama-7b), a Hub id, a folder, or a run of ours")
+    method.add_argument("--llm-tokenizer", metavar="NAME",
+                        help="where its tokenizer is, if not with it (huggyllama/llama-7b for "
+                             "Vicuna)")
+    method.add_argument("--vit",
+                        help="what sees: CLIP (openai/clip-vit-large-patch14, the paper's), or a"
+                             " BLIP-2 or a transfer of ours")
+    method.add_argument("--features", choices=("patches", "queries"), default="patches",
+                        help="what the memory holds of an image: the ViT's patches, with "
+                             "adapters in the ViT; or what the Q-Former of a BLIP-2 or a "
+                             "transfer makes of them, as it is (not of the paper) (default: "
+                             "%(default)s)")
+    method.add_argument("--vit-layers", type=int, metavar="N",
+                        help="read patches after block N of the ViT (default: all but the last)")
+    method.add_argument("--prompts", choices=("memory", "input"), default="memory",
+                        help="where an image goes: to the FFNs' memory, or (the comparison) in "
+                             "front of the question as soft prompts (default: %(default)s)")
+    method.add_argument("--rows", type=int, metavar="M",
+                        help="keys of the memory (default: 320; beside LLMs wider than 4096, 400)")
+    method.add_argument("--image-scale", type=float, default=0.01, metavar="S",
+                        help="times the projector's output (default: %(default)s, of MemVP's code)")
+    method.add_argument("--adapters", type=int, default=12, metavar="WIDTH",
+                        help="of those beside the ViT's MLPs; 0: none (default: %(default)s)")
+    method.add_argument("--normalise", choices=tuple(memvp.NORMALISE), default="imagenet",
+                        help="images by whose mean and deviation: ImageNet's, with which the "
+                             "paper's figures were made, or CLIP's own (default: %(default)s)")
+    method.add_argument("--cache", type=Path, metavar="DIR",
+                        help="keep there what stands still of each image, computed once for all "
+                             "runs; for --features queries or --adapters 0")
+
+
+def add_data(parser):
+    both = parser.add_argument_group("data")
+    both.add_argument("--out", type=Path,
+                      help="folder of this run (default: out/<model>-chat or out/<llm>-memvp-<task>)")
+    both.add_argument("--max-tokens", type=int, default=512,
+                      help="of a question and its answer; longer ones are left out and named. A conversation "
+                           "loses its end where so many stand behind its first question (the original: 160) "
+                           "(default: %(default)s)")
+    both.add_argument("--val-samples", type=int, default=500,
+                      help="for validation, at most (default: %(default)s)")
+    both.add_argument("--max-bad", type=float, default=0.01,
+                      help="stop when more than this share of the data is unusable, or of the images cannot "
+                           "be read (default: %(default)s)")
+
+
+def add_length(parser):
+    length = parser.add_argument_group("length and rate: the defaults are those of the recipes")
+    length.add_argument("--batch-size", type=int,
+                        help="samples an optimizer step, over all GPUs (default: instructions 120; ScienceQA "
+                             "32, VQAv2 300, GQA 500, COCO 250)")
+    length.add_argument("--steps", type=int,
+                        help="optimizer steps (default: instructions 160, or 10 epochs if that is less; "
+                             "MemVP 20 epochs)")
+    length.add_argument("--lr", type=float,
+                        help="peak rate (default: instructions 1e-5; ScienceQA 1.125e-3, the others 3e-4, in "
+                             "proportion to --batch-size)")
+    length.add_argument("--clip", type=float, metavar="NORM",
+                        help="scale gradients down to this norm where theirs is larger (default:"
+                             " never)")
+    length.add_argument("--seed", type=int, default=0,
+                        help="a run is a function of its arguments and this (default: %(default)s)")
+
+
+def add_machine(parser):
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--micro-batch", type=int, default=4,
+                         help="samples at a time on one GPU; but for the draws of dropout, the"
+                              " result is the same whatever it is (default: %(default)s)")
+    train.add_machine_options(machine)
+
+
+# What is for one of the two alone, and what it cannot do without
+INSTRUCTION_OPTIONS = ("model", "template", "trains", "val")
+MEMVP_OPTIONS = ("llm", "llm_tokenizer", "vit", "features", "vit_layers", "prompts", "rows", "image_scale",
+                 "adapters", "normalise", "cache")
+
+
+def check_method(parser, args):
+    """Ends the command unless the options are those of one of the two, whole."""
+    if bool(args.instruct) == bool(args.memvp):
+        parser.error("one of --instruct and --memvp says what is learnt")
+    method, needed, others = "--memvp", ("llm", "vit"), INSTRUCTION_OPTIONS
+    if args.instruct:
+        method, needed, others = "--instruct", ("model",), MEMVP_OPTIONS
+    for name in needed:
+        if getattr(args, name) is None:
+            parser.error(f"{method} needs {train.option(name)}")
+    for name in others:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"{train.option(name)} is not for {method}")
+
+
+def check_memvp(parser, args):
+    """Ends the command where options of MemVP exclude each other; says what `args.task` and its
+    `args.source` are."""
+    args.task, _, source = args.memvp.partition("=")
+    args.source = source or str(Path(os.environ.get("VPGTRANS_DATA", "datasets")) / args.task)
+    if args.task not in TASKS:
+        parser.error(f"--memvp {args.task}: the tasks are {', '.join(TASKS)}")
+    if args.features == "queries" and args.vit_layers:
+        parser.error("--vit-layers is for --features patches: a Q-Former reads the block that it was "
+                     "trained on")
+    if args.cache and args.features == "patches" and args.adapters:
+        parser.error("--cache is for --features queries or --adapters 0: else the ViT's adapters train, and "
+                     "its features change")
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for add in (add_instructions, add_memvp, add_data, add_length, add_machine, train.add_log):
+        add(parser)
+    args = parser.parse_args(argv)
+    check_method(parser, args)
+    train.check_ranges(parser, args)
+    if args.memvp:
+        check_memvp(parser, args)
+        args.out = args.out or Path("out") / f"{Path(args.llm).name}-memvp-{args.task}"
+    else:
+        args.out = args.out or Path("out") / f"{Path(args.model).name}-chat"
+    return args
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
 def count_steps(args, stage, available, world):
-    """The number of optimizer steps over so many questions."""
+    """The number of optimizer steps over so many samples."""
     if stage.batch_size < world:
         raise ValueError(f"--batch-size {stage.batch_size} leaves some of the {world} processes without a "
-                         "question")
-    steps = args.steps or stage.epochs * (available // stage.batch_size)
+                         "sample")
+    steps = args.steps
+    if not steps and stage.epochs:
+        steps = stage.epochs * (available // stage.batch_size)
+    elif not steps:
+        steps = min(stage.samples, 10 * available) // stage.batch_size
     if steps < 1:
-        raise ValueError(f"{available:,} questions do not fill one batch of {stage.batch_size:,}; lower "
+        raise ValueError(f"{available:,} samples do not fill one batch of {stage.batch_size:,}; lower "
                          "--batch-size or set --steps")
     return steps
 
 
-def example_batch(model, tokens, answer=7):
-    """Two questions of so many tokens for a model on the meta device."""
+def example_batch(model, prompt, target):
+    """Two samples of so many tokens for a model on the meta device."""
+    places = model.num_query_tokens
+    ids = [data.IMAGE] * places + [0] * max(1, prompt - places)
     size = model.image_size
+    dtype = next(model.llm.parameters()).dtype
     return {
-        "prompt_ids": torch.zeros(2, max(1, tokens - answer), dtype=torch.long),
-        "target_ids": torch.zeros(2, answer, dtype=torch.long, device="meta"),
-        "images": torch.empty(2, 3, size, size, dtype=torch.uint8, device="meta"),
+        "prompt_ids": torch.tensor([ids] * 2),
+        "target_ids": torch.zeros(2, target, dtype=torch.long, device="meta"),
+        "images": torch.empty(2, 3, size, size, dtype=dtype, device="meta"),
     }
 
 
-def dry_run(args, task, found):
-    """Prints what the run would do and need. Without data, ScienceQA's amounts are taken."""
-    model, world = found.shapes, found.processes.world
-    available, longest, typical = 12_726, args.max_tokens, 128
-    if found.questions:
-        lengths = found.questions[0].measure().sum(1)
-        available = int(found.questions[0].starts[-1])
-        longest, typical = int(lengths.max()), round(lengths.mean())
-    stage = choose_stage(args, task, "adapters" in model.parts)
+def dry_run(args, found):
+    """Prints what the run would do and need. Without data, the amounts are assumed."""
+    model, world = found.method.shapes, found.processes.world
+    available, longest, typical = found.method.assumed
+    if found.samples:
+        available = int(found.samples.starts[-1])
+        lengths = found.samples.measure()
+        longest = lengths[lengths.sum(1).argmax()].tolist()
+        typical = lengths.mean(0).round().astype(int).tolist()
+    stage = found.method.stage(args)
     steps = count_steps(args, stage, available, world)
     table = vpgtrans.enter_stage(model, stage)
-    print(*loop.describe_stage(args.task, stage, steps, available, table), sep="\n")
+    print(*loop.describe_stage(found.method.name, stage, steps, available, table), sep="\n")
     machine = estimate.machine(args.dry_run)
-    batches = example_batch(model, longest), example_batch(model, typical)
+    batches = example_batch(model, *longest), example_batch(model, *typical)
     samples = steps * stage.batch_size
     print(*estimate.report(model, *batches, samples, machine, args.micro_batch, world), sep="\n")
 
@@ -422,15 +657,13 @@ class Found:
     """What a run begins with."""
 
     processes: loop.Processes
-    vit: hub.Place
-    llm: hub.Place
-    tok: data.Tokenizer
-    made: dict  # how the memory is made
-    shapes: memvp.MemoryLLM  # without weights
-    questions: tuple = None  # to train on, and for validation; a dry run may have none
+    method: InstructionTuning | MemVPTuning
+    samples: data.Samples = None  # to train on; a dry run may have none
+    held_out: data.Samples = None
+    weights: list = None  # of the data sets
 
 
-def find(args, task, held):
+def find(args, held):
     """Models and data. The first process goes first: it fetches, scans, and takes the run's folder
     until `held` is closed."""
     is_dry = args.dry_run is not None
@@ -438,61 +671,55 @@ def find(args, task, held):
     with processes.first_goes_first():
         if processes.rank == 0 and not is_dry:
             train.take_folder(args, processes, held)
-        tokenizer, tok = transfer.find_tokenizer(args.llm, args.llm_tokenizer)
-        llm = hub.resolve(args.llm, "tokenizer" if is_dry else "target")
-        llm = dataclasses.replace(llm, tokenizer=tokenizer)
-        vit = hub.resolve(args.vit, "shapes" if is_dry else "vpg")
-        made = transfer.how_memory_is_made(args, vit, llm)
-        shapes = transfer.shape_memory_llm(made, vit, llm, transfer.DTYPES[args.precision],
-                                           args.llm_weights)
-        found = Found(processes, vit, llm, tok, made, shapes)
+        make = InstructionTuning if args.instruct else MemVPTuning
+        found = Found(processes, make(args, is_dry))
         if not is_dry:
-            train.check_disk(args.out, shapes)
+            train.check_disk(args.out, found.method.shapes)
         try:
-            found.questions = read_questions(args, task, tok, shapes.image_size, processes.say)
+            found.samples, found.held_out, found.weights = found.method.read(args, processes.say)
         except FileNotFoundError as error:
             if not is_dry:
                 raise
             missing = str(error).partition(";")[0]
-            processes.say(f"{missing}: taken are ScienceQA's amounts, and 128 tokens a question")
+            processes.say(f"{missing}: {found.method.assumption}")
     return found
 
 
-def set_up(args, task, found, watch):
+def begin_log(args, found, model, log):
+    """The files of a new run: its config.json, empty metrics, and what of the data was left out."""
+    config = json.dumps(found.method.config(args, model), indent=2)
+    runs.write(args.out / "config.json", lambda file: file.write_text(config))
+    left_out = {}
+    for items in found.samples.sets + found.held_out.sets:  # held out of a set, items share its list
+        left_out |= {(problem, where): None for problem, places in items.left_out.items() for where in places}
+    log.begin(left_out)
+
+
+def set_up(args, found, watch):
     """All that can be wrong with arguments, files and folders, before anything long begins.
 
     -> (loop.Run, loop.Job, the state to resume from or None)"""
-    processes = found.processes
-    questions, held_out = found.questions
-    stage = choose_stage(args, task, "adapters" in found.shapes.parts)
-    available = int(questions.starts[-1])
-    steps = count_steps(args, stage, available, processes.world)
+    processes, method, samples = found.processes, found.method, found.samples
+    stage = method.stage(args)
+    steps = count_steps(args, stage, int(samples.starts[-1]), processes.world)
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
         train.check_same_arguments(args, resumed[0]["arguments"])
-    torch.manual_seed(args.seed)  # what the memory draws
-    dtype = transfer.DTYPES[args.precision]
-    model = transfer.build_memory_llm(found.made, found.vit, found.llm, dtype, processes.device,
-                                      args.llm_weights)
-    transfer.check_vocabulary(found.tok, model.llm, found.llm)
-    validation = loop.Validation(held_out, args.micro_batch, processes)
+    model = method.build(args, processes.device)
+    validation = loop.Validation(found.held_out, args.micro_batch, processes, method.stop)
     log = runs.Log(args.out, processes.rank)
     if resumed:
-        log.continue_from([args.task], resumed[0])
+        log.continue_from([method.name], resumed[0])
     elif processes.rank == 0:
-        config = json.dumps(run_config(args, found.made, model), indent=2)
-        runs.write(args.out / "config.json", lambda file: file.write_text(config))
-        left_out = [(problem, where) for some in found.questions
-                    for problem, places in some.sets[0].left_out.items() for where in places]
-        log.begin(left_out)
+        begin_log(args, found, model, log)
     log.report(processes.gather(validation.bad))
     saved = {"arguments": transfer.arguments(args)}
     run = loop.Run(args, saved, processes, model, validation, log, watch)
     run.remedy = "Start anew with a lower --lr, with --clip 1 or --precision fp32, in a new --out"
     if args.cache:
-        fill_cache(args, questions, model, found.made, processes)
-    order = data.plan([available], steps * stage.batch_size, args.seed)
-    return run, loop.Job(args.task, stage, questions, order, steps), resumed
+        fill_cache(args, samples, model, method.made, processes)
+    order = data.plan(data.sizes(samples.sets), steps * stage.batch_size, args.seed, found.weights)
+    return run, loop.Job(method.name, stage, samples, order, steps), resumed
 
 
 def main(argv=None, watch=None):
@@ -500,13 +727,12 @@ def main(argv=None, watch=None):
     line of the log."""
     sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
     args = parse_arguments(argv)
-    task = TASKS[args.task]
     with contextlib.ExitStack() as held:
         try:
-            found = find(args, task, held)
+            found = find(args, held)
             if args.dry_run is not None:
-                return dry_run(args, task, found) if found.processes.rank == 0 else None
-            run, job, resumed = set_up(args, task, found, watch)
+                return dry_run(args, found) if found.processes.rank == 0 else None
+            run, job, resumed = set_up(args, found, watch)
         except (OSError, ValueError) as error:
             loop.end_with(error, "finetune.py")
         try:
@@ -523,10 +749,11 @@ def main(argv=None, watch=None):
         if run.processes.rank == 0:
             (args.out / runs.PREVIOUS).unlink(missing_ok=True)
         matched, shuffled = run.last_validation
-        run.processes.say(f"\n{args.llm} on {args.task}: {job.steps:,} steps, {run.log.seconds:.0f} s of "
-                          f"training; the validation loss is {shuffled - matched:.3f} higher with shuffled "
-                          f"images.\nWeights, metrics and curves are in {args.out}/. Try: python sample.py "
-                          f"IMAGE --model {args.out}")
+        command = f"chat.py {args.out} IMAGE" if args.instruct else f"sample.py IMAGE --model {args.out}"
+        run.processes.say(f"\n{args.model or args.llm}, {job.name}: {job.steps:,} steps, "
+                          f"{run.log.seconds:.0f} s of training; the validation loss is "
+                          f"{shuffled - matched:.3f} higher with shuffled images.\nWeights, metrics and "
+                          f"curves are in {args.out}/. Try: python {command}")
 
 
 if __name__ == "__main__":

@@ -558,6 +558,18 @@ def forbid_end(scores, ids, stop):
     return scores
 
 
+def penalise_repetition(scores, ids, penalty, start_id=None):
+    """Makes ids (..., n) that have been said, and the one that started a decoder, less probable in
+    scores (..., V): above 0 these are divided by the penalty, below 0 multiplied (Keskar et al. 2019)."""
+    if penalty == 1:
+        return scores
+    if start_id is not None:
+        ids = F.pad(ids, (1, 0), value=start_id)
+    said = scores.gather(-1, ids)
+    said = torch.where(said < 0, said * penalty, said / penalty)
+    return scores.scatter(-1, ids, said)
+
+
 def without_end(ids, stop):
     """A list of ids up to the first stop sequence."""
     for end in range(1, len(ids) + 1):
@@ -585,13 +597,14 @@ def sample_next(logits, temperature, top_p):
     return ids.gather(1, p.multinomial(1))[:, 0]
 
 
-def decode_tokens(llm, logits, cache, steps, min_new_tokens, temperature, top_p, stop):
+def decode_tokens(llm, logits, cache, steps, min_new_tokens, penalty, temperature, top_p, stop):
     """Greedy decoding or sampling, all rows side by side, until every row has ended. Yields the ids
     so far, (B,n)."""
     ids = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for n in range(1, steps + 1):
         scores = logits[:, 0].float()  # (B, V)
+        scores = penalise_repetition(scores, ids, penalty, llm.start_id)
         if n <= min_new_tokens:
             scores = forbid_end(scores, ids, stop)
         next_ids = sample_next(scores, temperature, top_p)
@@ -610,7 +623,8 @@ def pick(x, index):
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
-def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, stop, prompt_lengths=None):
+def beam_search(llm, logits, cache, steps, min_new_tokens, penalty, K, length_penalty, stop,
+                prompt_lengths=None):
     """Beam search with transformers' rules: a hypothesis scores log-probability / length **
     length_penalty (its end mark counts), and a row is done when no running beam, at its present
     length, beats its K finished ones. -> (B, n) ids
@@ -631,6 +645,7 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, K, length_penalty, st
     is_among_best = torch.arange(width, device=device) < K
     for n in range(1, steps + 1):
         log_p = logits.log_softmax(-1, dtype=torch.float32)
+        log_p = penalise_repetition(log_p, beams, penalty, llm.start_id)
         if n <= min_new_tokens:
             log_p = forbid_end(log_p, beams, stop)
         top, index = log_p.add_(scores[..., None]).flatten(1).topk(width)  # (B, width)
@@ -668,6 +683,7 @@ class LanguageModel(nn.Module):
     more token of each beam)."""
 
     weights = None  # "int8" or "nf4" where load_llm has quantised the blocks
+    start_id = None  # the token that starts a decoder, where there is one
 
     def finish(self, config):
         """What all constructors end with: ties the head to the word embeddings, and notes which
@@ -727,24 +743,25 @@ class LanguageModel(nn.Module):
     @torch.inference_mode()
     def generate(self, prefix, prefix_mask=None, max_new_tokens=30, num_beams=1, length_penalty=1.0,
                  min_new_tokens=0, temperature=0.0, top_p=1.0, stop=None, memory=None, cache=None,
-                 prompt_lengths=None):
+                 prompt_lengths=None, repetition_penalty=1.0):
         """Continues a prefix. (B,P,D), (B,P) bool -> B lists of ids, without the stop sequence and
         what follows.
 
         `stop` holds the sequences of ids that end a text, such as ((2,), (835,), (2277, 29937));
         None: the checkpoint's end marks. `max_new_tokens` counts the end mark; none of the first
         `min_new_tokens` ids completes one. num_beams > 1 is beam search (temperature 0 only);
-        temperature > 0 samples from the `top_p` nucleus. `prompt_lengths` (B,) makes the length that
-        beam search penalises count so many tokens of each row's prompt, as transformers did before
-        4.36; VPGTrans's and BLIP-2's scores of questions rest on that.
+        temperature > 0 samples from the `top_p` nucleus. A repetition_penalty above 1 makes ids that a
+        text already holds less probable; the prefix does not count. `prompt_lengths` (B,) makes the
+        length that beam search penalises count so many tokens of each row's prompt, as transformers
+        did before 4.36; VPGTrans's and BLIP-2's scores of questions rest on that.
 
         With a cache (`read_prefix`) the prefix is what comes behind it; the memory is the cache's,
         and the cache stays as it is."""
         stop = self.stop if stop is None else stop
-        check_generation(max_new_tokens, num_beams, temperature, top_p, stop)
+        check_generation(max_new_tokens, num_beams, temperature, top_p, stop, repetition_penalty)
         cache = self.new_cache(prefix, max_new_tokens, num_beams, memory, cache)
         logits = self.start(prefix, prefix_mask, cache)
-        begun = self, logits, cache, max_new_tokens, min_new_tokens
+        begun = self, logits, cache, max_new_tokens, min_new_tokens, repetition_penalty
         if prompt_lengths is not None and not isinstance(self, DecoderOnly):
             prompt_lengths = torch.ones_like(prompt_lengths)  # T5's decoder reads its start token alone
         if num_beams > 1:
@@ -755,7 +772,7 @@ class LanguageModel(nn.Module):
         return [without_end(row, stop) for row in rows]
 
     def stream(self, prefix, prefix_mask=None, max_new_tokens=30, min_new_tokens=0, temperature=0.0,
-               top_p=1.0, stop=None, memory=None, cache=None):
+               top_p=1.0, stop=None, memory=None, cache=None, repetition_penalty=1.0):
         """As `generate` for one row (1,P,D), but yields its ids as they come. Ids that may be the
         beginning of a stop sequence are held back until that is decided.
 
@@ -763,7 +780,7 @@ class LanguageModel(nn.Module):
         and all ids but the last, the stop sequence's among them. `cache.used` counts them, also
         after a stream that was closed or interrupted."""
         stop = self.stop if stop is None else stop
-        check_generation(max_new_tokens, 1, temperature, top_p, stop)
+        check_generation(max_new_tokens, 1, temperature, top_p, stop, repetition_penalty)
         if len(prefix) != 1:
             raise ValueError(f"stream: one row, not {len(prefix)}; generate takes several")
         if cache is None:
@@ -771,7 +788,7 @@ class LanguageModel(nn.Module):
         else:
             self.check_cache(cache, prefix, memory)
             cache.check_room(prefix.shape[1] + max_new_tokens - 1)
-        options = max_new_tokens, min_new_tokens, temperature, top_p, stop
+        options = max_new_tokens, min_new_tokens, repetition_penalty, temperature, top_p, stop
         return stream_tokens(self, prefix, prefix_mask, cache, options)
 
     def read_prefix(self, prefix, prefix_mask=None, room=0, memory=None):
@@ -811,7 +828,7 @@ def stream_tokens(llm, prefix, prefix_mask, cache, options):
         cache.cut(complete)  # a step that was interrupted has left a column without keys
 
 
-def check_generation(max_new_tokens, num_beams, temperature, top_p, stop):
+def check_generation(max_new_tokens, num_beams, temperature, top_p, stop, repetition_penalty):
     """ValueError for options of `generate` that make no sense."""
     if min(max_new_tokens, num_beams) < 1:
         raise ValueError(f"generate: max_new_tokens = {max_new_tokens} and num_beams = {num_beams} must "
@@ -821,6 +838,8 @@ def check_generation(max_new_tokens, num_beams, temperature, top_p, stop):
     if temperature < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"generate: temperature = {temperature} must not be below 0, and top_p = {top_p} "
                          "must be from 0 to 1")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"generate: repetition_penalty = {repetition_penalty} must be above 0; 1 is none")
     if not all(isinstance(sequence, (tuple, list)) and sequence for sequence in stop):
         raise ValueError(f"generate: stop = {stop} must be sequences of at least one id each, such as "
                          "((2,),)")

@@ -213,6 +213,13 @@ def evaluating(model):
             module.training = True
 
 
+@contextlib.contextmanager
+def generating(model, processes):
+    """Within this, the model may generate. The few steps of an answer are too short to compile for."""
+    with evaluating(model), processes.autocast(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def swap_neighbours(rows):
     """(B,...) -> the same rows, each in the place of its neighbour: 1, 0, 3, 2, ..."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
@@ -237,8 +244,10 @@ class Validation:
     """The loss on held-out pairs with their own and with other pairs' images: the difference is
     what the LLM sees."""
 
-    def __init__(self, samples, micro_batch, processes):
+    def __init__(self, samples, micro_batch, processes, stop=None):
+        """`stop`: the ids that end an answer; None: those that end a caption."""
         self.tok = samples.tok
+        self.stop = stop or ((samples.tok.end_id,), (samples.tok.eos_id,))
         self.processes = processes
         count = int(samples.starts[-1]) // 2 * 2
         if count < 2:
@@ -273,18 +282,20 @@ class Validation:
         return matched / tokens, shuffled / tokens
 
     def examples(self, model, count):
-        """Lines with captions of the first validation images, as people wrote them and as the model
-        does."""
+        """Lines with captions of the first validation images, or with the first answers about them, as
+        people wrote them and as the model does."""
         batch = self.batches[0]
         images = batch["images"][:count].to(self.processes.device)
         which = {}
         if not batch["has_image"].all():
             which["has_image"] = batch["has_image"][:count]
-        stop = ((self.tok.end_id,), (self.tok.eos_id,))
-        # a few steps are too short to compile for
-        with evaluating(model), self.processes.autocast(), torch.compiler.set_stance("force_eager"):
-            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=stop, **which)
-        for file, truth, answer in zip(batch["files"], batch["target_ids"].tolist(), answers):
+        with generating(model, self.processes):
+            answers = model.generate(batch["prompt_ids"][:count], images=images, stop=self.stop, **which)
+        truths = batch["target_ids"]
+        if "scored" in batch:
+            first_answer = batch["scored"].long().cumprod(1).bool()
+            truths = truths.masked_fill(~first_answer, data.PADDING)
+        for file, truth, answer in zip(batch["files"], truths.tolist(), answers):
             truth = self.tok.decode(i for i in truth if i >= 0).strip()
             yield f"    {Path(file).name}: {self.tok.decode(answer).strip()}  (people: {truth})"
 
@@ -399,6 +410,7 @@ class Run:
     watch: Callable = None  # is told where the run stands, after each line of the log
     last_validation: tuple = None  # losses with matched and with shuffled images
     remedy: str = ""  # what to do when the loss is NaN or infinite, for people
+    score: Callable = None  # model -> {name: number}, called by every process at each validation
 
     def write(self, at, **row):
         self.log.add(**at, **row)
@@ -408,9 +420,14 @@ class Run:
     def validate(self, at):
         """Logs, prints and draws how the model does at a step."""
         matched, shuffled = self.last_validation = self.validation.losses(self.model)
-        self.write(at, val_loss=matched, val_loss_shuffled=shuffled)
-        self.processes.say(f"step {at['step']:>6,}  validation loss {matched:.3f}, "
-                           f"with shuffled images {shuffled:.3f}")
+        row = {"val_loss": matched, "val_loss_shuffled": shuffled}
+        said = f"step {at['step']:>6,}  validation loss {matched:.3f}, with shuffled images {shuffled:.3f}"
+        if self.score:
+            with generating(self.model, self.processes):
+                row["scores"] = self.score(self.model)
+            said += "".join(f", {name} {score:.1f}" for name, score in row["scores"].items())
+        self.write(at, **row)
+        self.processes.say(said)
         if self.processes.rank == 0:
             self.processes.say("\n".join(self.validation.examples(self.model, 2)))
             self.log.draw()

@@ -293,6 +293,7 @@ class Stage:
     epochs: int = 0
     samples: int = 0
     lr_warmup_steps: int = 0  # optimizer steps of linear learning-rate warm-up from 1e-6
+    lr_warmup_share: float = 0.1  # of a run's steps, which it takes at most
     betas: tuple = (0.9, 0.999)
     weight_decay: float = 0.05  # on matrices; never on biases and norms
 

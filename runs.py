@@ -278,22 +278,31 @@ class Log:
                 tqdm.write(f"{problem}: {where}{more}", file=sys.stderr)
 
     def draw(self):
-        """Training loss, and validation loss with matched and with shuffled images, over all
-        stages."""
+        """Training loss, validation loss with matched and with shuffled images, and scores, over
+        all stages."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
             return
         rows = self.rows()
-        figure = Figure(figsize=(9, 4.5), layout="tight")
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
+        names = sorted({name for row in rows for name in row.get("scores", {})})
+        right = axes.twinx() if names else None
         offset = 0
         for stage in dict.fromkeys(row["stage"] for row in rows):
             of_stage = [row for row in rows if row["stage"] == stage]
             draw_stage(axes, stage, of_stage, offset)
+            for i, name in enumerate(names):
+                draw_score(right, name, f"C{i + 4}", of_stage, offset)
             offset += of_stage[-1]["step"]
         axes.set(xlabel="optimizer step", ylabel="cross-entropy a token")
-        axes.legend(frameon=False)
+        lines = axes.get_lines()
+        if names:
+            right.set(ylabel="score", ylim=(0, None))
+            lines += right.get_lines()
+        figure.legend(handles=[line for line in lines if line.get_label()[0] != "_"], frameon=False,
+                      loc="outside lower center", ncols=len(CURVES) + len(names))
         write(self.png, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
@@ -313,3 +322,11 @@ def draw_stage(axes, stage, rows, offset):
         axes.plot(steps, values, line, color=colour, label=None if offset else label, markersize=3)
     axes.axvline(offset, color="0.8", linewidth=0.8)
     axes.text(offset, 1.01, f" {stage}", transform=axes.get_xaxis_transform(), fontsize=9)
+
+
+def draw_score(axes, name, colour, rows, offset):
+    """What the model scored at the validations of one stage."""
+    logged = [row for row in rows if name in row.get("scores", {})]
+    steps = [offset + row["step"] for row in logged]
+    scores = [row["scores"][name] for row in logged]
+    axes.plot(steps, scores, "s--", color=colour, label=None if offset else name, markersize=3)

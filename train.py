@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ import cache
 import captioning
 import data
 import estimate
+import evaluate
 import hub
 import loop
 import runs
@@ -193,6 +195,15 @@ def add_log(parser):
     log.add_argument("--val-every", type=int, metavar="STEPS", help="(default: ten times a stage)")
     log.add_argument("--save-every", type=int, default=500, metavar="STEPS",
                      help="(default: %(default)s)")
+    return log
+
+
+def add_log_and_score(parser):
+    log = add_log(parser)
+    log.add_argument("--score", action="append", metavar="NAME=FILE[@IMAGES]",
+                     help="at each validation score the model, too, on at most --val-samples items of a "
+                          "benchmark of evaluate.py, by greedy answers: coco=coco_karpathy_val.json@coco "
+                          "gives CIDEr, in metrics and curves; may be given several times")
 
 
 EXCLUDE_EACH_OTHER = [
@@ -223,7 +234,7 @@ def check_ranges(parser, args):
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for add in (add_models, add_method, add_data, add_length, add_machine, add_log):
+    for add in (add_models, add_method, add_data, add_length, add_machine, add_log_and_score):
         add(parser)
     args = parser.parse_args(argv)
     # from scratch: with a random Q-Former, or that of the model named
@@ -364,6 +375,14 @@ def place(spec):
     return spec.source, spec.images, spec.split
 
 
+def read_weights(specs):
+    """The weights of data sets, or None where their specs give none. ValueError where some do."""
+    weights = [parse_spec(spec).weight for spec in specs]
+    if any(weights) and not all(weights):
+        raise ValueError(f"give each of {', '.join(specs)} a :WEIGHT above 0, or none of them")
+    return weights if any(weights) else None
+
+
 def holds_images_alone(source):
     """Is it a folder of images without texts?"""
     return source.is_dir() and not any(source.rglob("*.txt")) and not any(source.glob("*.tar"))
@@ -398,12 +417,8 @@ def find_data(args, stages, say):
             raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
     of_stages = {}
     for name in stages:
-        weights = [parse_spec(spec).weight for spec in specs[name]]
-        if any(weights) and not all(weights):
-            raise ValueError(f"give each of {', '.join(specs[name])} a :WEIGHT above 0, or none of "
-                             "them")
         of_stage = [sets[place(spec)] for spec in specs[name]]
-        of_stages[name] = of_stage, weights if any(weights) else None
+        of_stages[name] = of_stage, read_weights(specs[name])
     return of_stages, one_caption_an_image(val, args.val_samples)
 
 
@@ -477,7 +492,7 @@ def count_steps(args, name, stage, available, captions, world):
 # What a run's result does not depend on, or by the draws of dropout alone, so that --resume may
 # change it.
 FREE = {"out", "micro_batch", "dry_run", "compile", "workers", "resume", "gate", "log_every",
-        "val_every", "save_every", "max_bad"}
+        "val_every", "save_every", "max_bad", "score"}
 
 
 def check_same_run(args, state):
@@ -637,6 +652,7 @@ class Found:
     shapes: vpgtrans.VisualLLM  # without weights
     sets: dict = None  # {stage: (data sets, weights or None)}; a dry run may have none
     val: Pairs = None
+    score: Callable = None  # of --score: model -> {name: number}
 
 
 def take_folder(args, processes, held):
@@ -689,6 +705,9 @@ def find(args, stages, held):
             said = str(error).splitlines()[0]
             processes.say(f"{said}: taken are the paper's amounts, each caption a sample of 12 "
                           "tokens")
+        if args.score:
+            batch_size = args.micro_batch or estimate.LARGEST
+            found.score = evaluate.scorer(args.score, args.val_samples, tok, batch_size, processes)
     return found
 
 
@@ -787,7 +806,7 @@ def set_up(args, stages, found, watch):
         begin_log(args, found, model, log, start)
     log.report(processes.gather(validation.bad))
     saved = {"arguments": transfer.arguments(args), "start": start}
-    run = loop.Run(args, saved, processes, model, validation, log, watch)
+    run = loop.Run(args, saved, processes, model, validation, log, watch, score=found.score)
     run.remedy = ("To go on from the weights last saved, with another rate or precision: --src "
                   f"{args.out} --no-warm-up --lr ... --precision ... and a new --out")
     return run, jobs, resumed

@@ -5,6 +5,7 @@ a model that answers.
     model = build_model(args, src, tgt, tok, sets, processes)          # stage 1 begins with it
     model, tok = load_model("out/opt-2.7b-to-opt-6.7b")
     answer(model, tok, images)                                       # (B,3,H,W) uint8 -> B captions
+    model, tok, template = load_chat("out/opt-6.7b-to-vicuna-7b-chat")      # one that converses
 
 A transfer goes: find both models; build the source's VPG around the target's LLM; between them put
 the source's projector in the target's words, by the word converter or by what its soft prompts mean
@@ -313,6 +314,9 @@ def loss_or_infinity(row):
 
 def describe_start(start):
     """Lines: what --init auto has tried, each start at its best rate, and what it took."""
+    tried = len(start["tried"])
+    yield (f"{tried} trials of {TRIAL_STEPS} steps of {TRIAL_BATCH} samples, the projector alone "
+           f"({start['seconds']:.0f} s)")
     yield f"  start                     at first   after {TRIAL_STEPS} steps   shuffled images   at rate"
     for name, rows in itertools.groupby(start["tried"], key=operator.itemgetter("init")):
         row = min(rows, key=loss_or_infinity)
@@ -414,6 +418,7 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
     say = processes.say
     if args.init == "random":
         return say("projector: random")
+    began = time.time()
     projector = qformer.load_projector(src.folder)
     if src.llm.resolve() == tgt.llm.resolve():
         model.projector.load_state_dict(projector.state_dict())
@@ -433,6 +438,7 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
         train = look_samples(train, model, tok, args, split=True)
         judge = look_samples(judge, model, tok, args, split=False)
         start = pick_start(model, named, train, judge, args, processes)
+        start["seconds"] = time.time() - began
         say("\n".join(describe_start(start)))
         projector = named[start["init"]]
     model.projector.load_state_dict(projector.state_dict())
@@ -576,6 +582,82 @@ def load_model(name, dtype=torch.bfloat16, device="cpu", weights=None):
     hub.check_belongs(place, vit=vpg.frozen_parameters(), llm=llm.as_read())
     projector = qformer.load_projector(place.folder).to(device)
     return vpgtrans.VisualLLM(vpg, projector, llm).eval(), data.load_tokenizer(place.tokenizer)
+
+
+def choose_template(place, name=None):
+    """The data.ChatTemplate in which a model converses: that of its run, or what was exported from it,
+    where stage 3 taught it; else the one of data.TEMPLATES that is named; else its LLM's own. ValueError
+    if it has none, or was taught in another than is named."""
+    if name is not None and name not in data.TEMPLATES:
+        raise ValueError(f"--template {name}: there are {', '.join(data.TEMPLATES)}; without it, a "
+                         "checkpoint's own chat template is taken")
+    asked = data.TEMPLATES.get(name)
+    taught = hub.read_config(place.folder).get("chat_template")
+    if not isinstance(taught, dict):
+        template = asked or data.load_chat_template(place.llm)
+        if template is None:
+            raise ValueError(f"{place.llm}: has no chat template, neither chat_template.jinja nor in "
+                             "tokenizer_config.json; name the one that it was taught with: --template "
+                             f"{' or '.join(data.TEMPLATES)}")
+        return template
+    try:
+        template = data.ChatTemplate(**taught)
+    except TypeError as error:
+        raise ValueError(f"{place.folder / 'config.json'}: its chat_template is damaged ({error}); copy the "
+                         "run again") from None
+    if asked and describe_template(asked) != describe_template(template):
+        raise ValueError(f"{place.name}: was taught to converse in another chat template than {name}; leave "
+                         "--template out, and it is asked in its own")
+    return template
+
+
+def describe_template(template):
+    """A ChatTemplate as JSON has it: what config.json of a run keeps of it."""
+    return json.loads(json.dumps(vars(template)))
+
+
+def find_whole(name):
+    """A run of VPGTrans or a BLIP-2 checkpoint -> hub.Place, for which no weights are fetched."""
+    place = hub.resolve(name, "shapes")
+    run = hub.read_config(place.folder)
+    if run.get("model_type") == "memvp":
+        raise ValueError(f"{name}: a run of MemVP, which answers the questions of its task and does not "
+                         "converse; ask it by sample.py")
+    if run.get("model_type") != "vpgtrans":
+        return place
+    llm = hub.resolve(run["llm"]["name"], "tokenizer").folder
+    tokenizer = hub.resolve(run["llm"].get("tokenizer") or run["llm"]["name"], "tokenizer").folder
+    return dataclasses.replace(place, llm=llm, tokenizer=tokenizer)
+
+
+def shape_whole(place, dtype, weights=None):
+    """The model of load_model without weights, on the meta device."""
+    vpg = qformer.empty_vpg(place.folder)
+    llm = language_models.empty_llm(place.llm)
+    model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm)
+    return with_llm_weights(model.to("meta", dtype), weights)
+
+
+def chat_config(args, place, model, template):
+    """config.json of a run that taught `args.model` to converse: that of a transfer, and the
+    template."""
+    before = hub.read_config(place.folder)
+    belongs = {part: before.get(part) for part in ("vit", "llm")}
+    if before.get("model_type") != "vpgtrans":  # a BLIP-2 checkpoint, which holds both
+        name = hub.lasting_name(args.model)
+        name = hub.SOURCES.get(name, name)  # the LLM is the one in there, not the target of that name
+        parts = {"vit": model.vpg.frozen_parameters(), "llm": model.llm.as_read()}
+        belongs = {part: {"name": name, "fingerprint": hub.fingerprint(parts[part])} for part in parts}
+    kept = {"chat_template": describe_template(template), "arguments": arguments(args)}
+    return {"model_type": "vpgtrans", **model.vpg.config, **belongs, **kept}
+
+
+def load_chat(name, template=None, dtype=torch.bfloat16, device="cpu", weights=None):
+    """As load_model, for conversations -> (VisualLLM in eval mode, its tokenizer, its
+    data.ChatTemplate); `template` is a name of data.TEMPLATES, for a checkpoint without one. ValueError
+    as of choose_template."""
+    found = choose_template(find_whole(name), template)  # before gigabytes are fetched and read
+    return *load_model(name, dtype, device, weights), found
 
 
 def answer(model, tok, images, prompt="", **options):

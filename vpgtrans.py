@@ -276,6 +276,7 @@ class Stage:
     epochs: int = 0
     samples: int = 0
     lr_warmup_steps: int = 0  # optimizer steps of linear learning-rate warm-up from 1e-6
+    lr_warmup_share: float = 0.1  # of a run's steps, which it takes at most
     betas: tuple = (0.9, 0.999)
     weight_decay: float = 0.05  # on matrices; never on biases and norms
 
@@ -286,6 +287,9 @@ STAGES = {
     # the baseline, TFS
     "from-scratch": Stage(trains=JOINTLY, lr=1e-4, final_lr=1e-5, batch_size=1728, epochs=10,
                           lr_warmup_steps=2000),
+    # stage 3 of VL-Vicuna: 160 steps, a quarter of which warms up
+    "instruct": Stage(trains=JOINTLY, lr=1e-5, final_lr=1e-6, batch_size=120, samples=19_200,
+                      lr_warmup_steps=40, lr_warmup_share=0.25),
 }
 
 
@@ -331,7 +335,7 @@ def parameter_groups(model, stage):
 def learning_rate(stage, step, steps):
     """The rate of optimizer step `step` of `steps`: linear warm-up from 1e-6, then a cosine from lr
     to final_lr."""
-    warmup = min(stage.lr_warmup_steps, steps // 10)
+    warmup = min(stage.lr_warmup_steps, int(steps * stage.lr_warmup_share))
     if step < warmup:
         return 1e-6 + (stage.lr - 1e-6) * step / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import data
+import evaluate
 import transfer
 from study.captions import caption_all, draw, read_scenes, share_right
 from study.records import curve
@@ -56,16 +57,25 @@ def print_losses(runs):
           "another picture)\n")
 
 
-def print_shares(captions, truths):
-    """A line for each model: how many of the coloured shapes that it names are in the image."""
-    print(f"  {'colour and shape named right':40} {'right':>6} {'claims':>7} {'by chance':>10}")
-    of_next = truths[1:] + truths[:1]
+def cider(texts, people):
+    """CIDEr in papers' points of captions, each beside the one that people wrote."""
+    score, _ = evaluate.cider(dict(enumerate(texts)), {i: [text] for i, text in enumerate(people)})
+    return 100 * score
+
+
+def print_shares(captions, truths, people):
+    """A line for each model: how many of the coloured shapes that it names are in the image, and CIDEr."""
+    print(f"  {'colour and shape named right':36} {'right':>6} {'claims':>7} {'by chance':>10} "
+          f"{'CIDEr':>7} {'by chance':>10}")
+    truths_of_next = truths[1:] + truths[:1]
+    people_of_next = people[1:] + people[:1]
     for who, texts in captions.items():
         right, claims = share_right(texts, truths)
-        chance, _ = share_right(texts, of_next)
-        print(f"  {who:40} {right:6.1%} {claims:7} {chance:10.1%}")
-    print("\n  (of the coloured shapes that the captions name, how many are in the image; by chance: in "
-          "the next image)\n")
+        chance, _ = share_right(texts, truths_of_next)
+        print(f"  {who:36} {right:6.1%} {claims:7} {chance:10.1%} "
+              f"{cider(texts, people):7.1f} {cider(texts, people_of_next):10.1f}")
+    print("\n  (of the coloured shapes that the captions name, how many are in the image; CIDEr beside one "
+          "caption of people;\n  by chance: both for the next image)\n")
 
 
 def compare(run, baseline):
@@ -98,7 +108,7 @@ def main():
     print(f"\n{'=' * 100}\nThe VPG of {source} was moved to the language model {target}. "
           f"On {len(files)} held-out images, which no model has seen:\n")
     print_losses(args.runs)
-    print_shares(captions, truths)
+    print_shares(captions, truths, people)
     for baseline in baselines:
         print(compare(run, baseline))
     draw(run / "captions.png", [data.load_image(file) for file in files[:12]], {"people": people} | captions)

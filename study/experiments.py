@@ -1,6 +1,7 @@
-"""The paper in miniature as a list of experiments: every run of docs/miniature.md, each one command.
+"""Two studies as lists of experiments, each run of them one command: the paper in miniature
+(docs/miniature.md), and transfers to a language model that people know (docs/smollm2.md).
 
-Rates were chosen on the validation images, by the runs named sweep-*; docs/miniature.md names two exceptions.
+Rates were chosen on the validation images, by the runs named sweep; docs/miniature.md names two exceptions.
 Sources are watched on the validation images, too. All other runs report the test images.
 """
 
@@ -13,6 +14,8 @@ TARGET = "opt-256"
 BUDGETS = (300, 1000, 3000)  # optimizer steps of the runs from scratch, each with a schedule of its own
 LENGTHS = (100, 300, 1000, 3000)  # of transfers; the last only with the word converter and all images
 SHORTER = LENGTHS[:-1]
+
+CAPTIONS = ("--init", "captions")
 
 # From scratch: a random Q-Former; one after BLIP-2's first stage; a random one on top of the first half of
 # the ViT, where seeing is hard to learn.
@@ -35,7 +38,6 @@ TRANSFER_RATES = {"transfer": ("2e-2", "1e-3"), "captions": ("5e-4", "5e-4")}
 T5_RATES = ("1e-4", "1e-4")  # with --init captions: at higher rates, T5 forgets how to look
 WARM_UP_SHARE = 0.2  # of a transfer's steps
 
-CAPTIONS = ("--init", "captions")
 CONVERTERS = ("unweighted", "ridge", "cosine")  # of initialise.py
 VARIANTS = {  # of a transfer in 300 steps, each with one thing changed
     "random-projector": ["--init", "random"],
@@ -46,17 +48,42 @@ FAMILIES = [  # (source, target)
     ("opt-128", "llama-128"), ("opt-128", "llama-256"), ("opt-192", "llama-256"),
     ("opt-128", "t5-128"), ("opt-128", "t5-256"), ("opt-192", "t5-256")]
 
+# The second study moves the demo's VPG to SmolLM2-135M-Instruct: every start, with the pairs (warm-up rate,
+# fine-tuning rate) that are tried. From scratch there is no warm-up. --init auto finds its warm-up rate by
+# itself, in seven minutes of one core: it runs once, and what it takes is then named.
+SMOLLM2, HELD_OUT = "datasets/smollm2", f"{WORLD}/smollm2"
+SMOLLM2_STARTS = {
+    "scratch": ["--from-scratch"],
+    "auto": ["--init", "auto"],
+    "converter": [],
+    "captions": CAPTIONS,
+    "ridge-0.001": ["--ridge", 0.001],  # as in the first study
+    "no-warm-up": ["--no-warm-up"],
+    "scratch-stage1": ["--from-scratch", f"{HELD_OUT}/stage1"]}
+SMOLLM2_RATES = {
+    "scratch": [("", "2e-3"), ("", "4e-3"), ("", "1e-3")],
+    "auto": [("", "1e-3")],
+    "converter": [("2e-3", "2e-3"), ("2e-3", "5e-4"), ("2e-3", "1e-3"), ("5e-3", "1e-3")],
+    "captions": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-4", "1e-3")],
+    "ridge-0.001": [("2e-2", "1e-3"), ("2e-2", "2e-3"), ("5e-3", "1e-3")],
+    "no-warm-up": [("", "1e-3"), ("", "2e-3")],
+    "scratch-stage1": [("", "2e-3"), ("", "4e-3"), ("", "1e-3")]}
+SMOLLM2_CHOSEN = {start: pairs[0] for start, pairs in SMOLLM2_RATES.items() if start != "auto"}
+SMOLLM2_BUDGETS = {300: tuple(SMOLLM2_CHOSEN), 1000: ("scratch", "converter", "captions")}
+
 # ------------------------------------------------------------------------------------------ one run
 
 
 @dataclass
 class Run:
-    """One command. `needs` names the runs whose models it reads; `program` is what python is given first."""
+    """One command. `needs` names the runs whose models it reads; `program` is what python is given first;
+    `scenes` is the file of those that the finished model captions."""
 
     name: str
     flags: list
     needs: list = field(default_factory=list)
     program: tuple = ("train.py",)
+    scenes: str = ""
 
     @property
     def command(self):
@@ -76,7 +103,8 @@ def train(name, src, tgt, *flags, images="", split="test", seed=0, every=None, n
     common += ["--log-every", every or 50, "--gate", 0, "--seed", seed]
     if every:
         common += ["--val-every", every]
-    return Run(name, common + list(flags), list(needs))
+    scenes = f"{pairs}/{'val' if name.startswith('sweep-') else 'test'}.jsonl"
+    return Run(name, common + list(flags), list(needs), scenes=scenes)
 
 
 def scratch(name, tgt, start, steps, rate, *flags, **options):
@@ -211,6 +239,47 @@ def all_runs():
         runs += transfers(seed)
     runs += [*families(), *converters(), *timed()]
     return {run.name: run for run in runs}
+
+
+# ------------------------------------------------------------------------- a real language model
+
+
+def to_smollm2(name, start, steps, rates, split, seed):
+    """A run in so many steps from a start of SMOLLM2_STARTS; a fifth of a transfer's are warm-up."""
+    warm_up_rate, rate = rates
+    from_scratch = start.startswith("scratch")
+    every = steps // (10 if from_scratch else 15)
+    warm_up = 0
+    flags = ["--src", "demo/source", "--tgt", SMOLLM2]
+    flags += ["--data", "demo/pairs/train.tar", "--val", f"{HELD_OUT}/{split}.tar", "--val-samples", 100]
+    flags += ["--batch-size", 32, "--micro-batch", 32, "--augment", "none", "--clip", 0.5, "--workers", 0]
+    flags += ["--val-every", every, "--log-every", 10, "--save-every", 50, "--gate", 0]
+    flags += ["--seed", seed, *SMOLLM2_STARTS[start], "--lr", rate]
+    if warm_up_rate:
+        flags += ["--warm-up-lr", warm_up_rate]
+    if not from_scratch and "--no-warm-up" not in flags:
+        warm_up = round(WARM_UP_SHARE * steps)
+        flags += ["--warm-up-steps", warm_up]
+    flags += ["--steps", steps - warm_up]
+    return Run(name, flags, scenes=f"{HELD_OUT}/{split}.tar")
+
+
+def smollm2_runs():
+    """All runs of the second study: {name: Run}; sweeps on validation images, then what is reported."""
+    runs = []
+    for start, pairs in SMOLLM2_RATES.items():
+        for rates in pairs:
+            name = "-".join(["smollm2-sweep", start, *filter(None, rates)])
+            runs.append(to_smollm2(name, start, 300, rates, "val", seed=0))
+    for steps, starts in SMOLLM2_BUDGETS.items():
+        for start in starts:
+            for seed in SEEDS:
+                name = f"smollm2-{start}-{steps}-s{seed}"
+                runs.append(to_smollm2(name, start, steps, SMOLLM2_CHOSEN[start], "test", seed))
+    return {run.name: run for run in runs}
+
+
+STUDIES = {"miniature": all_runs, "smollm2": smollm2_runs}
 
 
 def with_needs(chosen, every):

@@ -4,6 +4,7 @@ families and several sizes, and a Q-Former that went through a first stage like 
     python -m study.make all             # or some of: scenes tokenizers vit llms stage1
     python -m study.make llms --which opt-256 t5-256
     python -m study.make demo            # after study.runs: what is embedded in demo/
+    python -m study.make smollm2         # what the second study needs beside demo/smollm2.py's folder
 
 What is trained here is what people who run VPGTrans download. All that the paper trains, the sources
 too, is trained by train.py: see runs.py. The general text is WordNet's glosses, from the Debian
@@ -23,17 +24,19 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from study import scenes
 from study.languages import LLMS, make_llms, make_tokenizers
 from study.sight import make_stage1, make_vit
-from study.world import SEEDS
+from study.world import SEEDS, save_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = dict(train=20000, val=500, test=1000)
 SHARES = {"5": 0.05, "10.7": 0.107, "25": 0.25}  # parts of the training images: how many are needed?
 STEPS = dict(vit=2000, stage1=1500) | {name: 1600 if "256" in name else 1000 for name in LLMS}
 DEMO_PAIRS = dict(train=2400, val=300)
+FOR_CHOICES = 100  # of the demo's held-out scenes: those by which earlier trials chose, too
 SAMPLES = 6  # of the held-out pairs of the demo, to look at
 
 
@@ -112,6 +115,36 @@ def make_demo(args):
     (demo / "source" / "README.md").unlink()  # a model card that says how to load it
 
 
+# ----------------------------------------------------------------------------------- stage: smollm2
+
+
+def make_held_out(folder):
+    """The demo's held-out scenes in two shards, val.tar to choose by and test.tar to report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(ROOT / "demo" / "pairs" / "val.tar") as shard:
+        members = [(member.name, shard.extractfile(member).read()) for member in shard]
+    for split, part in {"val": slice(2 * FOR_CHOICES), "test": slice(2 * FOR_CHOICES, None)}.items():
+        with tarfile.open(folder / f"{split}.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
+            for name, content in members[part]:  # two files a scene
+                add_file(shard, name, content)
+
+
+def make_smollm2(args):
+    """smollm2/: held-out scenes, and a Q-Former after the first stage behind the ViT of demo/source, for the
+    baseline that starts from one."""
+    folder = args.out / "smollm2"
+    make_held_out(folder)
+    make_scenes(args)
+    source = ROOT / "demo" / "source"
+    for name, place in {"pairs": args.out / "pairs", "opt-128": source}.items():  # its tokenizer is read
+        if not (folder / name).exists():
+            (folder / name).symlink_to(place.resolve())
+    tensors = load_file(source / "model.safetensors")
+    vit = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+    save_bf16(folder / "vit" / "model.safetensors", vit)
+    make_stage1(argparse.Namespace(out=folder, steps=args.steps))
+
+
 # ------------------------------------------------------------------------------------ the command
 
 STAGES = dict(
@@ -121,7 +154,7 @@ STAGES = dict(
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all", "demo"])
+    parser.add_argument("stages", nargs="+", choices=[*STAGES, "all", "demo", "smollm2"])
     parser.add_argument("--out", type=Path, default=Path("out/study"),
                         help="folder of the world (default: %(default)s)")
     parser.add_argument("--which", nargs="+", choices=list(LLMS), default=list(LLMS),
@@ -136,6 +169,8 @@ def main():
             make(args)
     if "demo" in args.stages:
         make_demo(args)
+    if "smollm2" in args.stages:
+        make_smollm2(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pictures of docs/miniature.md, from what was recorded."""
+"""The pictures of docs/miniature.md and docs/smollm2.md, from what was recorded."""
 
 import random
 import statistics
@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from study import captions, scenes
-from study.experiments import BUDGETS, LENGTHS
-from study.tables import HALF, STARTED, TRANSFERS
+from study.experiments import BUDGETS, LENGTHS, SMOLLM2_RATES
+from study.tables import HALF, STARTED, STARTED_SMOLLM2, TRANSFERS
 from study.world import SEEDS as WORLD_SEEDS
 
 
@@ -100,4 +100,25 @@ def draw_captions(results, file, count=12):
     captions.draw(file, images, said)
 
 
-PICTURES = {"speed": draw_speed, "variants": draw_variants, "captions": draw_captions}
+def draw_smollm2(results, file):
+    """To SmolLM2: of each start the run of 300 steps whose rates ended lowest on validation images."""
+    figure = Figure(figsize=(9, 4.8), layout="tight")
+    axes = figure.subplots()
+    for i, (start, pairs) in enumerate(SMOLLM2_RATES.items()):
+        names = ["-".join(filter(None, ["smollm2-sweep", start, *rates])) for rates in pairs]
+        losses = results.losses({name: name for name in names})
+        if losses:
+            curve = results.curve(min(losses, key=losses.get))
+            label = STARTED_SMOLLM2[start].replace("`", "")
+            axes.plot(*zip(*curve), "o-", color=f"C{i}", markersize=3, label=label)
+    axes.set(xlabel="optimizer step, warm-up counted", ylabel="validation loss a token")
+    axes.set(xlim=(0, 300), ylim=(1, 6.5))
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+PICTURES = {
+    "miniature-speed": draw_speed,
+    "miniature-variants": draw_variants,
+    "miniature-captions": draw_captions,
+    "smollm2": draw_smollm2}

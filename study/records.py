@@ -10,6 +10,8 @@ import json
 
 from study.experiments import SEEDS
 
+LOSS = "validation loss"
+
 
 def file_of(folder, name):
     """Where the run of a name is recorded: by the first word of its name."""
@@ -40,16 +42,26 @@ def add(folder, name, record):
         lines.write(("\n" * cut + line).encode())
 
 
-def curve(rows):
-    """Rows of a run's metrics -> [(optimizer steps, warm-up counted; validation loss)]"""
-    rows = [row for row in rows if "val_loss" in row]
-    points = []
-    before = 0  # steps of the stages that have ended
+def curves(rows):
+    """Rows of metrics -> {LOSS or the name of a score: [(steps, samples, seconds; value), ...]}, counted
+    through all stages."""
+    found = {}
+    steps = samples = 0  # of the stages that have ended
     for stage in dict.fromkeys(row["stage"] for row in rows):
         of_stage = [row for row in rows if row["stage"] == stage]
-        points += [(before + row["step"], row["val_loss"]) for row in of_stage]
-        before += of_stage[-1]["step"]
-    return points
+        for row in of_stage:
+            if "val_loss" in row:
+                at = steps + row["step"], samples + row["samples"], row["seconds"]
+                for name, value in ({LOSS: row["val_loss"]} | row.get("scores", {})).items():
+                    found.setdefault(name, []).append((*at, value))
+        steps += of_stage[-1]["step"]
+        samples += of_stage[-1]["samples"]
+    return found
+
+
+def curve(rows):
+    """Rows of a run's metrics -> [(optimizer steps, warm-up counted; validation loss)]"""
+    return [(steps, loss) for steps, _, _, loss in curves(rows)[LOSS]]
 
 
 class Results:

@@ -1,6 +1,6 @@
-"""Tables and pictures of docs/miniature.md, from what study.runs recorded.
+"""Tables and pictures of docs/miniature.md and docs/smollm2.md, from what study.runs recorded.
 
-    python -m study.report                       # docs/miniature.md and its pictures, from study/results
+    python -m study.report                       # both and their pictures, from study/results
     python -m study.report --results out/study/results --out out/study       # of runs of one's own
 """
 
@@ -12,6 +12,7 @@ from study.records import Results
 from study.tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("miniature.md", "smollm2.md")
 
 
 def fill(text, results):
@@ -30,7 +31,7 @@ def main():
     parser.add_argument("--results", type=Path, default=ROOT / "study" / "results",
                         help="(default: study/results)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs",
-                        help="folder of miniature.md and the pictures (default: docs)")
+                        help="folder of the documents and pictures (default: docs)")
     parser.add_argument("--show", nargs="*", metavar="TABLE",
                         help="print these tables, or all, and write nothing")
     args = parser.parse_args()
@@ -43,10 +44,11 @@ def main():
     from study.pictures import PICTURES  # with torch and matplotlib, which tables do without
 
     args.out.mkdir(parents=True, exist_ok=True)
-    text = (ROOT / "docs" / "miniature.md").read_text()
-    (args.out / "miniature.md").write_text(fill(text, results))
+    for document in DOCUMENTS:
+        text = (ROOT / "docs" / document).read_text()
+        (args.out / document).write_text(fill(text, results))
     for name, draw in PICTURES.items():
-        draw(results, args.out / f"miniature-{name}.png")
+        draw(results, args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

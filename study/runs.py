@@ -3,6 +3,7 @@
     python -m study.runs                           # what is not recorded yet, two at a time, one thread each
     python -m study.runs --list 'transfer-300-*'   # the commands of these
     python -m study.runs --only 'sweep-*'          # these runs alone, and what they need
+    python -m study.runs --study smollm2           # the second study, after `python -m study.make smollm2`
 
 What a run leaves is recorded in --results: its command, its metrics, and how the finished model captions the
 images of its split. What is recorded there is not run again, and a run that was killed goes on where it
@@ -24,14 +25,14 @@ import time
 from pathlib import Path
 
 from study import records
-from study.experiments import RUNS, WORLD, all_runs, with_needs
+from study.experiments import RUNS, STUDIES, WORLD, with_needs
 
 ROOT = Path(__file__).resolve().parent.parent
 SAID = ("word converter", "projector", "from scratch")  # lines of a log that begin so are recorded
 
 
-def measure(folder, split):
-    """What a finished run says about the images of a split.
+def measure(folder, scenes):
+    """What a finished run says about the images of a file of scenes.
 
     -> {"right": share of its claims that are right, "claims": their number, "found": share of the image's
     objects that it claims, "words_right": share of its colours and shapes that are in the image,
@@ -44,7 +45,7 @@ def measure(folder, split):
     from study.scenes import mentioned
 
     torch.set_num_threads(1)
-    files, _, truths = read_scenes(ROOT / WORLD / "pairs" / f"{split}.jsonl")
+    files, _, truths = read_scenes(ROOT / scenes)
     captions = caption_all(*transfer.load_model(str(folder)), files)
     right, claims = share_right(captions, truths)
     words = []  # is each colour or shape that is mentioned in the image?
@@ -84,13 +85,13 @@ def execute(run, say):
 def measured(run):
     """What `measure` says about a run, in a process of its own; and the run's metrics."""
     out = ROOT / RUNS / run.name
-    split = "val" if run.name.startswith("sweep-") else "test"
-    command = [sys.executable, "-m", "study.runs", "--measure", str(out), "--split", split]
+    command = [sys.executable, "-m", "study.runs", "--measure", str(out), "--scenes", run.scenes]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{run.name}: its captions could not be made: {done.stderr}")
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return json.loads(done.stdout) | {"metrics": metrics}
+    start = json.loads((out / "config.json").read_text()).get("start")
+    return json.loads(done.stdout) | ({"start": start} if start else {}) | {"metrics": metrics}
 
 
 def do(run, results, say):
@@ -146,8 +147,10 @@ def parse_arguments(argv=None):
     parser.add_argument("--jobs", type=int, default=2,
                         help="runs at a time, of one thread each (default: %(default)s)")
     parser.add_argument("--measure", type=Path, metavar="RUN",
-                        help="print what a finished run says about the images of --split, as JSON")
-    parser.add_argument("--split", choices=("val", "test"), default="test")
+                        help="print what a finished run says about the images of --scenes, as JSON")
+    parser.add_argument("--scenes", default=f"{WORLD}/pairs/test.jsonl", metavar="FILE",
+                        help="(default: %(default)s)")
+    parser.add_argument("--study", choices=STUDIES, default="miniature", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if not chosen(args):
         parser.error(f"no run is called {' or '.join(args.only)}; --list names all")
@@ -156,21 +159,22 @@ def parse_arguments(argv=None):
 
 def chosen(args):
     """The runs of --only."""
-    runs = all_runs().values()
+    runs = STUDIES[args.study]().values()
     return [run for run in runs if any(fnmatch.fnmatch(run.name, pattern) for pattern in args.only)]
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     if args.measure:
-        print(json.dumps(measure(args.measure, args.split)))
+        print(json.dumps(measure(args.measure, args.scenes)))
     elif args.list is not None:
-        runs = all_runs()
+        runs = STUDIES[args.study]()
         print("\n".join(shlex.join(runs[name].command) for name in fnmatch.filter(runs, args.list)))
     else:
         args.results.mkdir(parents=True, exist_ok=True)
         recorded = records.read(args.results)
-        todo = with_needs([run for run in chosen(args) if run.name not in recorded], all_runs())
+        todo = with_needs([run for run in chosen(args) if run.name not in recorded],
+                          STUDIES[args.study]())
         alone = [run for run in todo if run.name.startswith("time-")]
         do_all([run for run in todo if run not in alone], args.results, args.jobs)
         do_all(alone, args.results, jobs=1)

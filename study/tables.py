@@ -1,4 +1,5 @@
-"""The tables of docs/miniature.md: functions of what was recorded, each of which gives Markdown.
+"""The tables of docs/miniature.md and docs/smollm2.md: functions of what was recorded, each of which
+gives Markdown.
 
 A loss is the cross-entropy a token of the test images' captions (of the validation images', in sweeps
 and for sources). Means are over seeds, ± is their standard deviation (n - 1).
@@ -14,6 +15,8 @@ from study.experiments import (
     LENGTHS,
     RATES,
     SEEDS,
+    SMOLLM2_BUDGETS,
+    SMOLLM2_RATES,
     SOURCE_STEPS,
     SOURCES,
     STARTS,
@@ -21,6 +24,7 @@ from study.experiments import (
     TRANSFER_RATES,
     WARM_UP_RATES,
     all_runs,
+    smollm2_runs,
 )
 
 BATCH = 32
@@ -79,12 +83,18 @@ def table(head, rows):
 # ----------------------------------------------------------------------------- what has been done
 
 
+def count_made(results, every):
+    """How many of a study's experiments are recorded, in words."""
+    made = [name for name in every if name in results.records]
+    hours = sum(results.rows[name][-1]["seconds"] for name in made if name in results.rows) / 3600
+    return (f"{len(made)} of {len(every)} runs are recorded, {hours:.1f} hours of training on one core, "
+            "validation and captions not counted.")
+
+
 def progress(results):
-    """How many of the experiments are recorded, and which are not."""
+    """How many of the first study's experiments are recorded, and which are not."""
     every = all_runs()
-    hours = sum(rows[-1]["seconds"] for rows in results.rows.values()) / 3600
-    text = (f"{len(results.records)} of {len(every)} runs are recorded, {hours:.1f} hours of training "
-            "on one core, validation and captions not counted.")
+    text = count_made(results, every)
     names = [re.sub(r"-s\d$", "", name) for name in every if name not in results.records]
     if names:
         missing = ", ".join(f"`{name}`" for name in dict.fromkeys(names))
@@ -297,6 +307,75 @@ def speed_table(results):
     return table(head, rows)
 
 
+# -------------------------------------------------------------------------- the second study
+
+STARTED_SMOLLM2 = {
+    "scratch": "from scratch, random Q-Former",
+    "scratch-stage1": "from scratch, pre-trained Q-Former",
+    "auto": "`--init auto`",
+    "converter": "word converter, ridge 10",
+    "captions": "`--init captions`",
+    "ridge-0.001": "word converter, ridge 0.001",
+    "no-warm-up": "word converter, ridge 10, no warm-up"}
+
+
+def smollm2_progress(results):
+    return count_made(results, smollm2_runs())
+
+
+def at_steps(results, run, steps):
+    """The cells of one run's losses after each of so many steps, "–" where none was taken."""
+    curve = dict(results.curve(run))
+    return [f"{curve[step]:.3f}" if step in curve else "–" for step in steps]
+
+
+def last_shuffled(results, run):
+    return [row["val_loss_shuffled"] for row in results.rows[run] if "val_loss_shuffled" in row][-1]
+
+
+def smollm2_sweep_table(results):
+    """Every start at every rate, seed 0: losses and captions of the validation images; and after how many
+    steps the best of the runs from scratch is passed."""
+    baselines = [f"smollm2-sweep-scratch-{rate}" for _, rate in SMOLLM2_RATES["scratch"]]
+    losses = results.losses({name: name for name in baselines})
+    goal = min(losses.values(), default=0)
+    rows = []
+    for start, pairs in SMOLLM2_RATES.items():
+        for warm_up, rate in pairs:
+            name = "-".join(filter(None, ["smollm2-sweep", start, warm_up, rate]))
+            if name not in results.rows:
+                continue
+            record = results.records[name]
+            taken = record.get("start") or {}
+            warm_up = f"{taken['lr']:g}, {taken['init']}" if taken else warm_up or "–"
+            passed = results.first_below(name, goal)
+            rows.append([
+                STARTED_SMOLLM2[start], warm_up, rate, *at_steps(results, name, (0, 60, 120, 180, 300)),
+                f"{last_shuffled(results, name):.3f}", share([record["right"]]),
+                "not in 300" if passed is None else passed])
+    head = ["start", "warm-up rate", "then", "loss at step 0", "60", "120", "180", "300",
+            "300, shuffled images", "coloured shapes right", "steps to the best from scratch"]
+    return table(head, rows)
+
+
+def smollm2_table(results):
+    """The chosen rates on test images."""
+    rows = []
+    for steps, starts in SMOLLM2_BUDGETS.items():
+        scratch = f"smollm2-scratch-{steps}"
+        for start in starts:
+            name = f"smollm2-{start}-{steps}"
+            if not results.seeds(name):
+                continue
+            passed = steps_to_pass(results, name, scratch) if results.seeds(scratch) else None
+            after = "–" if passed is None else spread(list(passed.values()), 0)
+            loss, right, found, _ = scores(results, name)
+            rows.append([STARTED_SMOLLM2[start], f"{steps:,}", loss, right, found, after])
+    head = ["start", "steps", "test loss", "coloured shapes right", "found",
+            "steps to where from scratch ends"]
+    return table(head, rows)
+
+
 TABLES = {
     "progress": progress,
     "sweep": sweep_table,
@@ -306,4 +385,7 @@ TABLES = {
     "variants": variant_table,
     "converters": converter_table,
     "sizes": size_table,
-    "families": family_table}
+    "families": family_table,
+    "smollm2-progress": smollm2_progress,
+    "smollm2-sweep": smollm2_sweep_table,
+    "smollm2": smollm2_table}

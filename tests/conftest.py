@@ -706,3 +706,41 @@ def memvp_world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memvp")
     write_clip(folder / "clip")
     return folder / "clip", write_language_model(folder / "llm"), write_scienceqa(folder / "scienceqa")
+
+
+# ------------------------------------------------------------------------------------- conversations
+
+CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
+          "+ '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+          "{% endif %}")
+TALKERS = {  # a random LLM inside a BLIP-2, its chat template, the option that it needs
+    "llama": (dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                   num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=2,
+                   pad_token_id=1), CHATML, None),
+    "opt": (dict(model_type="opt", hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                 num_attention_heads=4, max_position_embeddings=900, bos_token_id=0, eos_token_id=2,
+                 pad_token_id=1), None, "vicuna-v0"),
+    "t5": (dict(model_type="t5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                feed_forward_proj="gated-gelu", decoder_start_token_id=0, eos_token_id=2, pad_token_id=1),
+           None, "vicuna-v1.1"),
+}
+
+
+@pytest.fixture(scope="session")
+def chat_models(tmp_path_factory):
+    """{name: (folder, --template)} of random models that converse."""
+    made = {}
+    for name, (options, template, option) in TALKERS.items():
+        folder = tmp_path_factory.mktemp("talker")
+        write_tokenizer(folder, CORPUS, 500)
+        encoder = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        encoder.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+        encoder.save(str(folder / "tokenizer.json"))
+        text_config = transformers.AutoConfig.for_model(**options, vocab_size=encoder.get_vocab_size())
+        make_blip2(text_config, seed=2).save_pretrained(folder)  # a seed whose texts vary
+        settings = {"bos_token": "<s>", "eos_token": "</s>"}
+        if template:
+            settings["chat_template"] = template
+        write_json(folder, tokenizer_config=settings)
+        made[name] = str(folder), option
+    return made

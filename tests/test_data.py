@@ -368,7 +368,9 @@ VICUNA = ("{{ bos_token + 'Be polite. ' }}{% for message in messages %}{% if mes
           "{% endif %}{% endfor %}")
 QWEN3 = ("{%- for message in messages %}\n    {{- '<|im_start|>' + message.role + '\\n' }}\n"
          "    {%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}"
-         "{%- endif %}\n    {{- message.content + '<|im_end|>\\n' }}\n{%- endfor %}\n") + GENERATION
+         "{%- endif %}\n    {{- message.content + '<|im_end|>\\n' }}\n{%- endfor %}\n") + GENERATION + (
+         "{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+         "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}")
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHATS = {  # template, tokenizer, special tokens, what ends an answer
@@ -436,7 +438,8 @@ def test_ids_of_conversations_equal_transformers(chats, name):
     for turns in conversations():
         for some in (turns, [*turns[:-1], [turns[-1][0], None]]):
             expected = theirs.apply_chat_template(
-                as_messages(some), add_generation_prompt=some[-1][1] is None, return_dict=False)
+                as_messages(some), add_generation_prompt=some[-1][1] is None, enable_thinking=False,
+                return_dict=False)
             ids, scored = data.chat_ids(tok, template, some)
             assert ids == expected
             assert len(scored) == len(ids)
@@ -1548,3 +1551,63 @@ def test_samples_name_pictures_that_are_held_out(samples, tok):
     assert batch["twins"].items() >= {(file, file) for file in known.files}
     (batch,) = next(data.load_batches(samples, np.arange(8), 8, 8))
     assert not batch["twins"]
+
+
+# ------------------------------------------------------------------------------- an answer as it comes
+
+
+def one_by_one(ids, taken):
+    """Ids as a language model gives them, and in `taken` those that were asked for."""
+    for id in ids:
+        taken.append(id)
+        yield id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_streams_without_half_characters(kinds, kind):
+    """Each piece is whole, and stands as soon as its last token has come."""
+    tok = kinds[kind][0]
+    for text in ("a red square on a table", "naïve café 漢字 12 😀☃!", "x\n\ny  z", ""):
+        ids = tok.encode(text)
+        pieces = list(data.stream_text(tok, one_by_one(ids, [])))
+        assert "".join(pieces) == tok.decode(ids)
+        assert len(pieces) == len(ids) + 1
+        for n in range(1, len(ids) + 1):
+            whole = tok.decode(ids[:n])
+            if not whole.endswith("\ufffd"):
+                assert "".join(pieces[:n]) == whole
+            assert "\ufffd" not in pieces[n]
+
+
+def test_an_answer_that_ends_in_half_a_character_loses_it(kinds):
+    tok = kinds["GPT-2"][0]
+    ids = tok.encode("a 漢")
+    assert tok.decode(ids[:-1]).endswith("\ufffd")
+    assert "".join(data.stream_text(tok, one_by_one(ids[:-1], []))) == "a "
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "LLaMA, normalizer"])
+@pytest.mark.parametrize("text, shown", [
+    ("red### a blue", "red"), ("red ## and# one ###", "red ## and# one "), ("###", ""),
+    ("red ##", "red ##"), ("a#", "a#"), ("####", "")])
+def test_a_stop_is_held_back_until_it_is_sure(kinds, kind, text, shown):
+    """Nothing of it is shown, nothing behind it is asked of the model, and what is not one appears."""
+    tok = kinds[kind][0]
+    ids = tok.encode(text)
+    taken = []
+    shown_so_far = ""
+    for piece in data.stream_text(tok, one_by_one(ids, taken), "###"):
+        shown_so_far += piece
+        assert shown.startswith(shown_so_far)
+    assert shown_so_far == shown
+    needed = next((n for n in range(len(ids)) if "###" in tok.decode(ids[:n])), len(ids))
+    assert len(taken) == needed
+
+
+def test_a_text_that_is_no_beginning_of_a_stop_is_not_held_back(kinds):
+    tok = kinds["GPT-2"][0]
+    ids = tok.encode("a # b")
+    assert list(data.stream_text(tok, one_by_one(ids, []), "###"))[-1] == ""
+    assert data.ends_early("a ##", "###") == 2
+    assert data.ends_early("a #\ufffd", "###") == 2
+    assert data.ends_early("a # ", "###") == 0

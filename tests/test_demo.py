@@ -55,10 +55,11 @@ def test_the_source_sees_and_its_captions_are_no_chance(demo):
     """The embedded VPG with its own language model: 64 pairs of colour and shape there are."""
     _, printed = demo
     line = next(line for line in printed.splitlines() if "as it was" in line and "%" in line)
-    right, claims, chance = line.split()[-3:]
+    right, claims, chance, cider, cider_by_chance = line.split()[-5:]
     assert float(right[:-1]) > 80
     assert float(chance[:-1]) < 10
     assert int(claims) > 300
+    assert float(cider) > 200 > 50 > float(cider_by_chance)
 
 
 @pytest.mark.slow
@@ -134,10 +135,16 @@ def test_right_shares_are_counted_by_claim():
     assert captions.share_right(texts, truths) == (2 / 3, 3)
 
 
+def test_cider_is_in_papers_points_beside_each_images_own_caption():
+    texts = ["a red circle on white", "two blue squares", "a green star"]
+    assert report.cider(texts, texts) > 300
+    assert report.cider(texts, texts[1:] + texts[:1]) < 10
+
+
 def test_a_run_is_compared_with_where_a_baseline_ends(tmp_path):
     """Steps are counted through both stages."""
     def write(name, **stages):
-        rows = [dict(stage=stage, step=10 * i, val_loss=loss)
+        rows = [dict(stage=stage, step=10 * i, samples=0, seconds=0.0, val_loss=loss)
                 for stage, losses in stages.items() for i, loss in enumerate(losses)]
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))

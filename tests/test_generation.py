@@ -37,6 +37,28 @@ def test_generation_equals_transformers(tmp_path, variant, num_beams, length_pen
             assert captions[row] == cut_at(their_ids[started:], ends)
 
 
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")
+@pytest.mark.parametrize("variant", ["opt", "llama-3.1", "flan-t5"])
+@pytest.mark.parametrize("num_beams, min_new_tokens, penalty", [(1, 0, 1.3), (1, 4, 0.05), (3, 4, 1.3)])
+def test_the_repetition_penalty_equals_transformers(tmp_path, variant, num_beams, min_new_tokens, penalty):
+    """To the id. Below 1 it makes texts repeat themselves; in T5 the token that starts the decoder counts."""
+    ours, theirs, _ = make_llm_pair(tmp_path, variant)
+    options = dict(max_new_tokens=9, min_new_tokens=min_new_tokens)
+    penalised = options | dict(repetition_penalty=penalty)
+    ends = [5, 17, 30]
+    stop = [(end,) for end in ends]
+    started = int(theirs.config.is_encoder_decoder)
+    prefix = random_prefix(6, 5)
+    texts = ours.generate(prefix, num_beams=num_beams, **penalised, stop=stop)
+    for row, ids in zip(prefix, texts, strict=True):
+        their_ids = theirs.generate(inputs_embeds=row[None], num_beams=num_beams, **penalised,
+                                    eos_token_id=ends, pad_token_id=1, do_sample=False)[0].tolist()
+        assert ids == cut_at(their_ids[started:], ends)
+        if num_beams == 1:
+            assert list(ours.stream(row[None], **penalised, stop=stop)) == ids
+    assert texts != ours.generate(prefix, num_beams=num_beams, **options, stop=stop)
+
+
 def test_generation_continues_what_forward_predicts(llm_pair):
     """Greedy ids are the arg max of the logits of the same text read at once, also where transformers cannot
     generate."""
@@ -160,7 +182,8 @@ def test_a_decoding_step_is_one_static_graph(tmp_path, monkeypatch, variant, num
 
 @pytest.mark.parametrize("options", [
     dict(max_new_tokens=0), dict(num_beams=0), dict(num_beams=2, temperature=1.0), dict(temperature=-1.0),
-    dict(top_p=1.5), dict(stop=(2,)), dict(stop=((),))])
+    dict(top_p=1.5), dict(stop=(2,)), dict(stop=((),)), dict(repetition_penalty=0.0),
+    dict(repetition_penalty=float("inf"))])
 def test_options_of_generate_that_make_no_sense_are_refused(llm_pair, options):
     ours, _, _ = llm_pair
     with pytest.raises(ValueError, match="generate: .*" + list(options)[-1]):

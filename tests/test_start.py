@@ -132,7 +132,8 @@ def test_a_loss_that_is_nan_is_never_taken(monkeypatch):
     nan = float("nan")
     start = pick(monkeypatch, {"captions": [nan] * 4, "random": [5.0, 4.0, nan, 3.0]})
     assert (start["init"], start["lr"]) == ("random", transfer.RATES[1])
-    (taken,) = [line for line in transfer.describe_start(start) if line.endswith("<- taken")]
+    lines = transfer.describe_start(start | {"seconds": 1.0})
+    (taken,) = [line for line in lines if line.endswith("<- taken")]
     assert "random" in taken and "4.000" in taken
     with pytest.raises(ValueError, match="NaN or infinite"):
         pick(monkeypatch, {"captions": [nan] * 4, "random": [float("inf")] * 4})
@@ -143,6 +144,30 @@ def test_no_image_is_both_trained_on_and_judged_by(world):
     (trained,) = [set(pairs.files()) for pairs in train_sets]
     (judged,) = [set(pairs.files()) for pairs in judge_sets]
     assert not trained & judged and (len(trained), len(judged)) == (16, 8)
+
+
+def test_starts_are_fitted_and_tried_on_other_images_than_those_that_judge_them(world, tmp_path, monkeypatch):
+    """Of a whole run: what the fits and the trials' steps are given, and what the losses are of."""
+    given = {}
+
+    class Enough(Exception):
+        pass
+
+    def starts(projector, words, counts, looks, random, starts=transfer.starts):
+        given["fitted"] = looks
+        return starts(projector, words, counts, looks, random)
+
+    def pick_start(model, named, train, judge, *_):
+        given.update(tried=train.sets, judged=judge.sets)
+        raise Enough
+
+    monkeypatch.setattr(transfer, "starts", starts)
+    monkeypatch.setattr(transfer, "pick_start", pick_start)
+    with pytest.raises(Enough):
+        train.main(command(world, tmp_path / "run", "--init", "auto"))
+    files = {use: {file for pairs in sets for file in pairs.files()} for use, sets in given.items()}
+    assert files["fitted"] == files["tried"] and len(files["judged"]) >= 2
+    assert not files["judged"] & files["tried"]
 
 
 def test_too_few_images_to_judge_by_are_named(world):

@@ -20,7 +20,20 @@ import data
 import qformer
 import train
 from llm import ARCHITECTURES
-from study import captions, experiments, initialise, languages, records, report, runs, scenes, sight, tables
+from study import (
+    captions,
+    experiments,
+    initialise,
+    languages,
+    make,
+    records,
+    report,
+    runs,
+    scenes,
+    sight,
+    speedup,
+    tables,
+)
 from study.experiments import Run
 from study.world import IGNORE, write_json
 from study.world import initialise as initialise_weights
@@ -28,6 +41,7 @@ from study.world import initialise as initialise_weights
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "study" / "results"
 EVERY = experiments.all_runs()
+SECOND = experiments.smollm2_runs()
 
 
 def imported(file):
@@ -50,7 +64,7 @@ def test_the_study_stands_without_the_demo_and_is_found_without_a_patched_path(f
 
 
 def test_all_commands_are_of_train_py_and_parse():
-    for run in EVERY.values():
+    for run in [*EVERY.values(), *SECOND.values()]:
         if run.trains:
             args = train.parse_arguments(run.command[2:])
             assert args.out == Path(experiments.RUNS) / run.name
@@ -69,6 +83,38 @@ def test_choices_are_made_on_validation_images_and_figures_reported_on_test_imag
         if run.trains:
             split = Path(run.flags[run.flags.index("--val") + 1]).stem
             assert split == ("val" if run.name.startswith(("sweep-", "source-")) else "test"), run.name
+            captioned = "val" if run.name.startswith("sweep-") else "test"
+            assert run.scenes == f"{experiments.WORLD}/pairs/{captioned}.jsonl"
+    for run in SECOND.values():
+        split = Path(run.flags[run.flags.index("--val") + 1]).stem
+        assert split == ("val" if run.name.startswith("smollm2-sweep-") else "test"), run.name
+        assert run.scenes == f"{experiments.HELD_OUT}/{split}.tar"
+
+
+def test_runs_to_smollm2_are_all_as_long_and_differ_in_their_start_and_rates():
+    """Same steps, samples, clipping and images; a rate of the warm-up where there is one to give."""
+    common = set()
+    for run in SECOND.values():
+        args = train.parse_arguments(run.command[2:])
+        warm_up = 0 if args.from_scratch or args.no_warm_up else args.warm_up_steps
+        length = 1000 if "-1000-" in run.name else 300
+        assert warm_up + args.steps == length
+        assert warm_up in (0, length // 5)
+        has_rate = args.init != "auto" and not args.from_scratch and not args.no_warm_up
+        assert (args.warm_up_lr is not None) == has_rate, run.name
+        common.add((args.src, args.tgt, *args.data, args.batch_size, args.clip, args.augment))
+    assert len(common) == 1
+
+
+def test_the_held_out_scenes_are_parted_once_for_choices_and_once_for_figures(tmp_path):
+    make.make_held_out(tmp_path / "smollm2")
+    whole = captions.read_scenes(ROOT / "demo" / "pairs" / "val.tar")
+    parts = [captions.read_scenes(tmp_path / "smollm2" / f"{split}.tar") for split in ("val", "test")]
+    assert [len(files) for files, _, _ in parts] == [100, 200]
+    for known in (1, 2):  # captions, truths
+        assert parts[0][known] + parts[1][known] == whole[known]
+    images = [data.load_image(file).tobytes() for files, _, _ in parts for file in files]
+    assert images == [data.load_image(file).tobytes() for file in whole[0]]
 
 
 def test_what_a_chosen_run_needs_is_chosen_too():
@@ -136,11 +182,12 @@ METRICS = [{"stage": "warm-up", "step": 0, "val_loss": 2.5}, {"stage": "warm-up"
 SAID = "projector: fitted to the captions of 9 images (0.1 s)"
 
 
-@pytest.mark.parametrize("name, split, resumed", [
-    ("sweep-some", "val", True), ("source-some", "test", False), ("transfer-some", "test", True)])
-def test_a_run_of_train_py_goes_on_where_it_stood_and_is_measured_on_its_split(
-        name, split, resumed, workplace, monkeypatch):
+@pytest.mark.parametrize("resumed", [True, False])
+@pytest.mark.parametrize("start", [None, {"init": "captions"}])
+def test_a_run_of_train_py_goes_on_where_it_stood_and_is_measured_on_its_scenes(
+        resumed, start, workplace, monkeypatch):
     folder, results = workplace
+    name = "sweep-some"
     out = folder / runs.RUNS / name
     out.mkdir(parents=True)
     called = []
@@ -151,6 +198,7 @@ def test_a_run_of_train_py_goes_on_where_it_stood_and_is_measured_on_its_split(
             return SimpleNamespace(returncode=0, stdout='{"right": 0.5, "claims": 8}', stderr="")
         stdout.write(f"reading\n{SAID}\n")
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
+        (out / "config.json").write_text(json.dumps({"start": start} if start else {}))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(runs.subprocess, "run", run)
@@ -159,17 +207,18 @@ def test_a_run_of_train_py_goes_on_where_it_stood_and_is_measured_on_its_split(
     log = folder / runs.WORLD / "logs" / f"{name}.log"
     log.parent.mkdir()
     log.write_text("projector: of the part before\n")
-    runs.do(Run(name, ["--flag"]), results, print)
+    runs.do(Run(name, ["--flag"], scenes="some/val.tar"), results, print)
 
     trained, measured = called
     assert trained[1:3] == ["train.py", "--flag"]
     assert ("--resume" in trained) == resumed
-    assert measured[1:] == ["-m", "study.runs", "--measure", str(out), "--split", split]
+    assert measured[1:] == ["-m", "study.runs", "--measure", str(out), "--scenes", "some/val.tar"]
     record = records.read(results)[name]
     assert record["right"] == 0.5
     assert record["said"] == (["projector: of the part before"] if resumed else []) + [SAID]
     assert "torch" in record["machine"]
     assert record["metrics"] == METRICS
+    assert record.get("start") == start
     assert "--resume" not in record["command"]
 
 
@@ -202,7 +251,7 @@ def test_runs_that_tell_the_time_come_last_and_one_at_a_time(workplace, monkeypa
         done.append(jobs)
         do_all(todo, results, jobs)
 
-    monkeypatch.setattr(runs, "all_runs", lambda: every)
+    monkeypatch.setitem(runs.STUDIES, "miniature", lambda: every)
     monkeypatch.setattr(runs, "do", lambda run, *others: done.append(run.name))
     monkeypatch.setattr(runs, "do_all", do_all)
     runs.main(["--results", str(results)])
@@ -249,8 +298,8 @@ def test_what_a_model_says_about_a_split_is_counted(tmp_path, monkeypatch):
         (pairs / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     threads = torch.get_num_threads()
-    right = runs.measure(ROOT / "demo" / "source", "val")
-    wrong = runs.measure(ROOT / "demo" / "source", "test")
+    right = runs.measure(ROOT / "demo" / "source", f"{runs.WORLD}/pairs/val.jsonl")
+    wrong = runs.measure(ROOT / "demo" / "source", f"{runs.WORLD}/pairs/test.jsonl")
     torch.set_num_threads(threads)
     assert right["captions"] == wrong["captions"]
     assert len(right["captions"]) == 24
@@ -348,7 +397,8 @@ def write_run(folder, name, said=(), **stages):
     for stage, losses in stages.items():
         speed = 320.0 if stage == "warm-up" else 160.0
         for i, loss in enumerate(losses):
-            metrics.append(dict(stage=stage, step=10 * i, val_loss=loss, samples_per_second=speed))
+            at = dict(stage=stage, step=10 * i, samples=320 * i, seconds=0.0)
+            metrics.append(at | dict(val_loss=loss, samples_per_second=speed))
     shares = dict(right=0.5, claims=10, found=0.5, words_right=0.9)
     records.add(folder, name, dict(command=name, said=said, captions=[], metrics=metrics, **shares))
 
@@ -360,6 +410,60 @@ def test_steps_are_counted_through_both_stages(tmp_path):
     assert results.first_below("run-s0", 1.5) == 20
     assert results.first_below("run-s0", 0.9) is None
     assert results.final("run-s0") == 1.0
+
+
+# a run of two stages, and what it is compared with: (stage, step, loss, CIDEr or None), a step is 0.5 s
+TRANSFER = [("warm-up", 0, 3.0, 10.0), ("warm-up", 4, 2.0, 50.0), ("fine-tune", 0, 2.0, 50.0),
+            ("fine-tune", 6, 1.4, 80.0)]
+SCRATCH = [("from-scratch", 0, 4.0, 1.0), ("from-scratch", 20, 1.9, 60.0), ("from-scratch", 40, 1.5, 55.0)]
+
+
+def write_metrics(folder, name, points, start=None):
+    out = folder / name
+    out.mkdir()
+    lines = []
+    before = 0
+    for (stage, step, loss, score), (following, *_) in zip(points, [*points[1:], (None,)]):
+        row = dict(stage=stage, step=step, samples=8 * step, val_loss=loss, seconds=0.5 * (before + step))
+        if score is not None:
+            row["scores"] = {"COCO CIDEr": score}
+        lines.append(json.dumps(row) + "\n")
+        before += step if following != stage else 0
+    (out / "metrics.jsonl").write_text("".join(lines))
+    (out / "config.json").write_text(json.dumps({"start": start} if start else {}))
+    return str(out)
+
+
+def told(capsys, *folders):
+    speedup.main(list(folders))
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_speed_up_rate_is_by_the_best_score_and_through_both_stages(tmp_path, capsys):
+    """From scratch is at its best CIDEr after 20 of 40 steps; the transfer is there after 4 + 6."""
+    start = {"tried": [{}] * 7, "seconds": 3.2}
+    run = write_metrics(tmp_path, "run", TRANSFER, start)
+    lines = told(capsys, run, write_metrics(tmp_path, "scratch", SCRATCH))
+    assert lines[1] == "by COCO CIDEr: the baseline is at its best, 60, after"
+    assert lines[2:5] == [
+        "20 steps and the run is there after 10: 2.0 ×", "160 samples and the run is there after 80: 2.0 ×",
+        "10 seconds and the run is there after 5: 2.0 ×"]
+    assert lines[5] == "not counted: --init auto tried 7 starts and rates in 3 s before the first step"
+    lines = told(capsys, str(tmp_path / "scratch"), run)
+    assert lines[1:] == ["by COCO CIDEr: the baseline is at its best, 80, after",
+                         "10 steps; the run does not get there, 60 is its best"]
+
+
+def test_the_speed_up_rate_is_by_the_loss_where_one_run_was_not_scored(tmp_path, capsys):
+    run = write_metrics(tmp_path, "run", [(*at, None) for *at, _ in TRANSFER])
+    lines = told(capsys, run, write_metrics(tmp_path, "scratch", SCRATCH))
+    assert lines[1:3] == ["by validation loss: the baseline is at its best, 1.5, after",
+                          "40 steps and the run is there after 10: 4.0 ×"]
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="nowhere: no folder of a run"):
+        speedup.main([str(tmp_path / "nowhere"), str(tmp_path)])
 
 
 def speed_up(folder, *names):
@@ -403,19 +507,21 @@ def test_what_the_fit_of_a_projector_reads_and_takes_is_counted(tmp_path):
     assert speed_up(tmp_path, "fitted") == ["20 (1 of 3 seeds)", "3.0 ×", "1.0 ×", "2.0 ×"]
 
 
-def test_the_document_says_what_was_recorded():
-    text = (ROOT / "docs" / "miniature.md").read_text()
+@pytest.mark.parametrize("document", report.DOCUMENTS)
+def test_the_document_says_what_was_recorded(document):
+    text = (ROOT / "docs" / document).read_text()
     assert report.fill(text, records.Results(RESULTS)) == text
 
 
 def test_what_was_recorded_are_the_experiments_with_their_commands():
     results = records.Results(RESULTS)
     assert results.rows
-    assert results.rows.keys() == {name for name in results.records if EVERY[name].trains}
+    every = EVERY | SECOND
+    assert results.rows.keys() == {name for name in results.records if every[name].trains}
     for name, record in results.records.items():
         # Recorded before the module had this name
         command = record["command"].replace("miniature/initialise.py", "-m study.initialise")
-        assert shlex.split(command) == EVERY[name].command
+        assert shlex.split(command) == every[name].command
 
 
 @pytest.mark.parametrize("init", experiments.WARM_UP_RATES)
@@ -432,6 +538,17 @@ def test_the_baseline_has_the_best_rate_of_its_sweep(start, steps):
     results = records.Results(RESULTS)
     losses = {rate: results.final(f"sweep-scratch-{start}-{steps}-{rate}") for rate in experiments.RATES}
     assert experiments.CHOSEN[start, steps] == min(losses, key=losses.get)
+
+
+@pytest.mark.parametrize("start", experiments.SMOLLM2_CHOSEN)
+def test_runs_to_smollm2_have_the_best_rates_that_were_tried(start):
+    results = records.Results(RESULTS)
+    names = {}
+    for rates in experiments.SMOLLM2_RATES[start]:
+        names[rates] = "-".join(filter(None, ["smollm2-sweep", start, *rates]))
+    losses = results.losses(names)
+    if losses:
+        assert experiments.SMOLLM2_CHOSEN[start] == min(losses, key=losses.get)
 
 
 # --------------------------------------------------------------------------------------- the world
