@@ -55,7 +55,7 @@ class Peak:
 
 
 def texts_and_captions(folder, count):
-    """-> two lists of lists of ids, each behind which BOS is to be read."""
+    """-> the id to be read first, and two lists of lists of ids that come behind it."""
     tok = data.load_tokenizer(folder)
     files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     ids = tok.encode("\n".join(file.read_text() for file in files))
@@ -63,7 +63,9 @@ def texts_and_captions(folder, count):
     captions = read_pairs(str(ROOT / "demo/pairs/val.tar")).captions
     captions = [data.caption_ids(tok, caption) for caption in captions]
     every = max(1, len(texts) // count)
-    return tok, texts[::every][:count], captions[:count]
+    # the start token of a T5's encoder is its end mark
+    first_id = tok.eos_id if tok.encoder_decoder else tok.bos_id
+    return first_id, texts[::every][:count], captions[:count]
 
 
 def loss(llm, first_id, rows, batch=20):
@@ -93,16 +95,14 @@ def step_seconds(llm, repeats=7):
     return statistics.median(seconds)
 
 
-def measure(folder, dtype, weights, count, results):
+def measure(folder, dtype, weights, read, results):
     """Puts on a queue what there is to say of one kind of weights."""
     torch.set_grad_enabled(False)
-    tok, texts, captions = texts_and_captions(folder, count)
+    first_id, texts, captions = read
     with Peak() as peak:
         began = time.perf_counter()
         llm = language_models.load_llm(folder, dtype, weights=weights)
         seconds = time.perf_counter() - began
-    # the start token of a T5's encoder is its end mark
-    first_id = tok.eos_id if tok.encoder_decoder else tok.bos_id
     prefix = llm.embed(torch.tensor([[first_id]] * 8))
     found = {
         "bytes": sum(parameter.nbytes for parameter in llm.parameters()),
@@ -146,9 +146,10 @@ def main(argv=None):
     parser.add_argument("--texts", type=int, default=200, help="and captions (default: %(default)s)")
     args = parser.parse_args(argv)
     print("weights   in memory  loading     peak    logits  same top  texts, change  captions, change   step")
+    read = texts_and_captions(args.folder, args.texts)
     full = None
     for weights in (None, "int8", "nf4"):
-        found = in_a_process(args.folder, DTYPES[args.precision], weights, args.texts)
+        found = in_a_process(args.folder, DTYPES[args.precision], weights, read)
         full = full or found
         print(describe(weights or args.precision, found, full), flush=True)
 

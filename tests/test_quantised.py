@@ -25,10 +25,14 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import estimate
 import export
+import finetune
 import hub
 import llm as language_models
+import qformer
+import sample
 import train
 import transfer
+import vpgtrans
 from llm import QuantisedLinear, decode, decode_multiply, load_llm
 
 WEIGHTS = ["int8", "nf4"]
@@ -378,3 +382,37 @@ def test_a_run_trains_resumes_and_answers_as_it_was_trained(world, tmp_path, cap
     exported = load_llm(tmp_path / "exported")
     for one, other in zip(exported.layers.parameters(), whole.layers.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_memvp_beside_a_quantised_llm(memvp_world, tmp_path, capsys):
+    clip, llm, questions = memvp_world
+    models = ["--llm", str(llm), "--vit", str(clip), "--llm-weights", "int8"]
+    argv = [*models, "--memvp", f"scienceqa={questions}", "--out", str(tmp_path), "--batch-size", "4",
+            "--steps", "2", "--rows", "20", "--val-samples", "4", "--workers", "0", "--precision", "fp32"]
+    finetune.main([*argv, "--dry-run", "l4"])
+    assert "a quantised matrix at work" in capsys.readouterr().out
+    finetune.main(argv)
+    config = json.loads((tmp_path / "config.json").read_text())
+    whole = load_llm(llm, dtype=torch.float32)
+    assert config["llm"]["fingerprint"] == hub.fingerprint(dict(whole.named_parameters()))
+    model, _ = transfer.load_model(str(tmp_path))
+    assert model.llm.weights == "int8"
+    image = questions / "images" / "test" / "20" / "image.png"
+    ask = [str(image), "--model", str(tmp_path), "--prompt", "Which colour?"]
+    for weights in ("full", "nf4"):
+        sample.main([*ask, "--llm-weights", weights])
+        assert str(image) in capsys.readouterr().out
+
+
+def test_a_card_too_small_names_what_takes_less():
+    with torch.device("meta"):
+        vpg = qformer.VPG({"vision_config": {}, "qformer_config": {}})
+        llm = language_models.LLaMA(dict(model_type="llama", num_hidden_layers=2))
+        model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm).to("meta", torch.bfloat16)
+    step = estimate.Step(operations=1e12, kept=1e9, logits=1e6)
+    with pytest.raises(ValueError, match=r"need \d+\.\d GB .* --llm-weights int8 or nf4, a smaller --tgt"):
+        estimate.largest_micro_batch(model, step, 1e9)
+    language_models.quantise_blocks(model.llm, "nf4")
+    with pytest.raises(ValueError, match=r"use a smaller --tgt"):
+        estimate.largest_micro_batch(model, step, 1e9)
