@@ -164,17 +164,25 @@ def nf4_numbers():
 def to_nf4(rows):
     """(out,in) float32 -> codes (out,in/2) uint8, two numbers a byte, the first in its high bits; scales
     (out * in/64,1) float32, as bitsandbytes' nf4 without its double quantisation."""
-    out, width = rows.shape
-    if width % 2 or rows.numel() % BLOCK:
-        raise ValueError(f"nf4 has blocks of {BLOCK} numbers, into which a matrix of {out} x {width} cannot "
-                         "be cut; use int8")
     blocks = rows.reshape(-1, BLOCK)
     scale = blocks.abs().amax(1, keepdim=True)
     shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)
     numbers = nf4_numbers().to(rows.device)
     codes = torch.bucketize(shares, (numbers[1:] + numbers[:-1]) / 2, out_int32=True)
-    first, second = codes.to(torch.uint8).view(out, -1, 2).unbind(-1)
+    first, second = codes.to(torch.uint8).view(len(rows), -1, 2).unbind(-1)
     return first << 4 | second, scale
+
+
+def empty_codes(weights, out, width):
+    """Codes and scales of a matrix (out,in), on the meta device. torch.empty alone makes them: to encode
+    a matrix there torch would import its compiler, which takes seconds."""
+    if weights == "nf4" and (width % 2 or out * width % BLOCK):
+        raise ValueError(f"nf4 has blocks of {BLOCK} numbers, into which a matrix of {out} x {width} cannot "
+                         "be cut; use int8")
+    with torch.device("meta"):
+        if weights == "int8":
+            return torch.empty(out, width, dtype=torch.int8), torch.empty(out, 1)
+        return torch.empty(out, width // 2, dtype=torch.uint8), torch.empty(out * width // BLOCK, 1)
 
 
 @lru_cache
@@ -258,7 +266,7 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         self.encode = self.ENCODE[weights]
         self.shape = linear.weight.shape  # (out, in)
-        codes, scale = self.encode(linear.weight.detach().float())
+        codes, scale = empty_codes(weights, *self.shape)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
@@ -276,6 +284,17 @@ class QuantisedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         y = decode_multiply(x, self.weight, self.weight_scale, False)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def check_outliers(name, matrix, codes):
+    """ValueError where a few numbers are so much larger than the others that int8 makes zeros of more
+    than a quarter of these: from there on nf4 is nearer to the matrix (docs/beyond-one-card.md)."""
+    if codes.dtype != torch.int8:
+        return
+    lost = ((codes == 0).sum() - (matrix == 0).sum()).item() / matrix.numel()
+    if lost > 0.25:
+        raise ValueError(f"{name}: int8 would make zeros of {lost:.0%} of its numbers, since some are so "
+                         f"much larger; take nf4, which has a scale for each {BLOCK}")
 
 
 def quantise_blocks(llm, weights):
@@ -1689,8 +1708,11 @@ def read_weights(folder, llm, dtype, device, matrices):
             raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, config.json says "
                              f"{tuple(module.shape)}; is this the right checkpoint?")
         else:
+            tensor = tensor.to(device)
+            taken = module.take(tensor)
+            check_outliers(f"{folder}: {name}", tensor, taken["weight"])
             stem = name.removesuffix("weight")
-            tensors |= {stem + part: codes for part, codes in module.take(tensor.to(device)).items()}
+            tensors |= {stem + part: codes for part, codes in taken.items()}
     return tensors
 
 

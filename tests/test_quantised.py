@@ -346,6 +346,25 @@ def test_a_misshapen_or_missing_matrix_is_named(tmp_path):
         load_llm(tmp_path, weights="nf4")
 
 
+@pytest.mark.parametrize("variant", ["flan-t5", "llama-1"])
+def test_outliers_that_int8_cannot_stand_are_refused(tmp_path, variant):
+    """One hidden unit of an FFN, a thousand times as large behind as the others."""
+    make_model(tmp_path, LLMS[variant])
+    behind = ("layers.1.mlp.down_proj.weight", "encoder.block.1.layer.1.DenseReluDense.wo.weight")
+
+    def enlarge(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith(behind):
+                tensor[:, 5] *= 1000
+        return tensors
+
+    load_llm(tmp_path, weights="int8")
+    edit_tensors(tmp_path, enlarge)
+    with pytest.raises(ValueError, match=r"(wo|down_proj)\.weight: int8 would make zeros of \d\d% .* nf4"):
+        load_llm(tmp_path, weights="int8")
+    load_llm(tmp_path, weights="nf4")
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
 def test_checkpoints_that_others_have_quantised_name_the_way_out(tmp_path, method):
     make_model(tmp_path, LLMS["llama-1"])
