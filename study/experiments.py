@@ -61,13 +61,14 @@ SMOLLM2_STARTS = {
     "no-warm-up": ["--no-warm-up"],
     "scratch-stage1": ["--from-scratch", f"{HELD_OUT}/stage1"]}
 SMOLLM2_RATES = {
-    "scratch": [("", "2e-3"), ("", "4e-3"), ("", "1e-3")],
+    "scratch": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")],
     "auto": [("", "1e-3")],
     "converter": [("2e-3", "2e-3"), ("2e-3", "5e-4"), ("2e-3", "1e-3"), ("5e-3", "1e-3")],
     "captions": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-4", "1e-3")],
     "ridge-0.001": [("2e-2", "1e-3"), ("2e-2", "2e-3"), ("5e-3", "1e-3")],
     "no-warm-up": [("", "1e-3"), ("", "2e-3")],
     "scratch-stage1": [("", "2e-3"), ("", "4e-3"), ("", "1e-3")]}
+# The first of them is the best of those that are recorded.
 SMOLLM2_CHOSEN = {start: pairs[0] for start, pairs in SMOLLM2_RATES.items() if start != "auto"}
 SMOLLM2_BUDGETS = {300: tuple(SMOLLM2_CHOSEN), 1000: ("scratch", "converter", "captions")}
 

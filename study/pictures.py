@@ -112,7 +112,7 @@ def draw_smollm2(results, file):
             label = STARTED_SMOLLM2[start].replace("`", "")
             axes.plot(*zip(*curve), "o-", color=f"C{i}", markersize=3, label=label)
     axes.set(xlabel="optimizer step, warm-up counted", ylabel="validation loss a token")
-    axes.set(xlim=(0, 300), ylim=(1, 6.5))
+    axes.set(xlim=(0, 300), ylim=(1.2, 4.5))
     axes.legend(frameon=False)
     figure.savefig(file, dpi=110)
 
