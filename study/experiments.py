@@ -63,11 +63,11 @@ SMOLLM2_STARTS = {
 SMOLLM2_RATES = {
     "scratch": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")],
     "auto": [("", "1e-3")],
-    "converter": [("2e-3", "2e-3"), ("2e-3", "5e-4"), ("2e-3", "1e-3"), ("5e-3", "1e-3")],
+    "converter": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-3", "1e-3")],  # as auto's, first
     "captions": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-4", "1e-3")],
     "ridge-0.001": [("2e-2", "1e-3"), ("2e-2", "2e-3"), ("5e-3", "1e-3")],
-    "no-warm-up": [("", "1e-3"), ("", "2e-3")],
-    "scratch-stage1": [("", "2e-3"), ("", "4e-3"), ("", "1e-3")]}
+    "no-warm-up": [("", "2e-3"), ("", "1e-3")],
+    "scratch-stage1": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")]}
 # The first of them is the best of those that are recorded.
 SMOLLM2_CHOSEN = {start: pairs[0] for start, pairs in SMOLLM2_RATES.items() if start != "auto"}
 SMOLLM2_BUDGETS = {300: tuple(SMOLLM2_CHOSEN), 1000: ("scratch", "converter", "captions")}
