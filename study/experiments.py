@@ -270,7 +270,7 @@ def smollm2_runs():
     runs = []
     for start, pairs in SMOLLM2_RATES.items():
         for rates in pairs:
-            name = "-".join(["smollm2-sweep", start, *filter(None, rates)])
+            name = "-".join(filter(None, ["smollm2-sweep", start, *rates]))
             runs.append(to_smollm2(name, start, 300, rates, "val", seed=0))
     for steps, starts in SMOLLM2_BUDGETS.items():
         for start in starts:
