@@ -531,6 +531,9 @@ def parse_arguments(argv=None):
                              "%(default)s, as VPGTrans; MiniGPT-4 has 1.05)")
     parser.add_argument("--precision", choices=tuple(transfer.DTYPES), default="bf16",
                         help="of ViT and LLM (default: %(default)s)")
+    parser.add_argument("--llm-weights", choices=("full", "int8", "nf4"),
+                        help="of the LLM: as --precision says, or quantised, which takes less memory "
+                             "(default: as in the run's training, else full)")
     args = parser.parse_args(argv)
     if args.page and args.image:
         parser.error("with --page, pictures are chosen on the page")
@@ -550,7 +553,8 @@ def start(args):
     image = data.load_image(args.image) if args.image else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     began = time.time()
-    chat = transfer.load_chat(args.model, args.template, transfer.DTYPES[args.precision], device)
+    dtype = transfer.DTYPES[args.precision]
+    chat = transfer.load_chat(args.model, args.template, dtype, device, args.llm_weights)
     print(f"{args.model}: loaded in {time.time() - began:.1f} s", flush=True)
     if args.page:
         return serve(args.port, Path(args.model).name, chat, options)

@@ -78,7 +78,8 @@ def trace(model, batch):
 def memory(model, step, micro_batch, world=1):
     """{what: bytes} on one of `world` GPUs.
 
-    What trains is float32: weight, gradient and two moments, a bf16 copy under autocast, and under
+    Of quantised weights, one matrix at a time exists as such, twice while its scales are multiplied
+    in. What trains is float32: weight, gradient and two moments, a bf16 copy under autocast, and under
     DDP a second gradient. Of the logits there is one block, in bf16, and twice a slice of it in
     float32, of 256 MB each at most."""
     frozen = trained = 0
@@ -88,12 +89,15 @@ def memory(model, step, micro_batch, world=1):
         else:
             frozen += p.numel() * p.element_size()
     logits = step.logits * micro_batch
-    return {
+    needs = {
         "frozen weights": frozen,
         "what trains, its gradients and moments": trained,
         "activations": step.kept * micro_batch,
         "logits": min(logits / 2, 2**28) + 2 * min(logits, 2**28),
     }
+    if matrix := model.llm.largest_quantised:
+        needs["a quantised matrix at work"] = 4 * matrix
+    return needs
 
 
 def largest_micro_batch(model, step, capacity, most=LARGEST, world=1):
@@ -103,8 +107,11 @@ def largest_micro_batch(model, step, capacity, most=LARGEST, world=1):
     each = step.kept + 2.5 * step.logits
     fits = int((0.9 * capacity - fixed) // each)
     if fits < 1:
+        smaller = "a smaller --tgt"
+        if not model.llm.largest_quantised:
+            smaller = f"--llm-weights int8 or nf4, {smaller}"
         raise ValueError(f"this should need {(fixed + each) / 0.9 / 1e9:.1f} GB of GPU memory, and there are "
-                         f"{capacity / 1e9:.1f}; use a smaller --tgt, or --micro-batch 1 to try all the same")
+                         f"{capacity / 1e9:.1f}; use {smaller}, or --micro-batch 1 to try all the same")
     return min(most, fits)
 
 

@@ -926,6 +926,9 @@ def parse_arguments(argv=None):
                              "(default: %(default)s)")
     asking.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                         help="of ViT and LLM (default: %(default)s)")
+    asking.add_argument("--llm-weights", choices=("full", "int8", "nf4"),
+                        help="of the LLM: as --precision says, or quantised, which takes less memory "
+                             "(default: as in the run's training, else full)")
     args = parser.parse_args(argv)
     for name in ("limit", "num_beams", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -1000,7 +1003,8 @@ def evaluate(args, processes):
     out = args.out or default_out(args.model)
     folder = out / (f"evaluation-limit-{args.limit}" if args.limit else "evaluation")
     with processes.first_goes_first():
-        model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], processes.device)
+        dtype = transfer.DTYPES[args.precision]
+        model, tok = transfer.load_model(args.model, dtype, processes.device, args.llm_weights)
     askable = [task for task in tasks if task.name != "scienceqa" or not model.num_query_tokens]
     if askable != tasks and (args.benchmarks or not askable):
         raise ValueError(f"scienceqa is for runs of MemVP (finetune.py), and {args.model} is none: it cannot "
@@ -1013,7 +1017,7 @@ def evaluate(args, processes):
     with lock:
         results = {}
         for task in tasks:
-            header = describe_asking(task, args, tok, *asked)
+            header = describe_asking(task, args, tok, *asked) | {"llm_weights": model.llm.weights}
             rows = answer_task(task, model, tok, header, args, folder / "answers", processes)
             if processes.rank == 0:
                 results[task.name] = score_task(task, rows, args, folder) | {"asked": header}

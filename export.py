@@ -397,13 +397,16 @@ def export(run, folder, precision="bf16"):
     OSError and ValueError say what is wrong and what to do."""
     check_new(folder)
     place = hub.resolve(run, "model")
-    if hub.read_config(place.folder).get("model_type") == "memvp":
+    config = hub.read_config(place.folder)
+    if config.get("model_type") == "memvp":
         raise ValueError(f"{run}: a run of MemVP, whose images are in the memory of the LLM's FFNs; "
                          "transformers has no such model to export to")
     check_expressible(place.llm, qformer.read_vpg_config(place.folder).get("vision_config", {}))
     dtype = transfer.DTYPES[precision]
-    model, tok = transfer.load_model(run, dtype)
-    config = hub.read_config(place.folder)
+    if weights := transfer.trained_with(config):
+        print(f"{run}: was trained beside an LLM in {weights}; written is the LLM of its checkpoint in "
+              f"{precision}, with this run's parts: what they say will differ a little")
+    model, tok = transfer.load_model(run, dtype, weights="full")
     origin = MOVED.format(llm=Path(config.get("llm", {}).get("name", run)).name)
     template = transfer.choose_template(place) if "chat_template" in config else None
     return write_folder(folder, model, tok, place.llm, origin, dtype, template=template)

@@ -110,7 +110,10 @@ class InstructionTuning:
         self.tok = data.load_tokenizer(self.place.tokenizer)
         self.template = transfer.choose_template(self.place, args.template)
         self.stop = data.stop_ids(self.tok, self.template)
-        self.shapes = transfer.shape_whole(self.place, transfer.DTYPES[args.precision])
+        # the run goes on as the model was trained, and says so in its config.json
+        args.llm_weights = args.llm_weights or transfer.trained_with(hub.read_config(self.place.folder))
+        dtype = transfer.DTYPES[args.precision]
+        self.shapes = transfer.shape_whole(self.place, dtype, args.llm_weights)
         if not is_dry:
             hub.resolve(args.model, "model")  # fetches the weights
 
@@ -169,7 +172,8 @@ class InstructionTuning:
 
     def build(self, args, device):
         """The model with its weights."""
-        model, _ = transfer.load_model(args.model, transfer.DTYPES[args.precision], device)
+        dtype = transfer.DTYPES[args.precision]
+        model, _ = transfer.load_model(args.model, dtype, device, args.llm_weights)
         transfer.check_vocabulary(self.tok, model.llm, self.place)
         return model
 
@@ -430,7 +434,7 @@ class MemVPTuning:
         self.vit = hub.resolve(args.vit, "shapes" if is_dry else "vpg")
         self.made = transfer.how_memory_is_made(args, self.vit, self.llm)
         dtype = transfer.DTYPES[args.precision]
-        self.shapes = transfer.shape_memory_llm(self.made, self.vit, self.llm, dtype)
+        self.shapes = transfer.shape_memory_llm(self.made, self.vit, self.llm, dtype, args.llm_weights)
 
     def read(self, args, say):
         """As InstructionTuning's."""
@@ -443,7 +447,7 @@ class MemVPTuning:
         """The model with its weights; its memory is drawn."""
         torch.manual_seed(args.seed)
         dtype = transfer.DTYPES[args.precision]
-        model = transfer.build_memory_llm(self.made, self.vit, self.llm, dtype, device)
+        model = transfer.build_memory_llm(self.made, self.vit, self.llm, dtype, device, args.llm_weights)
         transfer.check_vocabulary(self.tok, model.llm, self.llm)
         return model
 

@@ -5,6 +5,7 @@ safetensors.
     llm = load_llm("facebook/opt-6.7b as a folder", dtype=torch.bfloat16, device="cuda")
     loss, tokens = llm.loss(soft_prompts, caption_ids)          # gradients flow to soft_prompts only
     captions = llm.generate(soft_prompts, num_beams=5)          # lists of ids
+    small = load_llm(folder, device="cuda", weights="nf4")      # a quarter of the memory
     cache = llm.read_prefix(soft_prompts, room=500)             # read once, for many questions or turns
     answers = llm.generate(question, cache=cache)
 
@@ -23,14 +24,16 @@ key-value heads, hd width of a head, K beams.
 
 import json
 import math
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import safe_open
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 
 # ----------------------------------------------------------------------------- shared by all models
 
@@ -131,6 +134,184 @@ def causal_mask(keep):
 def real_positions(keep):
     """(B,S) bool -> (B,S): the number of each real position in its row, from 0."""
     return (keep.cumsum(1) - 1).clamp(min=0)
+
+
+# ------------------------------------------------------------------------------ quantised frozen weights
+
+BLOCK = 64  # numbers of nf4 that share a scale
+
+
+def to_int8(rows):
+    """(out,in) float32 -> codes (out,in) int8, scales (out,1) float32: each row in steps of 1/127.5 of
+    its largest number, as torchao's int8 weights."""
+    scale = rows.abs().amax(1, keepdim=True) / 127.5
+    scale = scale.clamp(min=torch.finfo(torch.float32).eps)
+    codes = (rows * (1 / scale)).round().clamp(-128, 127)
+    return codes.to(torch.int8), scale
+
+
+def nf4_numbers():
+    """The 16 numbers of NF4, from -1 to 1: quantiles of a normal distribution, 7 below zero and 8 above
+    (Dettmers et al. 2023, "QLoRA"). So the weights of a block, each divided by the largest, use them
+    about equally often."""
+    quantile = NormalDist().inv_cdf
+    last = 0.9677083  # bitsandbytes' choice: halfway between 1 - 1/30 and 1 - 1/32
+    below = [-quantile(last + (0.5 - last) * i / 7) for i in range(7)]
+    above = [quantile(last + (0.5 - last) * i / 8) for i in range(8)]
+    return torch.tensor([*below, 0.0, *reversed(above)], device="cpu") / above[0]
+
+
+def to_nf4(rows):
+    """(out,in) float32 -> codes (out,in/2) uint8, two numbers a byte, the first in its high bits; scales
+    (out * in/64,1) float32, as bitsandbytes' nf4 without its double quantisation."""
+    blocks = rows.reshape(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True)
+    shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    numbers = nf4_numbers().to(rows.device)
+    codes = torch.bucketize(shares, (numbers[1:] + numbers[:-1]) / 2, out_int32=True)
+    first, second = codes.to(torch.uint8).view(len(rows), -1, 2).unbind(-1)
+    return first << 4 | second, scale
+
+
+def empty_codes(weights, out, width):
+    """Codes and scales of a matrix (out,in), on the meta device. torch.empty alone makes them: to encode
+    a matrix there torch would import its compiler, which takes seconds."""
+    if weights == "nf4" and (width % 2 or out * width % BLOCK):
+        raise ValueError(f"nf4 has blocks of {BLOCK} numbers, into which a matrix of {out} x {width} cannot "
+                         "be cut; use int8")
+    with torch.device("meta"):
+        if weights == "int8":
+            return torch.empty(out, width, dtype=torch.int8), torch.empty(out, 1)
+        return torch.empty(out, width // 2, dtype=torch.uint8), torch.empty(out * width // BLOCK, 1)
+
+
+@lru_cache
+def nf4_pairs(dtype, device):
+    """The two numbers that each byte stands for, as the bits of one: looked up so, they are several
+    times faster on CPUs. (256,)"""
+    numbers = nf4_numbers().to(device, dtype)
+    pairs = torch.stack([numbers.repeat_interleave(16), numbers.repeat(16)], dim=1)
+    as_wide = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
+    return pairs.view(as_wide[dtype.itemsize])[:, 0]
+
+
+def decode(codes, scale, dtype):
+    """What to_int8 or to_nf4 has made -> the matrix (out,in)."""
+    if codes.dtype == torch.int8:
+        return codes.to(dtype) * scale.to(dtype)
+    numbers = nf4_pairs(dtype, codes.device).index_select(0, codes.flatten().int()).view(dtype)
+    return (numbers.view(-1, BLOCK) * scale.to(dtype)).view(len(codes), -1)
+
+
+# One operation, into which torch.compile does not look: else it would keep every decoded matrix for
+# the backward pass, which is the memory that was to be saved.
+@torch.library.custom_op("vpgtrans::decode_multiply", mutates_args=())
+def decode_multiply(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, back: bool) -> torch.Tensor:
+    """x (...,in) times the matrix (out,in) of these codes -> (...,out); back: (...,out) -> (...,in)."""
+    matrix = decode(codes, scale, x.dtype)
+    return x @ matrix if back else F.linear(x, matrix)
+
+
+def product_width(codes, back):
+    """The last dimension of what decode_multiply returns."""
+    out, width = codes.shape
+    if not back:
+        return out
+    return width if codes.dtype == torch.int8 else 2 * width
+
+
+@decode_multiply.register_fake
+def _(x, codes, scale, back):
+    return x.new_empty(*x.shape[:-1], product_width(codes, back))
+
+
+@register_flop_formula(torch.ops.vpgtrans.decode_multiply, get_raw=True)
+def _(x, codes, scale, back, out_val=None):
+    return 2 * x.numel() * product_width(codes, back)
+
+
+def keep_codes(ctx, inputs, output):
+    _, codes, scale, ctx.back = inputs
+    ctx.save_for_backward(codes, scale)
+
+
+def multiply_back(ctx, gradient):
+    codes, scale = ctx.saved_tensors
+    return decode_multiply(gradient, codes, scale, not ctx.back), None, None, None
+
+
+decode_multiply.register_autograd(multiply_back, setup_context=keep_codes)
+
+
+class Ends:
+    """Stands for a tensor where only its shape and its first and last eight numbers are asked for, as
+    a fingerprint does."""
+
+    def __init__(self, tensor):
+        self.shape = tensor.shape
+        self.numbers = torch.cat([tensor.flatten()[:8], tensor.flatten()[-8:]])
+
+    def flatten(self):
+        return self.numbers
+
+
+class QuantisedLinear(nn.Module):
+    """A frozen nn.Linear whose matrix is kept as codes and scales. Made of one on the meta device;
+    `take` makes of the checkpoint's matrix what it then loads."""
+
+    ENCODE = {"int8": to_int8, "nf4": to_nf4}
+    ROWS = 1024  # that are encoded at a time: what is made on the way stays small
+
+    def __init__(self, linear, weights):
+        super().__init__()
+        self.encode = self.ENCODE[weights]
+        self.shape = linear.weight.shape  # (out, in)
+        codes, scale = empty_codes(weights, *self.shape)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+        self.as_read = None
+
+    def take(self, matrix):
+        """(out,in) -> {"weight": codes, "weight_scale": scales}"""
+        self.as_read = Ends(matrix)
+        codes, scales = zip(*(self.encode(rows.float()) for rows in matrix.split(self.ROWS)))
+        return {"weight": torch.cat(codes), "weight_scale": torch.cat(scales)}
+
+    def forward(self, x):
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        y = decode_multiply(x, self.weight, self.weight_scale, False)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def check_outliers(name, matrix, codes):
+    """ValueError where a few numbers are so much larger than the others that int8 makes zeros of more
+    than a quarter of these: from there on nf4 is nearer to the matrix (docs/beyond-one-card.md)."""
+    if codes.dtype != torch.int8:
+        return
+    lost = ((codes == 0).sum() - (matrix == 0).sum()).item() / matrix.numel()
+    if lost > 0.25:
+        raise ValueError(f"{name}: int8 would make zeros of {lost:.0%} of its numbers, since some are so "
+                         f"much larger; take nf4, which has a scale for each {BLOCK}")
+
+
+def quantise_blocks(llm, weights):
+    """Puts a QuantisedLinear, "int8" or "nf4", in the place of each matrix of the repeated blocks of an
+    LLM on the meta device; word embeddings, head and norms stay as they are. -> {name of a matrix in
+    the checkpoint: its module}"""
+    for block in llm.layers:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    module.register_module(name, QuantisedLinear(child, weights))
+    return {f"{name}.weight": module for name, module in quantised(llm)}
+
+
+def quantised(llm):
+    """(name, QuantisedLinear) of all that an LLM has."""
+    return [(name, module) for name, module in llm.named_modules() if isinstance(module, QuantisedLinear)]
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -520,6 +701,7 @@ class LanguageModel(nn.Module):
     """What all have in common, given `hidden_states`, `start` (read a prefix) and `step` (read one
     more token of each beam)."""
 
+    weights = None  # "int8" or "nf4" where load_llm has quantised the blocks
     start_id = None  # the token that starts a decoder, where there is one
 
     def finish(self, config):
@@ -555,6 +737,21 @@ class LanguageModel(nn.Module):
         check_scored(scored, target_ids)
         x = self.hidden_states(prefix, target_ids, prefix_mask, memory)
         return caption_loss(self.lm_head, x, target_ids, scored)
+
+    def as_read(self):
+        """{name: tensor} as the checkpoint has them, for a fingerprint: of a quantised matrix its
+        Ends."""
+        tensors = dict(self.named_parameters())
+        for name, module in quantised(self):
+            del tensors[f"{name}.weight_scale"]
+            tensors[f"{name}.weight"] = module.as_read
+        return tensors
+
+    @property
+    def largest_quantised(self):
+        """Numbers of the largest quantised matrix, one of which at a time exists as such; 0: none is
+        quantised."""
+        return max((module.shape.numel() for _, module in quantised(self)), default=0)
 
     def check_targets(self, target_ids):
         if target_ids.ndim != 2:
@@ -1328,7 +1525,10 @@ def read_options(config, defaults, only):
     config = defaults | config
     for key, value in {**only, "quantization_config": None}.items():
         if config.get(key) != value:
-            remedy = f"only {value!r} is" if value is not None else "use the checkpoint without"
+            remedy = f"only {value!r} is"
+            if key == "quantization_config":
+                remedy = ("use the checkpoint that is not quantised; --llm-weights int8 or nf4 (load_llm's "
+                          "weights=) quantises it while it is read")
             raise ValueError(f"{key} = {config[key]!r} is not implemented for {config.get('model_type')}; "
                              f"{remedy}")
     return config
@@ -1492,8 +1692,35 @@ def empty_llm(folder):
         raise ValueError(f"{folder}/config.json: {error}") from error
 
 
-def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
+def read_weights(folder, llm, dtype, device, matrices):
+    """{name: tensor} of the checkpoint in a folder, in a dtype on a device; where it is one of the
+    `matrices` that quantise_blocks has made, its codes and scales. No more than one tensor is whole
+    at any time."""
+    _, prefix = read_llm_config(folder)
+    rename = renaming(type(llm), prefix)
+    tensors = {}
+    for name, tensor in read_tensors(folder, rename):
+        name = rename(name)
+        module = matrices.get(name)
+        if module is None:
+            tensors[name] = tensor.to(device, dtype)
+        elif tensor.shape != module.shape:
+            raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, config.json says "
+                             f"{tuple(module.shape)}; is this the right checkpoint?")
+        else:
+            tensor = tensor.to(device)
+            taken = module.take(tensor)
+            check_outliers(f"{folder}: {name}", tensor, taken["weight"])
+            stem = name.removesuffix("weight")
+            tensors |= {stem + part: codes for part, codes in taken.items()}
+    return tensors
+
+
+def load_llm(folder, dtype=torch.bfloat16, device="cpu", weights=None):
     """The language model of a folder in Hugging Face layout, frozen and in eval mode.
+
+    weights "int8" or "nf4" keeps the matrices of its blocks in half or 0.28 of bf16's bytes,
+    quantised while they are read; the arithmetic stays that of `dtype`.
 
     The LLM lies at the top level or under `language_model.` (BLIP-2). FileNotFoundError or
     ValueError name the file and the option that is not implemented, or the tensor that is missing,
@@ -1502,9 +1729,9 @@ def load_llm(folder, dtype=torch.bfloat16, device="cpu"):
     llm.stop = end_marks(folder, llm.stop)
     if isinstance(llm, T5) and dtype == torch.float16:
         raise ValueError(f"{folder}: T5 overflows in float16; load it in bfloat16 or float32")
-    _, prefix = read_llm_config(folder)
-    rename = renaming(type(llm), prefix)
-    tensors = {rename(name): tensor.to(device, dtype) for name, tensor in read_tensors(folder, rename)}
+    llm.weights = weights
+    matrices = quantise_blocks(llm, weights) if weights else {}
+    tensors = read_weights(folder, llm, dtype, device, matrices)
     if llm.lm_head.weight is llm.get_parameter(llm.WORDS):
         complete_tied(tensors, llm.WORDS)
     assign_tensors(llm, tensors, folder)

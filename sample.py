@@ -36,6 +36,9 @@ def parse_arguments(argv=None):
                         help="draw from the most probable tokens that make up this share")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                         help="of ViT and LLM (default: %(default)s)")
+    parser.add_argument("--llm-weights", choices=("full", "int8", "nf4"),
+                        help="of the LLM: as --precision says, or quantised, which takes less memory "
+                             "(default: as in the run's training, else full)")
     return parser.parse_args(argv)
 
 
@@ -49,7 +52,8 @@ def answer_all(args):
     if args.max_new_tokens < 1:
         raise ValueError("--max-new-tokens must be at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], device)
+    dtype = transfer.DTYPES[args.precision]
+    model, tok = transfer.load_model(args.model, dtype, device, args.llm_weights)
     pixels = torch.stack([data.resize(image, model.image_size) for image in images])
     options = {name: getattr(args, name) for name in OF_GENERATE}
     answers = []

@@ -157,6 +157,11 @@ def add_machine_options(machine):
     machine.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                          help="of frozen weights and of the arithmetic; trained weights are always "
                               "float32 (default: %(default)s)")
+    machine.add_argument("--llm-weights", choices=("int8", "nf4"),
+                         help="keep the matrices of the LLM, which is frozen, in half (int8) or 0.28 "
+                              "(nf4) of bf16's memory; a step takes longer, and what the LLM answers "
+                              "changes a little (docs/beyond-one-card.md; default: as --precision "
+                              "says)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
                          default=torch.cuda.is_available(),
                          help="torch.compile the repeated blocks (default: on GPUs)")

@@ -328,6 +328,18 @@ def describe_start(start):
 # ------------------------------------------------------------------ the model before its first step
 
 
+def size_of(module):
+    """Bytes of a module's parameters."""
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def with_llm_weights(model, weights):
+    """A model without weights, whose LLM's matrices take as much memory as --llm-weights says."""
+    if weights:
+        language_models.quantise_blocks(model.llm, weights)
+    return model
+
+
 def shape_model(args, src, tgt):
     """The model of a run without weights, on the meta device: what is computed beforehand needs
     shapes alone."""
@@ -339,7 +351,7 @@ def shape_model(args, src, tgt):
     vpg = qformer.empty_vpg(folder, args.image_size, args.vit_layers)
     llm = language_models.empty_llm(tgt.llm)
     model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm)
-    return model.to("meta", DTYPES[args.precision])
+    return with_llm_weights(model.to("meta", DTYPES[args.precision]), args.llm_weights)
 
 
 def example_batch(model, tok, tokens):
@@ -376,7 +388,10 @@ def build_model(args, src, tgt, tok, sets, processes, resumed=False):
     vpg = qformer.load_vpg(q_former.folder, dtype, device, vit_folder=src.vit, q_former=reads_q_former,
                            image_size=args.image_size, vit_layers=args.vit_layers)
     hub.check_belongs(src, vit=vpg.frozen_parameters())
-    llm = language_models.load_llm(tgt.llm, dtype=dtype, device=device)
+    llm = language_models.load_llm(tgt.llm, dtype, device, args.llm_weights)
+    if args.llm_weights:
+        processes.say(f"LLM: the matrices of its blocks in {args.llm_weights}, "
+                      f"{size_of(llm) / 1e9:.2f} GB in all")
     check_vocabulary(tok, llm, tgt)
     torch.manual_seed(args.seed)
     model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim).to(device), llm)
@@ -462,7 +477,7 @@ def how_memory_is_made(args, vit, llm):
     }
 
 
-def shape_memory_llm(made, vit, llm, dtype):
+def shape_memory_llm(made, vit, llm, dtype, weights=None):
     """As build_memory_llm without weights, on the meta device."""
     with torch.device("meta"):
         if made["features"] == "patches":
@@ -470,10 +485,10 @@ def shape_memory_llm(made, vit, llm, dtype):
         else:
             sees = qformer.empty_vpg(vit.folder)
         model = make_memory_llm(made, sees, language_models.empty_llm(llm.llm))
-    return model.to("meta", dtype)
+    return with_llm_weights(model.to("meta", dtype), weights)
 
 
-def build_memory_llm(made, vit, llm, dtype, device):
+def build_memory_llm(made, vit, llm, dtype, device, weights=None):
     """The model as MemVP starts, but for the draws of its memory: hub.Place of what sees and of the
     LLM -> a MemoryLLM."""
     if made["features"] == "patches":
@@ -481,22 +496,22 @@ def build_memory_llm(made, vit, llm, dtype, device):
     else:
         sees = qformer.load_vpg(vit.folder, dtype, device, vit_folder=vit.vit)
         hub.check_belongs(vit, vit=sees.frozen_parameters())
-    language_model = language_models.load_llm(llm.llm, dtype=dtype, device=device)
+    language_model = language_models.load_llm(llm.llm, dtype, device, weights)
     return make_memory_llm(made, sees, language_model).to(device)
 
 
 def memory_fingerprints(model):
     """Of what a run of MemVP was trained with and does not save: {"vit": ..., "llm": ...}"""
     sees = {name: p for name, p in model.vit.named_parameters() if not name.startswith("adapters.")}
-    return {"vit": hub.fingerprint(sees), "llm": hub.fingerprint(dict(model.llm.named_parameters()))}
+    return {"vit": hub.fingerprint(sees), "llm": hub.fingerprint(model.llm.as_read())}
 
 
-def load_memory_model(place, dtype, device):
+def load_memory_model(place, dtype, device, weights=None):
     """A run of MemVP -> MemoryLLM in eval mode. ValueError if ViT or LLM are not those that it was
     trained with."""
     run = hub.read_config(place.folder)
     vit = hub.resolve(run["vit"]["name"], "vpg")
-    model = build_memory_llm(run["memory"], vit, place, dtype, device)
+    model = build_memory_llm(run["memory"], vit, place, dtype, device, weights)
     for part, found in memory_fingerprints(model).items():
         hub.check_fingerprint(place.folder, run, part, found)
     saved = model.saved()
@@ -531,7 +546,7 @@ def run_config(args, src, model, start=None):
     }
     llm = {
         "name": hub.lasting_name(args.tgt),
-        "fingerprint": hub.fingerprint(dict(model.llm.named_parameters())),
+        "fingerprint": hub.fingerprint(model.llm.as_read()),
         "tokenizer": args.tgt_tokenizer and hub.lasting_name(args.tgt_tokenizer),
     }
     belongs = {"vit": vit, "llm": llm, "arguments": arguments(args)}
@@ -543,15 +558,28 @@ def run_config(args, src, model, start=None):
 # ----------------------------------------------------------------------------- a model that answers
 
 
-def load_model(name, dtype=torch.bfloat16, device="cpu"):
+def trained_with(config):
+    """The --llm-weights of a run, by its config.json; None: its LLM was not quantised, or it is no run
+    of ours."""
+    return config.get("arguments", {}).get("llm_weights")
+
+
+def load_model(name, dtype=torch.bfloat16, device="cpu", weights=None):
     """A run of ours, a BLIP-2 folder or its Hub id -> (VisualLLM or MemoryLLM in eval mode, its
-    tokenizer)."""
+    tokenizer).
+
+    `weights` of the LLM: "int8", "nf4", or "full", those of `dtype`; None: as in the run's training,
+    and "full" where it is no run of ours."""
     place = hub.resolve(name, "model")
-    if hub.read_config(place.folder).get("model_type") == "memvp":
-        return load_memory_model(place, dtype, device), data.load_tokenizer(place.tokenizer)
+    config = hub.read_config(place.folder)
+    weights = weights or trained_with(config)
+    weights = None if weights == "full" else weights
+    if config.get("model_type") == "memvp":
+        model = load_memory_model(place, dtype, device, weights)
+        return model, data.load_tokenizer(place.tokenizer)
     vpg = qformer.load_vpg(place.folder, dtype=dtype, device=device, vit_folder=place.vit)
-    llm = language_models.load_llm(place.llm, dtype=dtype, device=device)
-    hub.check_belongs(place, vit=vpg.frozen_parameters(), llm=dict(llm.named_parameters()))
+    llm = language_models.load_llm(place.llm, dtype, device, weights)
+    hub.check_belongs(place, vit=vpg.frozen_parameters(), llm=llm.as_read())
     projector = qformer.load_projector(place.folder).to(device)
     return vpgtrans.VisualLLM(vpg, projector, llm).eval(), data.load_tokenizer(place.tokenizer)
 
@@ -602,11 +630,12 @@ def find_whole(name):
     return dataclasses.replace(place, llm=llm, tokenizer=tokenizer)
 
 
-def shape_whole(place, dtype):
+def shape_whole(place, dtype, weights=None):
     """The model of load_model without weights, on the meta device."""
     vpg = qformer.empty_vpg(place.folder)
     llm = language_models.empty_llm(place.llm)
-    return vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm).to("meta", dtype)
+    model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm)
+    return with_llm_weights(model.to("meta", dtype), weights)
 
 
 def chat_config(args, place, model, template):
@@ -617,18 +646,18 @@ def chat_config(args, place, model, template):
     if before.get("model_type") != "vpgtrans":  # a BLIP-2 checkpoint, which holds both
         name = hub.lasting_name(args.model)
         name = hub.SOURCES.get(name, name)  # the LLM is the one in there, not the target of that name
-        parts = {"vit": model.vpg.frozen_parameters(), "llm": dict(model.llm.named_parameters())}
+        parts = {"vit": model.vpg.frozen_parameters(), "llm": model.llm.as_read()}
         belongs = {part: {"name": name, "fingerprint": hub.fingerprint(parts[part])} for part in parts}
     kept = {"chat_template": describe_template(template), "arguments": arguments(args)}
     return {"model_type": "vpgtrans", **model.vpg.config, **belongs, **kept}
 
 
-def load_chat(name, template=None, dtype=torch.bfloat16, device="cpu"):
+def load_chat(name, template=None, dtype=torch.bfloat16, device="cpu", weights=None):
     """As load_model, for conversations -> (VisualLLM in eval mode, its tokenizer, its
     data.ChatTemplate); `template` is a name of data.TEMPLATES, for a checkpoint without one. ValueError
     as of choose_template."""
     found = choose_template(find_whole(name), template)  # before gigabytes are fetched and read
-    return *load_model(name, dtype, device), found
+    return *load_model(name, dtype, device, weights), found
 
 
 def answer(model, tok, images, prompt="", **options):

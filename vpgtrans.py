@@ -314,8 +314,11 @@ def enter_stage(model, stage):
     for name, parameter in model.named_parameters():
         part = part_of(model.parts, name)
         parameter.requires_grad_(part in stage.trains)
-        counts[part][0] += parameter.numel()
-        counts[part][1] += parameter.numel() * parameter.requires_grad
+        numbers = parameter.numel()
+        if parameter.dtype == torch.uint8:  # codes of nf4, two in a byte
+            numbers *= 2
+        counts[part][0] += numbers
+        counts[part][1] += numbers * parameter.requires_grad
     modes = {part: "train" if part in stage.trains else "eval" for part in model.parts}
     return [(part, *counts[part], modes[part]) for part in model.parts]
 

@@ -14,6 +14,7 @@ import loop
 import train
 import vpgtrans
 from benchmarks import peers
+from llm import load_llm
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not conftest.HAS_GPU, reason="torch sees no GPU")]
 CPU = torch.device("cpu")
@@ -116,6 +117,26 @@ def test_bf16_is_as_near_to_float32_as_on_the_cpu(family):
     _, on_gpu = loss_and_gradients(model, GPU, "bf16")
     _, on_cpu = loss_and_gradients(model, CPU, "bf16")
     assert 0 < relative_error(on_gpu, exact) < 1.5 * relative_error(on_cpu, exact)
+
+
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
+@pytest.mark.parametrize("variant", ["opt", "llama-3.1", "flan-t5"])
+def test_a_quantised_llm_is_the_same_as_on_the_cpu(tmp_path, variant, weights):
+    """Read there, and with compiled blocks."""
+    conftest.make_model(tmp_path, conftest.LLMS[variant])
+    prefix = conftest.random_prefix(2, 6)
+    target = conftest.random_ids(2, 5)
+    gradients = []
+    for device, compiled in ((CPU, False), (GPU, False), (GPU, True)):
+        llm = load_llm(tmp_path, torch.float32, device, weights)
+        for block in llm.layers if compiled else ():
+            block.compile()
+        x = prefix.to(device, copy=True).requires_grad_()
+        llm.loss(x, target.to(device))[0].backward()
+        gradients.append(x.grad.cpu())
+    on_cpu, *on_gpu = gradients
+    for gradient in on_gpu:  # a number halfway between two codes may be rounded either way
+        assert relative_error(gradient, on_cpu) < 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
