@@ -19,8 +19,8 @@ demo: .venv/run
 	$(TRAIN) --from-scratch --steps 300 --lr 2e-3 --out out/demo-from-scratch
 	$(BIN)/python -m demo.report out/demo out/demo-from-scratch
 
-# A conversation about the demo's scenes with SmolLM2-135M-Instruct, docs/vicuna.md: the demo's VPG moves to
-# it, and it learns to converse. Made once.
+# A conversation about the demo's scenes with SmolLM2-135M-Instruct (docs/vicuna.md): the demo's VPG is moved
+# to it, and learns to converse. Made once.
 CHAT = out/smollm2-chat
 chat: $(CHAT)/done
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/python chat.py $(CHAT) docs/scene.png; \
