@@ -213,7 +213,7 @@ def test_no_more_conversations_are_kept_than_there_is_room_for(page, monkeypatch
     ("/picture", b"x" * 5000, "0.0 MB are more than the 0.00390625 MB that are taken"),
     ("/ask", question("  "), "the question is empty"),
     ("/ask", question("a red square " * 900), "the question is too long"),
-    ("/ask", question("x" * 300_000), "MB are more than the 0.25 MB"),
+    ("/ask", question("x" * 1_900_000), "1.8 MB are more than the 0.25 MB"),
     ("/ask", b"\xff", "a question must be an object of JSON"),
     ("/ask", "[" * 100_000, "a question must be an object of JSON"),
     ("/ask", "[]", "a question must have question, begun, temperature, max_new_tokens"),
