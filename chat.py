@@ -163,7 +163,6 @@ class Conversation:
                 yield id
         finally:
             self.read = read[: self.cache.used]
-            self.cache.cut(len(self.read))  # what may have been the beginning of an end is not known here
 
 
 # ------------------------------------------------------------------------------------ in the terminal
@@ -284,8 +283,7 @@ class Upload(io.BytesIO):
 
 
 def preview(image):
-    """A picture (PIL) -> a small one as a data: URL, which all browsers show."""
-    image = image.copy()
+    """Makes a picture (PIL) small (in place). -> it as a data: URL, which all browsers show"""
     image.thumbnail((PREVIEW, PREVIEW))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
@@ -378,17 +376,20 @@ class Request(BaseHTTPRequestHandler):
             raise Gone from error
 
     def is_allowed(self):
-        """Is it a request of our page's? Not one of another page's, by a name that leads here (DNS
-        rebinding) or across sites."""
-        port = self.server.server_port
-        host = self.headers.get("Host")
-        if host not in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        """Is it a request of our page's? Not one of another page's, by a name that was made to lead here
+        (DNS rebinding) or across sites. Ports may differ, where one is forwarded."""
+        host = self.headers.get("Host", "")
+        if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host):
             return False
         return self.command == "GET" or self.headers.get("Origin") == f"http://{host}"
 
+    def refuse(self):
+        self.head(403, "text/plain")
+        self.wfile.write(f"chat.py answers to http://127.0.0.1:{self.server.server_port} alone\n".encode())
+
     def do_GET(self):
         if not self.is_allowed():
-            self.head(403, "text/plain")
+            self.refuse()
         elif self.path == "/":
             self.head(200, "text/html; charset=utf-8")
             self.wfile.write(self.server.html)
@@ -401,7 +402,7 @@ class Request(BaseHTTPRequestHandler):
     def do_POST(self):
         deeds = {"/picture": self.take_picture, "/ask": self.answer, "/clear": self.clear}
         if not self.is_allowed():
-            return self.head(403, "text/plain")
+            return self.refuse()
         if self.path not in deeds:
             return self.head(404, "text/plain")
         try:
@@ -525,9 +526,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--top-p", type=float, default=0.9,
                         help="draw from the most probable tokens that make up this share (default: "
                              "%(default)s)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.05,
+    parser.add_argument("--repetition-penalty", type=float, default=1.0,
                         help="above 1: tokens that the answer has already are less probable (default: "
-                             "%(default)s, as MiniGPT-4)")
+                             "%(default)s, as VPGTrans; MiniGPT-4 has 1.05)")
     parser.add_argument("--precision", choices=tuple(transfer.DTYPES), default="bf16",
                         help="of ViT and LLM (default: %(default)s)")
     parser.add_argument("--llm-weights", choices=("full", "int8", "nf4"),
@@ -536,6 +537,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if args.page and args.image:
         parser.error("with --page, pictures are chosen on the page")
+    if not 0 <= args.port < 2**16:
+        parser.error("--port must be from 0 to 65535")
     return args
 
 

@@ -1040,7 +1040,7 @@ def ends_early(text, stop):
 
 
 def stream_text(tok, ids, stop=None):
-    """A generator of ids -> yields for each of them the text that it adds, at times "": half a
+    """Ids as they come -> yields for each of them the text that it adds, at times "": half a
     character is held back, and so is what may be the beginning of the text `stop`, which ends it
     all."""
     seen = []
@@ -1050,7 +1050,6 @@ def stream_text(tok, ids, stop=None):
         seen.append(id)
         text = tok.decode(seen)
         if stop and stop in text:
-            ids.close()
             text = text[: text.index(stop)]
             break
         sure = max(given, len(text) - ends_early(text, stop))

@@ -89,7 +89,7 @@ def read_conversations(spec, tok, template, args, say):
         if not why and len(asked) > args.max_tokens and len(tok.encode(asked)) > args.max_tokens:
             why = f"a first question longer than --max-tokens {args.max_tokens}"
         if why:
-            left_out.setdefault(why, []).append(f"{spec}, {item['id']}")
+            left_out.setdefault(why, []).append(f"{spec}, {item['id'] or i}")
         else:
             good.append(i)
     if not good:
@@ -103,7 +103,6 @@ class InstructionTuning:
     """A model that sees learns to converse, in the chat template of its language model."""
 
     name = "instruct"
-    assumed = 3_439, (60, 160), (60, 90)  # samples; longest and typical (prompt, target), for a dry run
     assumption = "taken are cc_sbu_align's amounts, and 90 tokens an answer"
 
     def __init__(self, args, is_dry):
@@ -117,6 +116,13 @@ class InstructionTuning:
         self.shapes = transfer.shape_whole(self.place, dtype, args.llm_weights)
         if not is_dry:
             hub.resolve(args.model, "model")  # fetches the weights
+
+    @property
+    def assumed(self):
+        """Samples; longest and typical (prompt, target): for a dry run."""
+        turns = [[INSTRUCTIONS[1], None]]
+        prompt, _ = data.chat_ids(self.tok, self.template, turns, self.shapes.num_query_tokens)
+        return 3_439, (len(prompt), 160), (len(prompt), 90)
 
     def check_length(self, most):
         """ValueError if questions and answers of so many tokens do not fit into the language model."""

@@ -5,8 +5,9 @@ model are right.
     python -m demo.conversations out/conversations --score out/chat
 
 `make chat` teaches them to a language model. With --score, the model of a run of stage 3 is asked what
-stands in test/, a turn after the other behind its own answers, with the right pictures, with those of
-other conversations and with none, and so is the model that the run began with.
+stands in test/, a turn after the other behind its own answers, with the right pictures and with those of
+other conversations, and so is the model that the run began with. Without a picture both are the same
+language model, which is frozen.
 """
 
 import argparse
@@ -196,12 +197,9 @@ def answer_all(model, prompts, pixels, stop):
     return model.llm.generate(words, prompts != data.PADDING, stop=stop, max_new_tokens=40)
 
 
-PICTURES = ("right", "shuffled", "none")
-
-
 def ask_models(run, folder, most, precision):
     """The model of a run of stage 3, and the one that it began with, in the run's template -> the
-    conversations, and {(model, picture): answers to each of them}"""
+    conversations, and {(model, pictures): answers to each of them}"""
     rows = json.loads((folder / "conversations.json").read_text())[:most]
     files = [folder / "images" / row["image"] for row in rows]
     shuffled = files[1:] + files[:1]
@@ -211,9 +209,10 @@ def ask_models(run, folder, most, precision):
     said = {}
     for who, model_name in names.items():
         model, tok = transfer.load_model(model_name, transfer.DTYPES[precision])
-        pictures = zip(PICTURES, (files, shuffled, None))
-        for picture, looked_at in tqdm(pictures, who, len(PICTURES), leave=False, disable=None):
+        pictures = {"right": files, "shuffled": shuffled}
+        for picture, looked_at in tqdm(pictures.items(), who, leave=False, disable=None):
             said[who, picture] = put_questions(model, tok, template, rows, looked_at)
+    said["both", "none"] = put_questions(model, tok, template, rows, None)
     return rows, said
 
 

@@ -61,13 +61,14 @@ SMOLLM2_STARTS = {
     "no-warm-up": ["--no-warm-up"],
     "scratch-stage1": ["--from-scratch", f"{HELD_OUT}/stage1"]}
 SMOLLM2_RATES = {
-    "scratch": [("", "2e-3"), ("", "4e-3"), ("", "1e-3")],
+    "scratch": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")],
     "auto": [("", "1e-3")],
-    "converter": [("2e-3", "2e-3"), ("2e-3", "5e-4"), ("2e-3", "1e-3"), ("5e-3", "1e-3")],
+    "converter": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-3", "1e-3")],  # as auto's, first
     "captions": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-4", "1e-3")],
     "ridge-0.001": [("2e-2", "1e-3"), ("2e-2", "2e-3"), ("5e-3", "1e-3")],
-    "no-warm-up": [("", "1e-3"), ("", "2e-3")],
-    "scratch-stage1": [("", "2e-3"), ("", "4e-3"), ("", "1e-3")]}
+    "no-warm-up": [("", "2e-3"), ("", "1e-3")],
+    "scratch-stage1": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")]}
+# The first of them is the best of those that are recorded.
 SMOLLM2_CHOSEN = {start: pairs[0] for start, pairs in SMOLLM2_RATES.items() if start != "auto"}
 SMOLLM2_BUDGETS = {300: tuple(SMOLLM2_CHOSEN), 1000: ("scratch", "converter", "captions")}
 
@@ -269,7 +270,7 @@ def smollm2_runs():
     runs = []
     for start, pairs in SMOLLM2_RATES.items():
         for rates in pairs:
-            name = "-".join(["smollm2-sweep", start, *filter(None, rates)])
+            name = "-".join(filter(None, ["smollm2-sweep", start, *rates]))
             runs.append(to_smollm2(name, start, 300, rates, "val", seed=0))
     for steps, starts in SMOLLM2_BUDGETS.items():
         for start in starts:

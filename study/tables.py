@@ -333,28 +333,38 @@ def last_shuffled(results, run):
     return [row["val_loss_shuffled"] for row in results.rows[run] if "val_loss_shuffled" in row][-1]
 
 
+def sweep_name(start, rates):
+    return "-".join(filter(None, ["smollm2-sweep", start, *rates]))
+
+
+def steps_to_baseline(results, name, baseline):
+    """Steps after which a run is as low as the best of a baseline's runs ends, as a cell."""
+    names = [sweep_name(baseline, rates) for rates in SMOLLM2_RATES[baseline]]
+    losses = results.losses({name: name for name in names})
+    if not losses:
+        return "–"
+    return results.first_below(name, min(losses.values())) or "not in 300"
+
+
 def smollm2_sweep_table(results):
     """Every start at every rate, seed 0: losses and captions of the validation images; and after how many
-    steps the best of the runs from scratch is passed."""
-    baselines = [f"smollm2-sweep-scratch-{rate}" for _, rate in SMOLLM2_RATES["scratch"]]
-    losses = results.losses({name: name for name in baselines})
-    goal = min(losses.values(), default=0)
+    steps the best of the runs from scratch are passed."""
     rows = []
     for start, pairs in SMOLLM2_RATES.items():
         for warm_up, rate in pairs:
-            name = "-".join(filter(None, ["smollm2-sweep", start, warm_up, rate]))
+            name = sweep_name(start, (warm_up, rate))
             if name not in results.rows:
                 continue
             record = results.records[name]
             taken = record.get("start") or {}
             warm_up = f"{taken['lr']:g}, {taken['init']}" if taken else warm_up or "–"
-            passed = results.first_below(name, goal)
             rows.append([
                 STARTED_SMOLLM2[start], warm_up, rate, *at_steps(results, name, (0, 60, 120, 180, 300)),
                 f"{last_shuffled(results, name):.3f}", share([record["right"]]),
-                "not in 300" if passed is None else passed])
+                *(steps_to_baseline(results, name, baseline) for baseline in ("scratch", "scratch-stage1"))])
     head = ["start", "warm-up rate", "then", "loss at step 0", "60", "120", "180", "300",
-            "300, shuffled images", "coloured shapes right", "steps to the best from scratch"]
+            "300, shuffled images", "coloured shapes right", "steps to the best from a random Q-Former",
+            "from a pre-trained one"]
     return table(head, rows)
 
 

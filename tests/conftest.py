@@ -420,6 +420,13 @@ def llm_pair(request, tmp_path_factory):
     return make_llm_pair(tmp_path_factory.mktemp("llm"), request.param)
 
 
+@pytest.fixture(params=["CPU", "GPU"])
+def device_kind(request, monkeypatch):
+    """On GPUs every step looks at all columns of the cache; on CPUs at those in use."""
+    if request.param == "GPU":
+        monkeypatch.setattr(language_models.Cache, "width", lambda cache: cache.keys.shape[-2])
+
+
 def random_prefix(B, P, D=32, seed=1):
     return torch.randn(B, P, D, generator=torch.Generator().manual_seed(seed))
 

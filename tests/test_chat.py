@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import time
 
@@ -89,9 +90,8 @@ class Readings:
         monkeypatch.setattr(llm, "read", watched)
 
 
-@pytest.mark.parametrize("has_image", [True, False])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_answers_are_those_behind_the_whole_conversation_read_anew(talker, penalty, has_image):
+@pytest.mark.parametrize("has_image, penalty", [(True, 1.0), (False, 1.3)])
+def test_answers_are_those_behind_the_whole_conversation_read_anew(talker, device_kind, has_image, penalty):
     """To the id in float32, turn after turn."""
     conversation = begin(talker, RED if has_image else None)
     options = dict(max_new_tokens=12, repetition_penalty=penalty)
@@ -173,7 +173,7 @@ def test_another_picture_begins_another_conversation(llama):
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_an_answer_that_is_stopped_stands_as_it_is(talker, count):
+def test_an_answer_that_is_stopped_stands_as_it_is(talker, device_kind, count):
     """And what is said next is as if all of that were read anew; without a letter, the question is taken
     back."""
     conversation = begin(talker)
@@ -343,6 +343,26 @@ def test_the_terminal_says_when_turns_are_forgotten(monkeypatch, capsys, llama):
                     said[told.index(1)])
 
 
+def test_ctrl_c_ends_an_answer_where_it_is(monkeypatch, capsys, llama):
+    conversation = begin(llama)
+    step = conversation.model.llm.step
+    steps = []
+
+    def interrupted(ids, cache):
+        steps.append(ids)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(ids, cache)
+
+    monkeypatch.setattr(conversation.model.llm, "step", interrupted)
+    (said,) = in_terminal(monkeypatch, capsys, conversation, QUESTIONS[0])[:1]
+    assert said.endswith(" (stopped)\n")
+    assert len(steps) == 3
+    ((_, answer),) = conversation.turns
+    assert chat.printable(answer) in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_what_would_command_the_terminal_is_not_printed():
     assert chat.printable("a\x1b[31m\x07 é漢\n\tb\x9b") == "a\ufffd[31m\ufffd é漢\n\tb\ufffd"
 
@@ -415,3 +435,4 @@ def test_bad_arguments_are_named(fails, chat_models, tmp_path):
     fails(chat.main, [folder, "--max-new-tokens", "0"], "max_new_tokens = 0")
     fails(chat.main, [folder, "--temperature", "-1"], "temperature = -1.0")
     fails(chat.main, [folder, "a.png", "--page"], "pictures are chosen on the page")
+    fails(chat.main, [folder, "--page", "--port", "70000"], "from 0 to 65535")

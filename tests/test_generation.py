@@ -239,13 +239,6 @@ def decoder_only(request, tmp_path_factory):
     return ours
 
 
-@pytest.fixture(params=["CPU", "GPU"])
-def device_kind(request, monkeypatch):
-    """On GPUs every step looks at all columns of the cache; on CPUs at those in use."""
-    if request.param == "GPU":
-        monkeypatch.setattr(language_models.Cache, "width", lambda cache: cache.keys.shape[-2])
-
-
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_behind_a_cache_it_generates_as_behind_the_whole_prefix(decoder_only, device_kind, num_beams, holes):

@@ -14,15 +14,18 @@ from conftest import (
     COLOURS,
     LLAMA_CONFIG,
     ROOT,
+    T5_CONFIG,
     TEXT,
     arguments,
     assert_same_losses,
     bad_data,
     make_blip2,
+    make_model,
     python,
     rows,
     torchrun,
     values,
+    write_kind,
     write_language_model,
     write_tokenizer,
 )
@@ -390,20 +393,30 @@ def test_commands_take_the_run_as_a_model(talk, run, tmp_path, capsys):
     assert values(tmp_path / "again", "val_loss")[0] == pytest.approx(losses[-1], rel=1e-6)
 
 
+def write_t5(folder):
+    """A random T5 with its tokenizer."""
+    write_kind(folder, "Unigram, bytes")
+    make_model(folder, T5_CONFIG | dict(vocab_size=700))
+    return folder
+
+
 @pytest.mark.slow
-def test_a_transfer_goes_on_to_stage_3(world, talk, tmp_path):
-    """train.py's run as it is, with a template of the command's for its LLM, which has none."""
-    target = write_language_model(tmp_path / "target")
-    transferred = tmp_path / "transferred"
+@pytest.mark.parametrize("write_target", [write_language_model, write_t5])
+def test_a_transfer_goes_on_to_stage_3(world, talk, tmp_path, write_target):
+    """train.py's run as it is, with a template of the command's for its LLM, which has none; and from there
+    to train.py again."""
+    target = write_target(tmp_path / "target")
     short = ["--no-warm-up", "--steps", "1"]
-    train.main(arguments((world[0], target, world[2]), transferred, *short))
-    vicuna = ["--template", "vicuna-v1.1", "--steps", "1"]
-    finetune.main(command((transferred, talk[1]), tmp_path / "chat", *vicuna))
-    _, tok, template = transfer.load_chat(str(tmp_path / "chat"), dtype=torch.float32)
+    train.main(arguments((world[0], target, world[2]), tmp_path / "moved", *short))
+    vicuna = ["--template", "vicuna-v1.1", "--steps", "2"]
+    finetune.main(command((tmp_path / "moved", talk[1]), tmp_path / "chat", *vicuna))
+    model, tok, template = transfer.load_chat(str(tmp_path / "chat"), dtype=torch.float32)
     vicuna = data.TEMPLATES["vicuna-v1.1"]
     assert transfer.describe_template(template) == transfer.describe_template(vicuna)
     turns = [["What colour is it?", None]]
     assert data.chat_ids(tok, template, turns, 5) == data.chat_ids(tok, vicuna, turns, 5)
+    moved, _ = transfer.load_model(str(tmp_path / "moved"), torch.float32)
+    assert not torch.equal(model.projector.weight, moved.projector.weight)
     train.main(arguments((tmp_path / "chat", target, world[2]), tmp_path / "on", *short))
 
 
@@ -452,3 +465,5 @@ def test_what_is_exported_converses_in_transformers_as_here(talk, tmp_path, temp
         (answer,) = model.generate(torch.tensor([ids]), images=image, stop=data.stop_ids(tok, found),
                                    max_new_tokens=8)
         assert answer and tok.decode(answer).strip() == said.strip()
+    ends = json.loads((tmp_path / "exported" / "config.json").read_text())["text_config"]["eos_token_id"]
+    assert ends == ([tok.encoder.token_to_id("<|im_end|>")] if template == "its own" else []) + [tok.eos_id]

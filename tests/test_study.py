@@ -543,9 +543,7 @@ def test_the_baseline_has_the_best_rate_of_its_sweep(start, steps):
 @pytest.mark.parametrize("start", experiments.SMOLLM2_CHOSEN)
 def test_runs_to_smollm2_have_the_best_rates_that_were_tried(start):
     results = records.Results(RESULTS)
-    names = {}
-    for rates in experiments.SMOLLM2_RATES[start]:
-        names[rates] = "-".join(filter(None, ["smollm2-sweep", start, *rates]))
+    names = {rates: tables.sweep_name(start, rates) for rates in experiments.SMOLLM2_RATES[start]}
     losses = results.losses(names)
     if losses:
         assert experiments.SMOLLM2_CHOSEN[start] == min(losses, key=losses.get)
