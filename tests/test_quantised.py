@@ -107,6 +107,17 @@ def test_product_and_gradient_are_those_of_the_decoded_matrix(weights, dtype):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
+def test_autocast_says_the_arithmetic_as_for_a_linear_layer(weights):
+    """On GPUs norms return float32 under it."""
+    layer = quantised_linear(weights, random_matrix(96, 160), torch.ones(96))
+    x = random_matrix(5, 160, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == nn.Linear(160, 96)(x).dtype == torch.bfloat16
+    assert torch.equal(y, layer(x.bfloat16()))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_the_operation_is_one_that_torch_compiles_and_differentiates(weights):
     """torch's own checks of an operation: its gradient, its shapes without weights, what it may change."""
     layer = quantised_linear(weights, random_matrix(6, 64))
