@@ -263,6 +263,9 @@ def converse(conversation, options):
             continue
         try:
             goes_on = not line.strip() or obey(conversation, line, options)
+        except torch.OutOfMemoryError as error:
+            conversation.release()
+            print(f"GPU memory ran out; /clear makes the conversation shorter ({printable(str(error))})")
         except (OSError, ValueError) as error:
             print(printable(str(error)))
 
