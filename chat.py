@@ -437,6 +437,9 @@ class Request(BaseHTTPRequestHandler):
             raise Gone
         if int(length) > most:
             self.head(413, "application/x-ndjson")
+            left = min(int(length), 8 * most)
+            while left > 0:  # or browsers, still sending, would not read the answer
+                left -= len(self.rfile.read(min(left, 2**16)) or bytes(left))
             raise ValueError(f"{int(length) / 2**20:.1f} MB are more than the {most / 2**20:g} MB that are "
                              "taken")
         return self.rfile.read(int(length))

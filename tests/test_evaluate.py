@@ -312,6 +312,8 @@ def test_the_lemmatiser_names_itself_or_is_missing(monkeypatch):
 class Chain:
     """A language model whose next token depends on the step and the token before: scores (steps,V,V)."""
 
+    start_id = None
+
     def __init__(self, scores):
         self.scores = iter(scores.log_softmax(-1))
 
@@ -331,7 +333,8 @@ def search(scores, beams, steps, penalty, stop, prompt_lengths, least=0):
     lengths = None if prompt_lengths[0] is None else torch.tensor(prompt_lengths)
     first = chain.step(torch.zeros(rows, 1, dtype=torch.long), None)
     ends = [(stop,)]
-    ids = language_models.beam_search(chain, first, NoCache(), steps, least, beams, penalty, ends, lengths)
+    begun = chain, first, NoCache(), steps, least, 1.0
+    ids = language_models.beam_search(*begun, beams, penalty, ends, lengths)
     return [language_models.without_end([i for i in row if i >= 0], ends) for row in ids.tolist()]
 
 
