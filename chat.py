@@ -506,6 +506,8 @@ def serve(port, name, chat, options):
     with page, contextlib.suppress(KeyboardInterrupt):
         print(f"http://127.0.0.1:{page.server_port} (Ctrl-C ends it)", flush=True)
         page.serve_forever()
+    # a thread that is at an answer would be torn out of torch's code, which aborts the process
+    os._exit(0)
 
 
 # --------------------------------------------------------------------------------------------- command
