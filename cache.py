@@ -252,4 +252,4 @@ def wait_for(file, reading, stop):
                 return None
         if time.monotonic() - began > LONGEST_WAIT:
             raise OSError(f"{file}: has not been read for {LONGEST_WAIT:,} seconds: look at whether its "
-                          "storage answers; what is in the cache already stays")
+                          "storage answers; what was done before stays")

@@ -126,9 +126,7 @@ class Conversation:
         places = self.model.num_query_tokens if self.picture else 0
         for forgotten in range(self.forgotten, len(self.turns) + 1):
             turns = [*self.turns[forgotten:], [question, None]]
-            ids, _ = data.chat_ids(self.tok, self.template, turns, places)
-            if self.tok.encoder_decoder:
-                ids.append(self.tok.eos_id)
+            ids = data.chat_prompt_ids(self.tok, self.template, turns, places)
             if len(ids) + max_new_tokens <= self.context:
                 break
         if len(ids) >= self.context:

@@ -1013,6 +1013,13 @@ def chat_ids(tok, template, turns, num_query_tokens=0, system=None):
     return ids, scored
 
 
+def chat_prompt_ids(tok, template, turns, num_query_tokens=0):
+    """What the LLM reads before it answers the last question of [[question, answer], ..., [question,
+    None]]: ids as of prompt_ids, an encoder's with </s> behind them."""
+    ids, _ = chat_ids(tok, template, turns, num_query_tokens)
+    return ids + [tok.eos_id] * tok.encoder_decoder
+
+
 def stop_ids(tok, template):
     """What ends an answer, as generate(stop=...) takes it: tuples of ids. ValueError if nothing
     does."""

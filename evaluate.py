@@ -17,9 +17,10 @@ project scores CIDEr and VQA accuracy without Java and without a framework.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -487,8 +488,14 @@ def clean_question(text, most=50):
     return " ".join(text.split(" ")[:most])
 
 
-def question_prompt(tok):
-    """The papers' prompt for this kind of language model."""
+SHORTLY = "{}\nAnswer with one word or a short phrase."  # who converses would say a sentence
+
+
+def question_prompt(tok, template=None):
+    """The papers' prompt for this kind of language model; not of the papers, that of one that converses
+    in a data.ChatTemplate."""
+    if template:
+        return SHORTLY
     return "Question: {} Short answer:" if tok.encoder_decoder else "Question: {} Answer:"
 
 
@@ -498,9 +505,9 @@ def common_start(rows):
     return next((n for n in range(least) if len({row[n] for row in rows}) > 1), least)
 
 
-def answer_prompts(model, tok, prompts, sees, index, batch_size, options):
-    """Prompts as texts, what the model saw of some images, and which of these each prompt is about
-    (a list) -> as many answers.
+def answer_prompts(model, tok, prompts, sees, index, batch_size, options, template=None):
+    """Prompts as texts, what the model saw of some images (of none: {}), and which of these each prompt is
+    about (a list) -> as many answers. A model that converses is asked in its template.
 
     Prompts of one length go together and shorter ones are padded on the left, so that no answer
     depends on its neighbours. Where an image has several questions, a decoder-only LLM reads what
@@ -508,13 +515,15 @@ def answer_prompts(model, tok, prompts, sees, index, batch_size, options):
     import torch
 
     import data
+    import transfer
 
-    ids = [data.prompt_ids(tok, model.num_query_tokens, text.rstrip(" ")) for text in prompts]
-    options = options | {"stop": ((tok.end_id,), (tok.eos_id,))}
-    images = len(next(iter(sees.values())))
+    places = model.num_query_tokens if sees else 0
+    ids = [transfer.ask_ids(tok, places, text, template) for text in prompts]
+    options = options | {"stop": transfer.ends(model, tok, template)}
+    images = len(next(iter(sees.values()))) if sees else 0
     shared = None
-    reads_image = model.num_query_tokens > 0  # in its prompt, and not in its memory
-    if len(ids) > images and reads_image and not tok.encoder_decoder:
+    start = 0
+    if len(ids) > images and places and not tok.encoder_decoder:  # the image is in the prompt, no memory
         start = common_start(ids)
         head = torch.tensor([ids[0][:start]]).expand(images, -1)
         with torch.inference_mode():
@@ -523,23 +532,24 @@ def answer_prompts(model, tok, prompts, sees, index, batch_size, options):
     answers = [None] * len(ids)
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        places = torch.tensor([index[i] for i in rows])
-        if shared is None:
-            padded = data.pad([ids[i] for i in rows], data.PADDING, left=True)
-            seen = {name: x[places.to(x.device)] for name, x in sees.items()}
-            found = model.generate(padded, **seen, **options)
+        padded = data.pad([ids[i][start:] for i in rows], data.PADDING, left=True)
+        which = torch.tensor([index[i] for i in rows])
+        if shared:
+            words = start - places
+            found = generate_behind(model.llm, shared.rows(which), padded, words, **options)
+        elif not sees:
+            found = generate_behind(model.llm, None, padded, 0, **options)
         else:
-            padded = data.pad([ids[i][start:] for i in rows], data.PADDING, left=True)
-            words = start - model.num_query_tokens
-            found = generate_behind(model.llm, shared.rows(places), padded, words, **options)
+            seen = {name: x[which.to(x.device)] for name, x in sees.items()}
+            found = model.generate(padded, **seen, **options)
         for i, row in zip(rows, found):
-            answers[i] = tok.decode(row).strip()
+            answers[i] = transfer.read_answer(tok, row, template)
     return answers
 
 
 def generate_behind(llm, cache, ids, words_before, length_penalty_counts="new", **options):
     """The LLM's answers to ids (B,P) behind what a cache holds, among it so many of the prompt's
-    tokens."""
+    tokens, or behind nothing (None)."""
     import torch
 
     import data
@@ -547,60 +557,82 @@ def generate_behind(llm, cache, ids, words_before, length_penalty_counts="new", 
     mask = ids != data.PADDING
     if length_penalty_counts == "prompt":
         options["prompt_lengths"] = words_before + mask.sum(1)
-    device = cache.keys.device
+    device = device_of(llm)
     with torch.inference_mode():
         words = llm.embed(ids.clamp(min=0).to(device))
     return llm.generate(words, None if mask.all() else mask.to(device), cache=cache, **options)
 
 
+READERS = 8  # threads that read images: Pillow decodes outside of Python's lock
+
+
 def read_ahead(files, size, count):
-    """Image files -> lists of `count` (file, pixels or None, why there are none); while one list is at
-    work the next one is read."""
+    """-> a context with what gives, one after the other, the pixels of image files or, as a text, why
+    there are none; while some are at work the next ones are read, `count` at most. OSError where the
+    storage does not answer."""
+    import cache
+    import data
+    import loop
+
+    read = functools.partial(data.read_image, size=size)
+    return contextlib.closing(cache.read_ahead(read, files, READERS, count, loop.must_stop))
+
+
+def take(images, count):
+    """The next images of read_ahead. data.Stopped if the command was asked to stop while it waited."""
     import data
 
-    def read(file):
-        try:
-            return file, data.read_image(file, size), None
-        except OSError as error:
-            return file, None, str(error)
-
-    chunks = [files[i : i + count] for i in range(0, len(files), count)]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # Pillow decodes outside of Python's lock
-        following = None
-        for chunk in [*chunks, []]:
-            ready = following
-            following = pool.map(read, chunk)
-            if ready is not None:
-                yield list(ready)
+    found = list(itertools.islice(images, count))
+    if len(found) < count:
+        raise data.Stopped
+    return found
 
 
-def answer_items(model, tok, items, prompt, options, batch_size):
+def see(model, pixels, blind):
+    """What a model sees of images (B,3,H,W) uint8, as answer_prompts takes it; of none where it is
+    blind."""
+    import torch
+
+    if blind and model.num_query_tokens:
+        return {}
+    with torch.inference_mode():
+        sees = model.see(pixels.to(device_of(model)))
+    if blind:  # a memory has rows of its own for a question without an image
+        sees["has_image"] = torch.zeros(len(pixels), dtype=torch.bool)
+    return sees
+
+
+def answer_items(model, tok, items, prompt, options, batch_size, template=None, blind=False):
     """Items -> one list for each `batch_size` images: [{id, answer, and the problem where the image
-    cannot be read}]. Each image is seen once, whatever the number of its questions."""
+    cannot be read}]. Each image is seen once, whatever the number of its questions. `prompt` has {} in
+    the question's place; where the model is `blind`, it is asked without the image."""
     import torch
 
     of_image = {}
     for item in items:
         of_image.setdefault(item["image"], []).append(item)
-    for read in read_ahead(list(of_image), model.image_size, batch_size):
-        rows = []
-        asked = []
-        index = []
-        images = []
-        for file, pixels, problem in read:
-            if pixels is None:
-                rows += [{"id": item["id"], "answer": "", "problem": problem} for item in of_image[file]]
-                continue
-            asked += of_image[file]
-            index += [len(images)] * len(of_image[file])
-            images.append(pixels)
-        if images:
-            with torch.inference_mode():
-                sees = model.see(torch.stack(images).to(device_of(model)))
-            prompts = [prompt.replace("{}", clean_question(item["question"] or "")) for item in asked]
-            answers = answer_prompts(model, tok, prompts, sees, index, batch_size, options)
-            rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
-        yield rows
+    files = list(of_image)
+    clean = str if template else clean_question  # who converses is asked as people write
+    with read_ahead(files, model.image_size, 2 * batch_size) as images:
+        for first in range(0, len(files), batch_size):
+            rows = []
+            asked = []
+            index = []
+            pixels = []
+            some = files[first : first + batch_size]
+            for file, image in zip(some, take(images, len(some))):
+                if isinstance(image, str):
+                    rows += [{"id": item["id"], "answer": "", "problem": image} for item in of_image[file]]
+                    continue
+                asked += of_image[file]
+                index += [len(pixels)] * len(of_image[file])
+                pixels.append(image)
+            if pixels:
+                sees = see(model, torch.stack(pixels), blind)
+                prompts = [prompt.replace("{}", clean(item["question"] or "")) for item in asked]
+                answers = answer_prompts(model, tok, prompts, sees, index, batch_size, options, template)
+                rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
+            yield rows
 
 
 def device_of(model):
@@ -641,37 +673,31 @@ def choose(model, tok, items, with_captions, images, has_image):
     return greedy, best
 
 
-def answer_choices(model, tok, items, with_captions, batch_size):
+def answer_choices(model, tok, items, with_captions, batch_size, blind=False):
     """As answer_items, for questions with choices, some of which have no image: rows hold the "letter" of
     the largest logit, too."""
     import torch
 
-    import data
-
-    def look(item):
-        try:
-            return data.read_image(item["image"], model.image_size), None
-        except OSError as error:
-            return None, str(error)
-
-    blank = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
-    for first in range(0, len(items), batch_size):
-        rows = []
-        asked = []
-        images = []
-        for item in items[first : first + batch_size]:
-            pixels, problem = look(item) if item["image"] else (blank, None)
-            if problem:
-                rows.append({"id": item["id"], "answer": "", "letter": "", "problem": problem})
-                continue
-            asked.append(item)
-            images.append(pixels)
-        if asked:
-            has_image = torch.tensor([bool(item["image"]) for item in asked])
-            answers = choose(model, tok, asked, with_captions, torch.stack(images), has_image)
-            for item, text, letter in zip(asked, *answers):
-                rows.append({"id": item["id"], "answer": text, "letter": letter})
-        yield rows
+    nothing = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
+    files = [item["image"] for item in items if item["image"]]
+    with read_ahead(files, model.image_size, 2 * batch_size) as images:
+        for first in range(0, len(items), batch_size):
+            rows = []
+            asked = []
+            pixels = []
+            for item in items[first : first + batch_size]:
+                image = take(images, 1)[0] if item["image"] else nothing
+                if isinstance(image, str):
+                    rows.append({"id": item["id"], "answer": "", "letter": "", "problem": image})
+                    continue
+                asked.append(item)
+                pixels.append(image)
+            if asked:
+                has_image = torch.tensor([bool(item["image"]) and not blind for item in asked])
+                answers = choose(model, tok, asked, with_captions, torch.stack(pixels), has_image)
+                for item, text, letter in zip(asked, *answers):
+                    rows.append({"id": item["id"], "answer": text, "letter": letter})
+            yield rows
 
 
 def read_answers(folder, name, header):
@@ -714,38 +740,63 @@ def share(items, processes):
     return [item for item, image in zip(items, shown) if images[image] % processes.world == processes.rank]
 
 
-def answer_task(task, model, tok, header, args, folder, processes):
-    """Answers what is not answered yet, each process its share of the images -> {id: row} of all."""
+def answer_task(task, model, tok, template, header, args, folder, processes):
+    """Answers what is not answered yet, each process its share of the images -> {id: row} of all. A
+    signal ends the command behind the images at work."""
     from tqdm import tqdm
+
+    import data
+    import loop
 
     done = {id for id, row in read_answers(folder, task.name, header).items() if "problem" not in row}
     processes.sum(0)  # all have read before one writes
     mine = [item for item in share(task.items, processes) if item["id"] not in done]
+    blind = args.images == "none"
     if task.name == "scienceqa":
-        answered_ahead = answer_choices(model, tok, mine, header["captions"], args.batch_size)
+        answered = answer_choices(model, tok, mine, header["captions"], args.batch_size, blind)
     else:
         options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
-        answered_ahead = answer_items(model, tok, mine, header["prompt"], options, args.batch_size)
+        answered = answer_items(model, tok, mine, header["prompt"], options, args.batch_size, template, blind)
     hidden = None if processes.rank == 0 else True  # None: where nobody looks at a terminal
     bar = tqdm(total=len(mine), desc=task.name, unit="answer", leave=False, disable=hidden)
+    stopped = False
     with bar, open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
-        for rows in answered_ahead:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-            file.flush()
-            bar.update(len(rows))
-    processes.sum(0)
+        try:
+            for rows in answered:
+                file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+                file.flush()
+                bar.update(len(rows))
+                if loop.must_stop():
+                    raise data.Stopped
+        except data.Stopped:
+            stopped = True
+    if processes.sum(stopped)[0]:
+        processes.say("stopped; the same command goes on with the answers that are there")
+        sys.exit(130)
     return read_answers(folder, task.name, header)
 
 
 def answer_greedily(task, model, tok, batch_size, processes):
-    """{id: row} of all items of a task, each process its share; nothing is kept on the disk."""
+    """{id: row} of all items of a task, each process its share; nothing is kept on the disk.
+    loop.Failure if all is to stop while it waits for images."""
+    import data
+    import loop
+
     asks = BENCHMARKS[task.name].asks
     options = {"max_new_tokens": (QUESTION if asks else CAPTION)["max_new_tokens"]}
     prompt = question_prompt(tok) if asks else ""
     mine = share(task.items, processes)
-    answered = answer_items(model, tok, mine, prompt, options, batch_size)
-    rows = processes.gather([row for rows in answered for row in rows])
-    return {row["id"]: row for row in rows}
+    rows = []
+    stopped = False
+    try:
+        for some in answer_items(model, tok, mine, prompt, options, batch_size):
+            rows += some
+    except data.Stopped:
+        stopped = True
+    if processes.sum(stopped)[0]:
+        raise loop.Failure(f"stopped while the images of {task.name} were waited for; --resume goes on from "
+                           "the state that was saved last")
+    return {row["id"]: row for row in processes.gather(rows)}
 
 
 def scorer(specs, limit, tok, batch_size, processes):
@@ -909,10 +960,18 @@ def parse_arguments(argv=None):
                              "older ones, on which the published scores rest (default: %(default)s); "
                              "both are in scores.json")
     asking = parser.add_argument_group("asking")
-    asking.add_argument("--caption-prompt", default="", help="(default: none, as VPGTrans)")
+    asking.add_argument("--template", metavar="NAME",
+                        help="ask in this chat template, vicuna-v0 or vicuna-v1.1 (default: in the one that "
+                             "stage 3 taught, if any; else the model continues the prompts)")
+    asking.add_argument("--caption-prompt", default="",
+                        help="(default: none, as VPGTrans; in a chat template a request in one sentence)")
     asking.add_argument("--question-prompt", metavar="TEXT",
                         help="with {} for the question (default: \"Question: {} Answer:\", for T5 "
-                             "\"Question: {} Short answer:\", as VPGTrans)")
+                             "\"Question: {} Short answer:\", as VPGTrans; in a chat template the question, "
+                             "and that the answer be short)")
+    asking.add_argument("--images", choices=("right", "shuffled", "none"), default="right",
+                        help="ask about each image, or about another one of the file, or without any, which "
+                             "shows what can be guessed (default: %(default)s)")
     asking.add_argument("--captions", action="store_true",
                         help="ScienceQA: with captions.json's captions in the context, as MemVP's figures "
                              "were made, though its training had none (default: without)")
@@ -966,22 +1025,39 @@ def find_tasks(args):
     return tasks
 
 
-def describe_asking(task, args, tok, model_name, fingerprint):
-    """The first line of a file of answers: what they depend on."""
-    asks = task.items[0]["question"] is not None
+def describe_asking(task, args, tok, template):
+    """What the answers of a task depend on beside the model: in the first line of their file."""
+    import transfer
+
     items = json.dumps([[item["id"], item["question"]] for item in task.items]).encode()
-    prompt = args.question_prompt or question_prompt(tok)
+    same = {"images": args.images, "items": len(task.items), "digest": short_hash(items)}
     if task.name == "scienceqa":
-        return {"model": model_name, "fingerprint": fingerprint, "precision": args.precision,
-                "prompt": f"QCM-A, {FORCED}", "captions": args.captions, "items": len(task.items),
-                "digest": hashlib.sha256(items).hexdigest()[:16]}
-    return {
-        "model": model_name, "fingerprint": fingerprint, "precision": args.precision,
-        "prompt": prompt if asks else args.caption_prompt,
-        **(QUESTION if asks else CAPTION), "num_beams": args.num_beams,
-        "length_penalty_counts": args.length_penalty_counts,
-        "items": len(task.items), "digest": hashlib.sha256(items).hexdigest()[:16],
-    }
+        return same | {"prompt": f"QCM-A, {FORCED}", "captions": args.captions}
+    asks = task.items[0]["question"] is not None
+    if asks:
+        prompt = args.question_prompt or question_prompt(tok, template)
+    else:
+        prompt = args.caption_prompt or transfer.caption_prompt(template)
+    converses = template and short_hash(template.source.encode())
+    return same | (QUESTION if asks else CAPTION) | {
+        "prompt": prompt, "template": converses, "num_beams": args.num_beams,
+        "length_penalty_counts": args.length_penalty_counts}
+
+
+def short_hash(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def with_images(items, images):
+    """Items as --images says: "shuffled", each image's questions are about the next image of the file.
+    ValueError where there is no other one."""
+    if images != "shuffled":
+        return items
+    files = list(dict.fromkeys(item["image"] for item in items if item["image"]))
+    if len(files) < 2:
+        raise ValueError(f"--images shuffled needs two images; here are {len(files)}")
+    lent = dict(zip(files, files[1:] + files[:1]))
+    return [item | {"image": lent.get(item["image"])} for item in items]
 
 
 def default_out(model):
@@ -993,44 +1069,62 @@ def default_out(model):
     return Path("out") / model.strip("./").replace("/", "--")
 
 
+def load(args, device):
+    """-> the model, its tokenizer, and the chat template in which it is asked, or None."""
+    import transfer
+
+    template = transfer.find_template(args.model, args.template)
+    model, tok = transfer.load_model(args.model, transfer.DTYPES[args.precision], device, args.llm_weights)
+    return model, tok, template
+
+
 def evaluate(args, processes):
     """-> {benchmark: result} on the first process."""
     import hub
+    import loop
     import runs
-    import transfer
 
     tasks = find_tasks(args)
-    out = args.out or default_out(args.model)
-    folder = out / (f"evaluation-limit-{args.limit}" if args.limit else "evaluation")
+    folder = args.out or default_out(args.model)
+    folder /= "evaluation" + (f"-{args.images}" if args.images != "right" else "")
+    if args.limit:
+        folder = folder.with_name(f"{folder.name}-limit-{args.limit}")
     with processes.first_goes_first():
-        dtype = transfer.DTYPES[args.precision]
-        model, tok = transfer.load_model(args.model, dtype, processes.device, args.llm_weights)
+        model, tok, template = load(args, processes.device)
     askable = [task for task in tasks if task.name != "scienceqa" or not model.num_query_tokens]
     if askable != tasks and (args.benchmarks or not askable):
         raise ValueError(f"scienceqa is for runs of MemVP (finetune.py), and {args.model} is none: it cannot "
                          "be asked without an image")
-    tasks = askable
-    asked = hub.lasting_name(args.model), hub.fingerprint(model.saved())
+    asked = {"model": hub.lasting_name(args.model), "fingerprint": hub.fingerprint(model.saved()),
+             "precision": args.precision, "llm_weights": model.llm.weights}
     lock = contextlib.nullcontext()
     if processes.rank == 0:
         lock = runs.locked(folder, " ".join(sys.argv), processes.say)
-    with lock:
-        results = {}
-        for task in tasks:
-            header = describe_asking(task, args, tok, *asked) | {"llm_weights": model.llm.weights}
-            rows = answer_task(task, model, tok, header, args, folder / "answers", processes)
+    results = {}
+    with lock, loop.stopping_when_asked():
+        for task in askable:
+            task.items = with_images(task.items, args.images)
+            header = asked | describe_asking(task, args, tok, template)
+            rows = answer_task(task, model, tok, template, header, args, folder / "answers", processes)
             if processes.rank == 0:
                 results[task.name] = score_task(task, rows, args, folder) | {"asked": header}
                 processes.say("\n".join(describe(task.name, results[task.name])))
         if processes.rank == 0:
-            settings = {"model": asked[0], "normalise": args.normalise, "limit": args.limit}
-            write_json(folder / "scores.json", settings | {"benchmarks": results})
-            processes.say("\n" + "\n".join(table(args.model, results)))
-            if args.limit:
-                processes.say(f"With --limit {args.limit} this is a look, and no score: CIDEr reads what is "
-                              "rare off the images at hand.")
-            processes.say(f"Answers, scores and pictures are in {folder}/")
+            report(args, asked["model"], results, folder, processes.say)
     return results
+
+
+def report(args, model, results, folder, say):
+    """Writes scores.json, and prints the table."""
+    settings = {"model": model, "normalise": args.normalise, "limit": args.limit, "images": args.images}
+    write_json(folder / "scores.json", settings | {"benchmarks": results})
+    say("\n" + "\n".join(table(args.model, results)))
+    if args.limit:
+        say(f"With --limit {args.limit} this is a look, and no score: CIDEr reads what is rare off the "
+            "images at hand.")
+    if args.images != "right":
+        say(f"With --images {args.images} this is what is guessed, and no score.")
+    say(f"Answers, scores and pictures are in {folder}/")
 
 
 def main(argv=None):

@@ -120,7 +120,7 @@ def resolve(name, role):
                                 f"{what_else(folder.parent)}")
     repository = names.get(name, name)
     if repository.count("/") != 1 or repository.startswith((".", "/")):
-        kind = "target" if role == "tokenizer" else role
+        kind = {"tokenizer": "target", "shapes": "model"}.get(role, role)
         raise FileNotFoundError(f"{name}: no such folder, and no short name of a {kind}: those are "
                                 f"{', '.join(names)}; a Hub id reads owner/name")
     folder = fetch(repository, ROLES[role])

@@ -3,6 +3,7 @@ r"""Caption images, or ask about them, with a model that VPGTrans trained (or a 
     python sample.py cat.jpg dog.png --model out/opt-2.7b-to-opt-6.7b
     python sample.py cat.jpg --model out/opt-2.7b-to-opt-6.7b \
         --prompt "Question: what colour is the cat? Answer:"
+    python sample.py cat.jpg --model out/opt-6.7b-to-vicuna-7b-chat --prompt "What colour is the cat?"
 """
 
 import argparse
@@ -22,8 +23,11 @@ def parse_arguments(argv=None):
                         help="a run's folder (out/...), or a BLIP-2 checkpoint (folder, Hub id, "
                              "short name)")
     parser.add_argument("--prompt", default="",
-                        help="what to continue, such as \"Question: what shape is it? Answer:\" "
-                             "(default: nothing, which gives a caption)")
+                        help="what to continue, such as \"Question: what shape is it? Answer:\"; a model "
+                             "that stage 3 taught to converse is asked it as a question, in its chat "
+                             "template (default: a caption)")
+    parser.add_argument("--template", choices=sorted(data.TEMPLATES),
+                        help="ask in this chat template (default: in the one that stage 3 taught, if any)")
     parser.add_argument("--num-beams", type=int, default=5,
                         help="beam search (default: %(default)s, as the paper)")
     parser.add_argument("--max-new-tokens", type=int, default=30, help="(default: %(default)s)")
@@ -53,12 +57,13 @@ def answer_all(args):
         raise ValueError("--max-new-tokens must be at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = transfer.DTYPES[args.precision]
+    template = transfer.find_template(args.model, args.template)
     model, tok = transfer.load_model(args.model, dtype, device, args.llm_weights)
     pixels = torch.stack([data.resize(image, model.image_size) for image in images])
     options = {name: getattr(args, name) for name in OF_GENERATE}
     answers = []
     for batch in pixels.split(16):
-        answers += transfer.answer(model, tok, batch, args.prompt, **options)
+        answers += transfer.answer(model, tok, batch, args.prompt, template, **options)
     return answers
 
 

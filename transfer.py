@@ -584,6 +584,19 @@ def load_model(name, dtype=torch.bfloat16, device="cpu", weights=None):
     return vpgtrans.VisualLLM(vpg, projector, llm).eval(), data.load_tokenizer(place.tokenizer)
 
 
+def taught_template(place):
+    """The data.ChatTemplate that stage 3 taught a run, or what was exported from it, by its config.json;
+    None where there was no stage 3. ValueError if it is damaged."""
+    taught = hub.read_config(place.folder).get("chat_template")
+    if not isinstance(taught, dict):
+        return None
+    try:
+        return data.ChatTemplate(**taught)
+    except TypeError as error:
+        raise ValueError(f"{place.folder / 'config.json'}: its chat_template is damaged ({error}); copy the "
+                         "run again") from None
+
+
 def choose_template(place, name=None):
     """The data.ChatTemplate in which a model converses: that of its run, or what was exported from it,
     where stage 3 taught it; else the one of data.TEMPLATES that is named; else its LLM's own. ValueError
@@ -592,23 +605,18 @@ def choose_template(place, name=None):
         raise ValueError(f"--template {name}: there are {', '.join(data.TEMPLATES)}; without it, a "
                          "checkpoint's own chat template is taken")
     asked = data.TEMPLATES.get(name)
-    taught = hub.read_config(place.folder).get("chat_template")
-    if not isinstance(taught, dict):
+    taught = taught_template(place)
+    if taught is None:
         template = asked or data.load_chat_template(place.llm)
         if template is None:
             raise ValueError(f"{place.llm}: has no chat template, neither chat_template.jinja nor in "
                              "tokenizer_config.json; name the one that it was taught with: --template "
                              f"{' or '.join(data.TEMPLATES)}")
         return template
-    try:
-        template = data.ChatTemplate(**taught)
-    except TypeError as error:
-        raise ValueError(f"{place.folder / 'config.json'}: its chat_template is damaged ({error}); copy the "
-                         "run again") from None
-    if asked and describe_template(asked) != describe_template(template):
+    if asked and describe_template(asked) != describe_template(taught):
         raise ValueError(f"{place.name}: was taught to converse in another chat template than {name}; leave "
                          "--template out, and it is asked in its own")
-    return template
+    return taught
 
 
 def describe_template(template):
@@ -622,7 +630,7 @@ def find_whole(name):
     run = hub.read_config(place.folder)
     if run.get("model_type") == "memvp":
         raise ValueError(f"{name}: a run of MemVP, which answers the questions of its task and does not "
-                         "converse; ask it by sample.py")
+                         "converse; ask it by sample.py, without --template")
     if run.get("model_type") != "vpgtrans":
         return place
     llm = hub.resolve(run["llm"]["name"], "tokenizer").folder
@@ -660,16 +668,59 @@ def load_chat(name, template=None, dtype=torch.bfloat16, device="cpu", weights=N
     return *load_model(name, dtype, device, weights), found
 
 
-def answer(model, tok, images, prompt="", **options):
-    """What the model says about images (B,3,H,W) uint8 behind a prompt: a caption where that is
-    empty. -> B texts
+# A model that continues a text is asked with that text, one that was taught to converse with what a
+# person says first. sample.py and evaluate.py ask both, each in its own way; chat.py the second alone.
 
-    A blank at the end of the prompt is taken off: byte-level BPEs write it as the beginning of the
-    next word, so that a model which reads it alone answers nonsense. `options` are those of the
-    LLM's generate."""
-    ids = data.prompt_ids(tok, model.num_query_tokens, prompt.rstrip(" "))
+DESCRIBE = "Describe this image in one sentence."  # who converses is asked so for a caption
+
+
+def find_template(name, asked=None):
+    """The data.ChatTemplate in which a single question is asked: what stage 3 taught, or one of
+    data.TEMPLATES that is named (`asked`). None: the model continues a text. ValueError as of
+    choose_template."""
+    if asked is None and taught_template(hub.resolve(name, "shapes")) is None:
+        return None
+    return choose_template(find_whole(name), asked)
+
+
+def caption_prompt(template):
+    """What a model is asked for a caption."""
+    return DESCRIBE if template else ""
+
+
+def ask_ids(tok, num_query_tokens, text, template=None):
+    """What the LLM reads before it answers a text, as ids of data.prompt_ids or, in a template, of
+    data.chat_prompt_ids.
+
+    A blank at the end of a text that is continued is taken off: byte-level BPEs write it as the
+    beginning of the next word, so that a model which reads it alone answers nonsense."""
+    if template:
+        return data.chat_prompt_ids(tok, template, [[text, None]], num_query_tokens)
+    return data.prompt_ids(tok, num_query_tokens, text.rstrip(" "))
+
+
+def ends(model, tok, template=None):
+    """What ends an answer, as the LLM's generate takes it as `stop`."""
+    if template:
+        found = *model.llm.stop, (tok.eos_id,), *data.stop_ids(tok, template)
+        return tuple(dict.fromkeys(found))
+    return (tok.end_id,), (tok.eos_id,)
+
+
+def read_answer(tok, ids, template=None):
+    """Ids that the LLM has said -> the answer as a text."""
+    text = tok.decode(ids)
+    if template and template.stop:  # however it was tokenized
+        text = text.partition(template.stop)[0]
+    return text.strip()
+
+
+def answer(model, tok, images, prompt="", template=None, **options):
+    """What the model says about images (B,3,H,W) uint8 behind a prompt, or when a person asks it in a
+    template: a caption where the prompt is empty. -> B texts. `options` are those of the LLM's
+    generate."""
+    ids = ask_ids(tok, model.num_query_tokens, prompt or caption_prompt(template), template)
     prompts = torch.tensor([ids]).expand(len(images), -1)
     images = images.to(next(model.parameters()).device)
-    stop = ((tok.end_id,), (tok.eos_id,))
-    answers = model.generate(prompts, images=images, stop=stop, **options)
-    return [tok.decode(row).strip() for row in answers]
+    answers = model.generate(prompts, images=images, stop=ends(model, tok, template), **options)
+    return [read_answer(tok, row, template) for row in answers]
