@@ -177,6 +177,12 @@ class InstructionTuning:
         transfer.check_vocabulary(self.tok, model.llm, self.place)
         return model
 
+    def fill_cache(self, args, samples, model, processes):
+        """Opens, and fills, the caches of what the frozen VPG makes of each image."""
+        samples.sets = train.open_caches(args, samples.sets, model.vpg, processes.say)
+        for items in samples.sets:
+            train.fill_cache(items.cache, model.vpg, model.image_size, args, processes)
+
     def config(self, args, model):
         """config.json of the run."""
         return transfer.chat_config(args, self.place, model, self.template)
@@ -399,8 +405,7 @@ def fill_cache(args, questions, model, made, processes):
     dtype = transfer.DTYPES[args.precision]
     features = cache.FeatureCache(args.cache / args.task, items.files(), shape, dtype, made_with)
     train.check_cache_fits(args.cache, [features], processes.say)
-    with loop.stopping_when_asked():
-        train.fill_cache(features, see, model.image_size, args, processes)
+    train.fill_cache(features, see, model.image_size, args, processes)
     questions.sets = [dataclasses.replace(items, cache=features)]
 
 
@@ -450,6 +455,10 @@ class MemVPTuning:
         model = transfer.build_memory_llm(self.made, self.vit, self.llm, dtype, device, args.llm_weights)
         transfer.check_vocabulary(self.tok, model.llm, self.llm)
         return model
+
+    def fill_cache(self, args, questions, model, processes):
+        """As InstructionTuning's."""
+        fill_cache(args, questions, model, self.made, processes)
 
     def config(self, args, model):
         return memory_config(args, self.made, model)
@@ -509,9 +518,6 @@ def add_memvp(parser):
     method.add_argument("--normalise", choices=tuple(memvp.NORMALISE), default="imagenet",
                         help="images by whose mean and deviation: ImageNet's, with which the "
                              "paper's figures were made, or CLIP's own (default: %(default)s)")
-    method.add_argument("--cache", type=Path, metavar="DIR",
-                        help="keep there what stands still of each image, computed once for all "
-                             "runs; for --features queries or --adapters 0")
 
 
 def add_data(parser):
@@ -553,12 +559,15 @@ def add_machine(parser):
                          help="samples at a time on one GPU; but for the draws of dropout, the"
                               " result is the same whatever it is (default: %(default)s)")
     train.add_machine_options(machine)
+    machine.add_argument("--cache", type=Path, metavar="DIR",
+                         help="keep there what stands still of each image, computed once for all runs; for "
+                              "--trains projector, --features queries or --adapters 0")
 
 
 # What is for one of the two alone, and what it cannot do without
 INSTRUCTION_OPTIONS = ("model", "template", "trains", "val")
 MEMVP_OPTIONS = ("llm", "llm_tokenizer", "vit", "features", "vit_layers", "prompts", "rows", "image_scale",
-                 "adapters", "normalise", "cache")
+                 "adapters", "normalise")
 
 
 def check_method(parser, args):
@@ -591,6 +600,13 @@ def check_memvp(parser, args):
                      "its features change")
 
 
+def check_instructions(parser, args):
+    """Ends the command where options of stage 3 exclude each other."""
+    if args.cache and args.trains != "projector":
+        parser.error("--cache is for --trains projector: else the Q-Former trains, and what it makes of an "
+                     "image changes")
+
+
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -603,6 +619,7 @@ def parse_arguments(argv=None):
         check_memvp(parser, args)
         args.out = args.out or Path("out") / f"{Path(args.llm).name}-memvp-{args.task}"
     else:
+        check_instructions(parser, args)
         args.out = args.out or Path("out") / f"{Path(args.model).name}-chat"
     return args
 
@@ -723,7 +740,8 @@ def set_up(args, found, watch):
     run = loop.Run(args, saved, processes, model, validation, log, watch)
     run.remedy = "Start anew with a lower --lr, with --clip 1 or --precision fp32, in a new --out"
     if args.cache:
-        fill_cache(args, samples, model, method.made, processes)
+        with loop.stopping_when_asked():
+            method.fill_cache(args, samples, model, processes)
     order = data.plan(data.sizes(samples.sets), steps * stage.batch_size, args.seed, found.weights)
     return run, loop.Job(method.name, stage, samples, order, steps), resumed
 

@@ -530,11 +530,11 @@ def free_space(folder):
 
 
 def open_caches(args, sets, vpg, say):
-    """-> the data sets of stage 1, each with the cache of its images' queries under --cache.
-    OSError if they do not fit there."""
+    """-> data sets, each with the cache of its images' queries under --cache. OSError if they do not fit
+    there."""
     if len({pairs.name for pairs in sets}) < len(sets):
-        raise ValueError("--cache: two data sets of stage 1 have the same name; give each its own, "
-                         "--data NAME=...")
+        raise ValueError("--cache: two data sets that it is for have the same name; give each its own, "
+                         "NAME=...")
     configuration = json.dumps(vpg.config, sort_keys=True).encode()
     made_with = {
         "VPG": hub.fingerprint(dict(vpg.named_parameters())),
@@ -549,8 +549,7 @@ def open_caches(args, sets, vpg, say):
         features = cache.FeatureCache(folder, pairs.files(), shape, dtype, made_with)
         cached.append(dataclasses.replace(pairs, cache=features))
     check_cache_fits(args.cache, [pairs.cache for pairs in cached], say)
-    say("cache: stage 1 sees these images whole, without crops, and does not look for validation images "
-        "among them")
+    say("cache: these images are seen whole, without crops, and not looked through for validation images")
     return cached
 
 

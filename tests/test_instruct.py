@@ -256,6 +256,7 @@ def test_sets_are_mixed_by_weight_and_captions_get_an_instruction(talk, tmp_path
     (["--rows", "3"], "--rows is not for --instruct"),
     (["--memvp", "scienceqa=x"], "one of --instruct and --memvp"),
     (["--val", "nowhere.json"], "nowhere.json: there is no such file"),
+    (["--cache", "cache"], "--cache is for --trains projector: else the Q-Former trains"),
 ])
 def test_what_makes_no_sense_is_refused_before_anything_is_loaded(talk, tmp_path, capsys, monkeypatch, change,
                                                                   says):
@@ -370,6 +371,29 @@ def test_the_projector_alone_may_train(talk, tmp_path):
     after = load_file(tmp_path / "run" / "model.safetensors")
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"language_projection.weight", "language_projection.bias"}
+
+
+@pytest.mark.slow
+def test_where_the_projector_alone_trains_queries_may_be_kept(talk, tmp_path, monkeypatch):
+    """With the same losses; once they are there, training runs neither ViT nor Q-Former."""
+    short = ["--trains", "projector", "--steps", "3"]
+    cached = [*short, "--cache", str(tmp_path / "cache")]
+    finetune.main(command(talk, tmp_path / "computed", *short))
+    finetune.main(command(talk, tmp_path / "kept", *cached))
+    assert_same_losses(tmp_path / "kept", tmp_path / "computed", tolerance=1e-6)
+    assert (tmp_path / "cache" / "talk" / "00000.safetensors").exists()
+    monkeypatch.setattr(finetune.cache.FeatureCache, "compute_rows", None)
+    forward = vpgtrans.VisualLLM.forward
+    given = set()
+
+    def watched(self, *texts, **sees):
+        given.update(sees)
+        return forward(self, *texts, **sees)
+
+    monkeypatch.setattr(vpgtrans.VisualLLM, "forward", watched)
+    finetune.main(command(talk, tmp_path / "again", *cached))
+    assert_same_losses(tmp_path / "again", tmp_path / "kept", tolerance=1e-12)
+    assert given == {"scored", "queries"}
 
 
 @pytest.mark.slow

@@ -440,7 +440,7 @@ def test_a_cache_of_another_vpg_or_data_set_is_refused(world, tmp_path, monkeypa
 
     others = write_pairs(tmp_path / "pairs", 30)
     same_name = cached("--data", f"pairs={others}")
-    refused(train.main, same_name, "two data sets of stage 1 have the same name", "NAME=")
+    refused(train.main, same_name, "two data sets that it is for have the same name", "NAME=")
     instead = arguments((*world[:2], f"pairs={others}"), tmp_path / "run", "--cache", tmp_path / "cache")
     refused(train.main, instead, "this cache was made with data set")
 
