@@ -1,9 +1,10 @@
-"""Speed of answering several questions about each image, side by side with LAVIS's way and
-transformers.
+"""Speed of evaluation, of several questions about each image or of captions, side by side with LAVIS's
+way and transformers.
 
     python -m benchmarks.answers                           # a small BLIP-2, 8 questions an image
     python -m benchmarks.answers --size opt-2.7b           # of the paper's source, on one GPU
     python -m benchmarks.answers --questions 32            # as GQA has
+    python -m benchmarks.answers --captions                # of 30 tokens
 
 Prints one Markdown table. Questions are 6 to 12 tokens long behind 32 soft prompts, BOS and two tokens
 that all begin with; answers are 10 tokens, by 5 beams. "ours" is evaluate.py's way: an image is seen
@@ -11,13 +12,14 @@ once, what its questions begin with is read once, and questions of like length g
 way" is with our model, too: ViT, Q-Former and the whole prompt anew for each question, in batches as
 they come. "times as long as ours" is measured, "predicted" is the same ratio of the multiplications
 that have to be done, counted beforehand. With --precision fp32 all must answer alike, or nothing is
-timed.
+timed. A caption has nothing to share: there, LAVIS's way is ours.
 
 Figures mean something on an otherwise idle machine only.
 """
 
 import random
 import statistics
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -27,9 +29,9 @@ import evaluate
 from benchmarks import peers
 
 BEAMS = 5
-NEW_TOKENS = 10
 START = [100, 101]  # what all questions begin with, as "Question:"
-OPTIONS = {"num_beams": BEAMS, "max_new_tokens": NEW_TOKENS, "length_penalty": -1.0}
+ANSWER = {"num_beams": BEAMS, "max_new_tokens": 10, "length_penalty": -1.0}
+CAPTION = {"num_beams": BEAMS, "max_new_tokens": 30, "length_penalty": 1.0}
 END = 50271  # random models do not say it
 
 # Texts are numbers: what a tokenizer would make of words does not matter here.
@@ -52,43 +54,60 @@ def make_questions(images, questions):
 # --------------------------------------------------------------------------------------- three ways
 
 
-def answer_ours(model, images, texts, index, batch_size):
+@dataclass
+class Asked:
+    """Images, what is asked about them as texts, which image each is about, and how."""
+
+    images: torch.Tensor  # (N,3,H,W)
+    texts: list
+    index: torch.Tensor  # (texts,)
+    batch_size: int
+    options: dict  # of generate
+
+    def batches(self):
+        for first in range(0, len(self.texts), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            yield self.texts[part], self.images[self.index[part]]
+
+
+def answer_ours(model, asked):
     with torch.inference_mode():
-        sees = model.see(images)
-    return evaluate.answer_prompts(model, TOKENIZER, texts, sees, index, batch_size, OPTIONS)
+        sees = model.see(asked.images)
+    index = asked.index.tolist()
+    return evaluate.answer_prompts(model, TOKENIZER, asked.texts, sees, index, asked.batch_size,
+                                   asked.options)
 
 
-def answer_lavis(model, images, texts, index, batch_size):
+def answer_lavis(model, asked):
     """Each question with its image, in the order of the file."""
     answers = []
-    for first in range(0, len(texts), batch_size):
-        part = slice(first, first + batch_size)
-        rows = [data.prompt_ids(TOKENIZER, 32, text) for text in texts[part]]
+    for texts, images in asked.batches():
+        rows = [data.prompt_ids(TOKENIZER, 32, text) for text in texts]
         prompts = data.pad(rows, data.PADDING, left=True)
-        answers += model.generate(prompts, images=images[index[part]], stop=((END,),), **OPTIONS)
+        answers += model.generate(prompts, images=images, stop=((END,),), **asked.options)
     return [TOKENIZER.decode(ids) for ids in answers]
 
 
-def answer_theirs(peer, images, texts, index, batch_size):
+def answer_theirs(peer, asked):
     """transformers' generate, likewise."""
     answers = []
-    for first in range(0, len(texts), batch_size):
-        part = slice(first, first + batch_size)
-        rows = [[peers.IMAGE_ID] * 32 + [peers.BOS, *TOKENIZER.encode(text)] for text in texts[part]]
+    for texts, images in asked.batches():
+        rows = [[peers.IMAGE_ID] * 32 + [peers.BOS, *TOKENIZER.encode(text)] for text in texts]
         ids = data.pad(rows, 1, left=True).to(images.device)
         mask = data.pad([[1] * len(row) for row in rows], 0, left=True).to(images.device)
         generated = peer.generate(
-            pixel_values=images[index[part]], input_ids=ids, attention_mask=mask, use_cache=True,
-            do_sample=False, pad_token_id=1, **OPTIONS)
-        answers += generated[:, -NEW_TOKENS:].tolist()
+            pixel_values=images, input_ids=ids, attention_mask=mask, use_cache=True, do_sample=False,
+            pad_token_id=1, **asked.options)
+        answers += generated[:, -asked.options["max_new_tokens"] :].tolist()
     return [TOKENIZER.decode(ids) for ids in answers]
 
 
 # ----------------------------------------------------------------------------------------- operations
 
 
-def count_products(model, texts, questions, shares):
-    """Multiplications a question: of ViT, Q-Former and language model, weights times positions."""
+def count_products(model, asked):
+    """{way: multiplications an answer}, of ViT, Q-Former and language model, weights times positions.
+    transformers reads the prompt once for each beam."""
     def size(module):
         return sum(p.numel() for p in module.parameters() if p.ndim > 1)
 
@@ -100,12 +119,15 @@ def count_products(model, texts, questions, shares):
     see = size(vpg.vision_model) * positions + (size(vpg.qformer) - keys) * 32 + keys * positions
     blocks = sum(map(size, model.llm.layers))
     head = model.llm.lm_head.weight.numel()
-    whole = 33 + statistics.mean(len(text.split()) for text in texts)
-    write = (NEW_TOKENS - 1) * BEAMS * (blocks + head) + head
-    if shares:
-        start = 33 + len(START)
-        return (see + blocks * start) / questions + blocks * (whole - start) + write
-    return see + blocks * whole + write
+    whole = 33 + statistics.mean(len(text.split()) for text in asked.texts)
+    write = (asked.options["max_new_tokens"] - 1) * BEAMS * (blocks + head) + head
+    questions = len(asked.texts) / len(asked.images)
+    start = 33 + len(START) if questions > 1 else whole
+    return {
+        "ours": (see + blocks * start) / questions + blocks * (whole - start) + write,
+        "LAVIS's way": see + blocks * whole + write,
+        "transformers": see + BEAMS * blocks * whole + write,
+    }
 
 
 # --------------------------------------------------------------------------------------------- command
@@ -115,18 +137,21 @@ def compare(args):
     models = peers.build_models(args.size, args.dtype, args.device)
     ours = models["ours"].requires_grad_(False).eval()
     images = peers.random_images(ours, args.images, args.device)
-    texts, index = make_questions(args.images, args.questions)
-    index = torch.tensor(index)
-    arguments = images, texts, index, args.batch_size
+    if args.captions:
+        asked = Asked(images, [""] * args.images, torch.arange(args.images), args.batch_size, CAPTION)
+    else:
+        texts, index = make_questions(args.images, args.questions)
+        asked = Asked(images, texts, torch.tensor(index), args.batch_size, ANSWER)
 
     def in_precision(answer, model):
         def run():
             with peers.autocast_to(args.dtype, args.device)(), torch.inference_mode():
-                return answer(model, *arguments)
+                return answer(model, asked)
         return run
 
-    functions = {"ours": in_precision(answer_ours, ours),
-                 "LAVIS's way": in_precision(answer_lavis, ours)}
+    functions = {"ours": in_precision(answer_ours, ours)}
+    if not args.captions:
+        functions["LAVIS's way"] = in_precision(answer_lavis, ours)
     for name, peer in models.items():
         if peer is not ours:
             functions[name] = in_precision(answer_theirs, peer.eval())
@@ -137,14 +162,17 @@ def compare(args):
     if args.precision == "fp32" and min(equal.values()) < 1:
         raise ValueError(f"not all answer alike: {equal}")
     seconds = peers.take_turns(functions, args.repeats, args.device)
-    products = {shares: count_products(ours, texts, args.questions, shares) for shares in (True, False)}
+    print_speeds(seconds, count_products(ours, asked), len(asked.texts), equal)
+
+
+def print_speeds(seconds, products, count, equal):
     mine = statistics.median(seconds["ours"])
     rows = []
     for name, times in seconds.items():
         median = statistics.median(times)
-        predicted = products[name == "ours"] / products[True]
-        rows.append([name, *peers.in_ms(times, 0), f"{len(texts) / median:.1f}",
-                     f"{median / mine:.2f}", f"{predicted:.2f}", f"{equal[name]:.0%}"])
+        predicted = products[name.partition(",")[0]] / products["ours"]
+        rows.append([name, *peers.in_ms(times, 0), f"{count / median:.1f}", f"{median / mine:.2f}",
+                     f"{predicted:.2f}", f"{equal[name]:.0%}"])
     columns = ["ms", "min - max", "answers/s", "times as long as ours", "predicted", "equal answers"]
     peers.print_table(["implementation", *columns], rows)
 
@@ -156,6 +184,7 @@ def parse_arguments(argv):
                         help="(default: %(default)s)")
     parser.add_argument("--questions", type=peers.at_least_one, default=8,
                         help="about each image (default: %(default)s)")
+    parser.add_argument("--captions", action="store_true", help="instead: a caption of each image")
     parser.add_argument("--batch-size", type=peers.at_least_one, default=16,
                         help="questions answered at a time (default: %(default)s)")
     return peers.parse(parser, argv)
@@ -163,7 +192,8 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    what = (f"{args.size}, {args.precision}, {args.images} images, {args.questions} questions each, "
+    each = "a caption each" if args.captions else f"{args.questions} questions each"
+    what = (f"{args.size}, {args.precision}, {args.images} images, {each}, "
             f"batch {args.batch_size}, medians of {args.repeats}")
     peers.print_heading("benchmarks.answers", argv, what, args.device)
     compare(args)

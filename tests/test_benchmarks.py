@@ -252,7 +252,17 @@ def test_the_table_of_answers_is_of_equal_answers(capsys):
     first, *rows = tables(capsys.readouterr().out)
     assert [cells[0] for cells in rows] == ["ours", "LAVIS's way", *OURS_AND_THEIRS[1:]]
     assert {cells[-1] for cells in rows} == {"100%"}
-    assert rows[0][-2] == "1.00" and float(rows[1][-2]) > 1
+    assert rows[0][-2] == "1.00" and 1 < float(rows[1][-2]) < float(rows[2][-2])
+
+
+@pytest.mark.slow
+def test_the_table_of_captions_is_of_equal_ones(capsys):
+    """Beside transformers alone, which reads what is before a caption once for each of five beams."""
+    answers.main("--size tiny --precision fp32 --images 3 --captions --batch-size 2 --repeats 1".split())
+    first, *rows = tables(capsys.readouterr().out)
+    assert [cells[0] for cells in rows] == ["ours", *OURS_AND_THEIRS[1:]]
+    assert {cells[-1] for cells in rows} == {"100%"}
+    assert rows[0][-2] == "1.00" and rows[1][-2] == rows[2][-2] and float(rows[1][-2]) > 1
 
 
 @pytest.mark.slow
