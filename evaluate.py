@@ -959,6 +959,17 @@ def parse_arguments(argv=None):
                         help="whose rules for answers come first: VQA's official ones since 2021, or the "
                              "older ones, on which the published scores rest (default: %(default)s); "
                              "both are in scores.json")
+    add_asking(parser)
+    args = parser.parse_args(argv)
+    for name in ("limit", "num_beams", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.question_prompt is not None and args.question_prompt.count("{}") != 1:
+        parser.error("--question-prompt must have {} in the question's place, once")
+    return args
+
+
+def add_asking(parser):
     asking = parser.add_argument_group("asking")
     asking.add_argument("--template", metavar="NAME",
                         help="ask in this chat template, vicuna-v0 or vicuna-v1.1 (default: in the one that "
@@ -988,13 +999,6 @@ def parse_arguments(argv=None):
     asking.add_argument("--llm-weights", choices=("full", "int8", "nf4"),
                         help="of the LLM: as --precision says, or quantised, which takes less memory "
                              "(default: as in the run's training, else full)")
-    args = parser.parse_args(argv)
-    for name in ("limit", "num_beams", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.question_prompt is not None and args.question_prompt.count("{}") != 1:
-        parser.error("--question-prompt must have {} in the question's place, once")
-    return args
 
 
 def find_tasks(args):

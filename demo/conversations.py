@@ -7,10 +7,11 @@ model are right.
 `make chat` teaches them to a language model. With --score, the model of a run of stage 3 is asked what
 stands in test/, a turn after the other behind its own answers, with the right pictures and with those of
 other conversations, and so is the model that the run began with. Without a picture both are the same
-language model, which is frozen.
+language model, which is frozen. Answers are kept in the run's folder, and not asked for again.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -199,20 +200,30 @@ def answer_all(model, prompts, pixels, stop):
 
 def ask_models(run, folder, most, precision):
     """The model of a run of stage 3, and the one that it began with, in the run's template -> the
-    conversations, and {(model, pictures): answers to each of them}"""
+    conversations, and {"model, pictures": answers to each of them}. What was answered before is read from
+    the run's folder, where all is kept."""
     rows = json.loads((folder / "conversations.json").read_text())[:most]
     files = [folder / "images" / row["image"] for row in rows]
     shuffled = files[1:] + files[:1]
     config = json.loads((run / "config.json").read_text())
-    names = {"before stage 3": config["arguments"]["model"], "after it": str(run)}
     template = data.ChatTemplate(**config["chat_template"])
-    said = {}
-    for who, model_name in names.items():
-        model, tok = transfer.load_model(model_name, transfer.DTYPES[precision])
-        pictures = {"right": files, "shuffled": shuffled}
-        for picture, looked_at in tqdm(pictures.items(), who, leave=False, disable=None):
-            said[who, picture] = put_questions(model, tok, template, rows, looked_at)
-    said["both", "none"] = put_questions(model, tok, template, rows, None)
+    weights = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+    kept = run / f"answers-{folder.name}.json"
+    table = {"asked": rows, "weights": weights, "precision": precision, "answers": {}}
+    if kept.is_file():
+        before = json.loads(kept.read_text())
+        table["answers"] = before["answers"] if before == table | {"answers": before["answers"]} else {}
+    said = table["answers"]
+    passes = {"before stage 3": {"right": files, "shuffled": shuffled},
+              "after it": {"right": files, "shuffled": shuffled}, "both": {"none": None}}
+    names = {"before stage 3": config["arguments"]["model"], "after it": str(run), "both": str(run)}
+    for who, pictures in passes.items():
+        left = [picture for picture in pictures if f"{who}, {picture}" not in said]
+        if left:
+            model, tok = transfer.load_model(names[who], transfer.DTYPES[precision])
+        for picture in tqdm(left, f"{run}, {who}", leave=False, disable=None):
+            said[f"{who}, {picture}"] = put_questions(model, tok, template, rows, pictures[picture])
+            kept.write_text(json.dumps(table, indent=1))
     return rows, said
 
 
@@ -229,26 +240,44 @@ def judge(rows, answers):
 SEEN = ("colour", "shape")
 
 
-def share(judged):
-    """Right answers among some, for people: their share, and how many there are."""
-    rights = [right for *_, right in judged]
-    return f"{sum(rights) / len(rights):.0%} of {len(rights)}" if rights else "-"
+def by_column(judged):
+    """{column of the report: is each of its answers right?}"""
+    columns = {
+        "first turn": [right for _, first, right in judged if first],
+        "colour, shape": [right for kind, first, right in judged if first and kind in SEEN],
+        "later turns": [right for _, first, right in judged if not first]}
+    for kind in QUESTIONS:
+        columns[kind] = [right for of_kind, _, right in judged if of_kind == kind]
+    return columns
 
 
-def report(rows, said):
-    """Lines: how many answers are right, in first and in later turns, and of each kind."""
-    yield f"  {'answers right':16}{'picture':10}{'first turn':>14}{'colour, shape':>16}{'later turns':>14}"
-    for (who, picture), answers in said.items():
-        judged = judge(rows, answers)
-        first = [row for row in judged if row[1]]
-        seen = [row for row in first if row[0] in SEEN]
-        later = [row for row in judged if not row[1]]
-        yield f"  {who:16}{picture:10}{share(first):>14}{share(seen):>16}{share(later):>14}"
-    yield "\n  of all turns" + "".join(f"{kind:>15}" for kind in QUESTIONS)
-    for (who, picture), answers in said.items():
-        judged = judge(rows, answers)
-        cells = [share([row for row in judged if row[0] == kind]) for kind in QUESTIONS]
-        yield f"  {who}, {picture}\n  {'':12}" + "".join(f"{cell:>15}" for cell in cells)
+def share(of_runs):
+    """Right answers, [True, ...] of each run, for people: their share, of how many, and the least and the
+    most of a run."""
+    rights = sum(of_runs, [])
+    if not rights:
+        return "-"
+    text = f"{sum(rights) / len(rights):.0%} of {len(rights)}"
+    if len(of_runs) > 1:
+        each = [100 * sum(run) / len(run) for run in of_runs]
+        text += f" ({min(each):.0f}-{max(each):.0f})"
+    return text
+
+
+def report(rows, of_runs):
+    """Lines: how many answers are right, in first and in later turns, and of each kind; the answers of
+    each run are {"model, pictures": answers}."""
+    columns = {}
+    for who in of_runs[0]:
+        # without a picture all runs are the same language model
+        asked = of_runs[:1] if who == "both, none" else of_runs
+        each = [by_column(judge(rows, said[who])) for said in asked]
+        columns[who] = {name: share([run[name] for run in each]) for name in each[0]}
+    turns = list(by_column([]))[: -len(QUESTIONS)]
+    for title, names in (("answers right", turns), ("of all turns", QUESTIONS)):
+        yield f"  {title:26}" + "".join(f"{name:>22}" for name in names)
+        for who, cells in columns.items():
+            yield f"  {who:26}" + "".join(f"{cells[name]:>22}" for name in names)
 
 
 def print_losses(run):
@@ -256,18 +285,20 @@ def print_losses(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held_out = [line for line in lines if "val_loss" in line]
     for line in (held_out[0], held_out[-1]):
-        print(f"  held-out loss a token after {line['step']} steps of stage 3: {line['val_loss']:.3f}, with "
-              f"shuffled pictures {line['val_loss_shuffled']:.3f}")
+        print(f"  {run}: held-out loss a token after {line['step']} steps of stage 3: "
+              f"{line['val_loss']:.3f}, with shuffled pictures {line['val_loss_shuffled']:.3f}")
 
 
-def score(run, folder, most, precision):
-    """Prints the report on a run, and writes every answer into RUN/answers.json."""
-    rows, said = ask_models(run, folder, most, precision)
-    print_losses(run)
-    print(*report(rows, said), sep="\n")
-    table = {f"{who}, {picture}": answers for (who, picture), answers in said.items()}
-    (run / "answers.json").write_text(json.dumps({"asked": rows, "answers": table}, indent=1))
-    print(f"\n  every answer: {run / 'answers.json'}")
+def score(runs, folder, most, precision):
+    """Prints the report on runs of stage 3 that differ in their seed."""
+    of_runs = []
+    for run in runs:
+        rows, said = ask_models(run, folder, most, precision)
+        of_runs.append(said)
+    for run in runs:
+        print_losses(run)
+    print(*report(rows, of_runs), sep="\n")
+    print(f"\n  every answer: {', '.join(str(run / f'answers-{folder.name}.json') for run in runs)}")
 
 
 def main():
@@ -275,7 +306,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenes", type=int, default=2400, help="to train on (default: %(default)s)")
-    parser.add_argument("--score", type=Path, metavar="RUN", help="a run of stage 3, to be asked")
+    parser.add_argument("--score", type=Path, nargs="+", metavar="RUN",
+                        help="runs of stage 3, to be asked; several are reported together")
     parser.add_argument("--part", choices=("test", "unseen"), default="test",
                         help="with --score: questions as they were trained, or in wordings that never were "
                              "(default: %(default)s)")

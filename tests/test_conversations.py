@@ -171,17 +171,23 @@ def test_questions_are_asked_behind_the_models_own_answers(talker, written, has_
 
 
 def test_the_report_tells_first_turns_from_later_ones():
+    """Of two runs together, with the least and the most of one."""
     texts = ["q", "The star is red.", "q", "There are two shapes."]
     rows = [{"kinds": ["colour", "count"], "conversations": [{"value": text} for text in texts]}] * 2
-    said = {("after it", "right"): [["It is red.", "There are two."], ["It is blue.", "There are two."]],
-            ("after it", "none"): [["Red?", "One."], ["Blue!", "One."]]}
-    lines = list(conversations.report(rows, said))
-    assert lines[1].split() == ["after", "it", "right", "50%", "of", "2", "50%", "of", "2", "100%", "of", "2"]
-    assert lines[2].split() == ["after", "it", "none", "50%", "of", "2", "50%", "of", "2", "0%", "of", "2"]
+    one = {"after it, right": [["It is red.", "There are two."], ["It is blue.", "There are two."]],
+           "both, none": [["Red?", "One."], ["Blue!", "One."]]}
+    other = one | {"after it, right": [["Red.", "One."], ["It is red.", "There are two."]]}
+    lines = [line.split() for line in conversations.report(rows, [one])]
+    assert lines[1] == "after it, right 50% of 2 50% of 2 100% of 2".split()
+    assert lines[2] == "both, none 50% of 2 50% of 2 0% of 2".split()
+    lines = [line.split() for line in conversations.report(rows, [one, other])]
+    assert lines[1] == "after it, right 75% of 4 (50-100) 75% of 4 (50-100) 75% of 4 (50-100)".split()
+    assert lines[2] == "both, none 50% of 2 50% of 2 0% of 2".split()  # one and the same model
+    assert lines[4] == "after it, right - 75% of 4 (50-100) - 75% of 4 (50-100) - - - -".split()
 
 
 @pytest.mark.slow
-def test_a_run_of_stage_3_is_scored(world, written, tmp_path, capsys):
+def test_a_run_of_stage_3_is_scored(world, written, tmp_path, capsys, monkeypatch):
     """From the pictures to the report."""
     target = write_language_model(tmp_path / "target")
     train.main(arguments((world[0], target, world[2]), tmp_path / "moved", "--no-warm-up", "--steps", "1"))
@@ -189,8 +195,12 @@ def test_a_run_of_stage_3_is_scored(world, written, tmp_path, capsys):
               "--val-samples", "4", "--out", tmp_path / "chat", "--batch-size", "4", "--steps", "1",
               "--workers", "0", "--precision", "fp32"]
     finetune.main(list(map(str, taught)))
-    conversations.score(tmp_path / "chat", written / "test", 2, "fp32")
+    capsys.readouterr()
+    conversations.score([tmp_path / "chat"], written / "test", 2, "fp32")
     said = capsys.readouterr().out
     assert "held-out loss a token after 1 steps" in said and "both, none" in said
-    answers = json.loads((tmp_path / "chat" / "answers.json").read_text())
+    answers = json.loads((tmp_path / "chat" / "answers-test.json").read_text())
     assert len(answers["asked"]) == 2 and len(answers["answers"]) == 5
+    monkeypatch.setattr(conversations, "put_questions", None)  # what was asked is not asked again
+    conversations.score([tmp_path / "chat"], written / "test", 2, "fp32")
+    assert capsys.readouterr().out == said
