@@ -3,6 +3,10 @@ COCO, NoCaps, VQAv2, GQA and OK-VQA, laid out as evaluate.py finds them.
 
     python -m demo.questions out/questions --scenes 200
     VPGTRANS_DATA=out/questions python evaluate.py --model demo/source
+    python -m demo.questions out/short --scenes 1000 --seed 2 --teach     # for finetune.py --instruct
+
+With --teach the questions are conversations of one turn, in the layout of LLaVA's, with the request for a
+short answer that evaluate.py makes: who was taught to converse in sentences does not say one word.
 """
 
 import argparse
@@ -12,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from evaluate import SHORTLY
 from study.scenes import BACKGROUNDS, COLOURS, SHAPES, article, caption, random_scene, render, truth
 
 DOMAINS = {"alone": "in-domain", "beside": "near-domain", "above": "out-domain"}
@@ -123,14 +128,31 @@ def write_questions(folder, scenes, rng):
     write_json(folder / "gqa/testdev_balanced_questions.json", gqa)
 
 
+def write_lessons(folder, scenes, seed):
+    """Writes conversations of one turn, a question of each scene and its short answer, and images."""
+    rng = random.Random(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(scenes):
+        scene = random_scene(rng)
+        Image.fromarray(render(scene)[0]).save(folder / "images" / f"{i}.png")
+        question, answer, *_ = rng.choice(ask(scene, rng))
+        said = [{"from": "human", "value": f"<image>\n{SHORTLY.format(question)}"},
+                {"from": "gpt", "value": answer}]
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": said})
+    write_json(folder / "conversations.json", rows)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenes", type=int, default=100, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--teach", action="store_true", help="instead: what teaches to answer shortly")
     args = parser.parse_args()
-    write_benchmarks(args.folder, args.scenes, args.seed)
+    write = write_lessons if args.teach else write_benchmarks
+    write(args.folder, args.scenes, args.seed)
 
 
 if __name__ == "__main__":

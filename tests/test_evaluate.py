@@ -22,9 +22,10 @@ import data
 import evaluate
 import hub
 import llm as language_models
+import pairs
 import transfer
 import vpgtrans
-from demo.questions import write_benchmarks
+from demo.questions import write_benchmarks, write_lessons
 from evaluate import bleu4, cider, gqa_match, normalise_answer, ptb_tokens, vqa_accuracy
 from study import scenes
 
@@ -448,6 +449,19 @@ def test_all_that_lies_under_datasets_is_scored(world, benchmarks, tmp_path, mon
         name.removeprefix("CIDEr, ") for name in scores["benchmarks"]["nocaps"]["scores"] if "domain" in name}
     assert {"yes/no", "number", "other"} < scores["benchmarks"]["vqav2"]["scores"].keys()
     assert {"query", "verify"} < scores["benchmarks"]["gqa"]["scores"].keys()
+
+
+def test_short_answers_are_taught_as_they_are_asked_for(tmp_path):
+    """Of other scenes than those asked about: one turn each, which a person is right to say."""
+    write_lessons(tmp_path, 30, seed=2)
+    items = pairs.read_conversations(str(tmp_path / "conversations.json"))
+    assert len(items) == len(items.images) == 30
+    said = set()
+    for i in range(30):
+        ((question, answer),) = items[i]["turns"]
+        assert question.endswith("?\nAnswer with one word or a short phrase.")
+        said.add(answer)
+    assert {"1", "2", "yes", "no"} < said and len(said) > 12
 
 
 def test_published_scores_stand_beside_those_of_as_many_items():
