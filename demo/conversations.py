@@ -214,9 +214,9 @@ def ask_models(run, folder, most, precision):
         before = json.loads(kept.read_text())
         table["answers"] = before["answers"] if before == table | {"answers": before["answers"]} else {}
     said = table["answers"]
-    passes = {"before stage 3": {"right": files, "shuffled": shuffled},
-              "after it": {"right": files, "shuffled": shuffled}, "both": {"none": None}}
-    names = {"before stage 3": config["arguments"]["model"], "after it": str(run), "both": str(run)}
+    passes = {"after it": {"right": files, "shuffled": shuffled}, "both": {"none": None},
+              "before stage 3": {"right": files, "shuffled": shuffled}}
+    names = {"after it": str(run), "both": str(run), "before stage 3": config["arguments"]["model"]}
     for who, pictures in passes.items():
         left = [picture for picture in pictures if f"{who}, {picture}" not in said]
         if left:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import arguments, write_language_model
+from conftest import ROOT, arguments, write_language_model
 from PIL import Image
 from torch import nn
 
@@ -16,7 +16,7 @@ import pairs
 import qformer
 import train
 import vpgtrans
-from demo import conversations
+from demo import conversations, probe
 from demo.conversations import ask, converse, is_right
 from study.scenes import named, random_scene, truth
 
@@ -204,3 +204,22 @@ def test_a_run_of_stage_3_is_scored(world, written, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(conversations, "put_questions", None)  # what was asked is not asked again
     conversations.score([tmp_path / "chat"], written / "test", 2, "fp32")
     assert capsys.readouterr().out == said
+
+
+def test_a_linear_reader_finds_what_stands_there_and_nothing_else():
+    """In numbers of which the first says the answer, and in those of other scenes."""
+    torch.manual_seed(0)
+    numbers = torch.randn(400, 20)
+    answers = ["white" if x > 0 else "black" for x in numbers[:, 0]]
+    both = probe.standardise(numbers[:300], numbers[300:])
+    assert probe.read(*both, answers[:300], answers[300:]) > 0.9
+    assert probe.read(both[0], both[1].roll(1, 0), answers[:300], answers[300:]) < 0.7
+
+
+def test_a_vpg_is_probed(capsys, monkeypatch):
+    """The demo's source tells how many shapes there are by its queries."""
+    monkeypatch.setattr("sys.argv", ["probe", str(ROOT / "demo" / "source"), "--scenes", "200"])
+    probe.main()
+    title, vit, queries = capsys.readouterr().out.splitlines()
+    assert title.split()[:3] == ["background", "how", "many"] and "ViT" in vit
+    assert int(queries.split()[3].strip("%")) > 80
