@@ -418,6 +418,32 @@ def test_other_benchmarks_ask_a_run_of_memvp_as_any_model(run, tmp_path):
         assert answers[item["id"]] == alone
 
 
+@pytest.mark.slow
+def test_without_images_a_run_of_memvp_is_asked_as_where_there_is_none(memvp_world, run, tmp_path):
+    """Its memory has rows of its own for that; of ScienceQA, too."""
+    write_benchmarks(tmp_path, scenes=4)
+    command = [f"vqav2={tmp_path / 'vqav2'}", f"scienceqa={memvp_world[2]}", "--model", str(run),
+               "--num-beams", "2", "--out", str(tmp_path / "out"), "--precision", "fp32", "--images", "none"]
+    evaluate.main(command)
+    kept = tmp_path / "out" / "evaluation-none" / "answers"
+    rows = [json.loads(line) for line in (kept / "vqav2.0.jsonl").read_text().splitlines()]
+    answers = {row["id"]: row["answer"] for row in rows[1:]}
+    model, tok = transfer.load_model(run, torch.float32)
+    nothing = dict(has_image=torch.tensor([False]), images=torch.full((1, 3, 28, 28), 99).byte())
+    options = dict(num_beams=2, max_new_tokens=10, length_penalty=-1.0, length_penalty_counts="prompt")
+    for item in evaluate.read_task("vqav2", str(tmp_path / "vqav2")).items[:5]:
+        prompt = f"Question: {evaluate.clean_question(item['question'])} Answer:"
+        ids = torch.tensor([transfer.ask_ids(tok, 0, prompt)])
+        (said,) = model.generate(ids, stop=transfer.ends(model, tok), **nothing, **options)
+        assert answers[item["id"]] == transfer.read_answer(tok, said)
+    letters = [json.loads(line) for line in (kept / "scienceqa.0.jsonl").read_text().splitlines()][1:]
+    for row, item in zip(letters, read_items(memvp_world[2], "test")):
+        prompt, _ = finetune.ask_scienceqa(item)
+        ids = torch.tensor([[tok.bos_id, *tok.encode(prompt + "The answer is ")]])
+        ((token,),) = model.generate(ids, **nothing, max_new_tokens=1, stop=())
+        assert row["id"] == item["id"] and row["answer"] == tok.decode([token])
+
+
 # ------------------------------------------------------------------------------- a run as a model
 
 
