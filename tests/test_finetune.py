@@ -419,29 +419,29 @@ def test_other_benchmarks_ask_a_run_of_memvp_as_any_model(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_images_a_run_of_memvp_is_asked_as_where_there_is_none(memvp_world, run, tmp_path):
-    """Its memory has rows of its own for that; of ScienceQA, too."""
+@pytest.mark.parametrize("images", ["right", "none"])
+def test_without_images_memvp_is_asked_as_where_none_is(memvp_world, run, tmp_path, monkeypatch, images):
+    """Its memory has rows of its own for that; of ScienceQA, too, where some questions have none anyway."""
     write_benchmarks(tmp_path, scenes=4)
-    command = [f"vqav2={tmp_path / 'vqav2'}", f"scienceqa={memvp_world[2]}", "--model", str(run),
-               "--num-beams", "2", "--out", str(tmp_path / "out"), "--precision", "fp32", "--images", "none"]
-    evaluate.main(command)
-    kept = tmp_path / "out" / "evaluation-none" / "answers"
-    rows = [json.loads(line) for line in (kept / "vqav2.0.jsonl").read_text().splitlines()]
-    answers = {row["id"]: row["answer"] for row in rows[1:]}
-    model, tok = transfer.load_model(run, torch.float32)
-    nothing = dict(has_image=torch.tensor([False]), images=torch.full((1, 3, 28, 28), 99).byte())
-    options = dict(num_beams=2, max_new_tokens=10, length_penalty=-1.0, length_penalty_counts="prompt")
-    for item in evaluate.read_task("vqav2", str(tmp_path / "vqav2")).items[:5]:
-        prompt = f"Question: {evaluate.clean_question(item['question'])} Answer:"
-        ids = torch.tensor([transfer.ask_ids(tok, 0, prompt)])
-        (said,) = model.generate(ids, stop=transfer.ends(model, tok), **nothing, **options)
-        assert answers[item["id"]] == transfer.read_answer(tok, said)
-    letters = [json.loads(line) for line in (kept / "scienceqa.0.jsonl").read_text().splitlines()][1:]
-    for row, item in zip(letters, read_items(memvp_world[2], "test")):
-        prompt, _ = finetune.ask_scienceqa(item)
-        ids = torch.tensor([[tok.bos_id, *tok.encode(prompt + "The answer is ")]])
-        ((token,),) = model.generate(ids, **nothing, max_new_tokens=1, stop=())
-        assert row["id"] == item["id"] and row["answer"] == tok.decode([token])
+    shown = []
+    reads = memvp.MemoryLLM.reads
+
+    def watched(self, prompt_ids, has_image=None, **sees):
+        shown.append([True] * len(prompt_ids) if has_image is None else has_image.tolist())
+        return reads(self, prompt_ids, has_image, **sees)
+
+    def generated(self, prompt_ids, has_image=None, features=None, **options):
+        shown.append([True] * len(prompt_ids) if has_image is None else has_image.tolist())
+        return [[]] * len(prompt_ids)
+
+    monkeypatch.setattr(memvp.MemoryLLM, "reads", watched)
+    monkeypatch.setattr(memvp.MemoryLLM, "generate", generated)
+    evaluate.main([f"vqav2={tmp_path / 'vqav2'}", f"scienceqa={memvp_world[2]}", "--model", str(run),
+                   "--out", str(tmp_path / "out"), "--precision", "fp32", "--images", images])
+    flags = sum(shown, [])
+    pictured = [bool(item["image"]) for item in read_items(memvp_world[2], "test")]
+    assert len(flags) > 15 + len(pictured)
+    assert sum(flags) == (len(flags) - pictured.count(False) if images == "right" else 0)
 
 
 # ------------------------------------------------------------------------------- a run as a model
