@@ -217,9 +217,11 @@ def test_answers_by_other_images_and_in_another_template_are_not_taken_for_these
     (tmp_path / "evaluation").rename(tmp_path / "evaluation-none")
     fails(evaluate.main, [*command, "--images", "none"], "holds answers with images = 'right'")
     (tmp_path / "evaluation-none").rename(tmp_path / "evaluation")
-    plain = shutil.copytree(taught["llama"], tmp_path / "plain")
-    edit_config(plain, drop=["chat_template"])
-    fails(evaluate.main, ["--model", str(plain), *command[2:]], "holds answers with")
+    model = shutil.copytree(taught["llama"], tmp_path / "model")
+    same = ["--model", str(model), "--question-prompt", "{}?", "--out", str(tmp_path / "same"), spec]
+    evaluate.main(same)
+    edit_config(model, drop=["chat_template"])
+    fails(evaluate.main, same, "holds answers with template = ")
 
 
 def test_one_image_cannot_be_shuffled():
