@@ -1360,8 +1360,8 @@ class T5Block(nn.Module):
             self.layer.append(nn.ModuleDict({name: part, "layer_norm": norm}))
 
     def forward(self, x, mask, encoded=None, encoded_mask=None, cache=None, memory=None):
-        """`encoded`: the keys and values (B,H,P,hd) of what the encoder has read, for a decoder's
-        block."""
+        """`encoded`, for a decoder's block: what the encoder has read (B,P,D), or what this block has
+        made of that before. -> x, and the keys and values (B,H,P,hd) of what the encoder has read"""
         attend = self.layer[0]["SelfAttention"]
         y = self.layer[0]["layer_norm"](x)
         keys_values = attend.keys_values(y)
@@ -1369,10 +1369,13 @@ class T5Block(nn.Module):
             keys_values = remember(cache, *keys_values)
         x = x + attend(y, keys_values, mask)
         if encoded is not None:
+            attend = self.layer[1]["EncDecAttention"]
+            if isinstance(encoded, torch.Tensor):
+                encoded = attend.keys_values(encoded)
             y = self.layer[1]["layer_norm"](x)
-            x = x + self.layer[1]["EncDecAttention"](y, encoded, encoded_mask)
+            x = x + attend(y, encoded, encoded_mask)
         y = self.layer[-1]["layer_norm"](x)
-        return x + self.layer[-1]["DenseReluDense"](y, memory)
+        return x + self.layer[-1]["DenseReluDense"](y, memory), encoded
 
 
 class T5Stack(nn.Module):
@@ -1450,22 +1453,22 @@ class T5(LanguageModel):
         return len(self.decoder.block), self.heads, self.head_dim
 
     def encode(self, prefix, prefix_mask, memory):
-        """The encoder: (B,P,D), (B,P) bool or None -> keys and values for each block of the
-        decoder, and their mask."""
+        """The encoder: (B,P,D), (B,P) bool or None -> what it has read (B,P,D), once for each block of
+        the decoder, and the mask."""
         x, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.shared.weight.dtype)
         keep = None if prefix_mask is None else prefix_mask[:, None, None]  # (B, 1, 1, P)
         positions = torch.arange(x.shape[1], device=x.device)
         bias = self.encoder.bias(positions, positions, keep)
         for block in self.encoder.block:
-            x = block(x, bias, memory=memory)
+            x, _ = block(x, bias, memory=memory)
         x = self.encoder.final_layer_norm(x)
-        readers = [block.layer[1]["EncDecAttention"] for block in self.decoder.block]
-        return [reader.keys_values(x) for reader in readers], keep
+        return [x] * len(self.decoder.block), keep
 
     def decode(self, x, bias, encoded, keep, cache=None, memory=None):
-        """The decoder: (B,T,D) embeddings -> (B,T,D) what the head reads."""
+        """The decoder: (B,T,D) embeddings -> (B,T,D) what the head reads. Each block leaves in the list
+        `encoded` the keys and values that it has made, for the tokens to come."""
         for i, block in enumerate(self.decoder.block):
-            x = block(x, bias, encoded[i], keep, None if cache is None else cache[i], memory)
+            x, encoded[i] = block(x, bias, encoded[i], keep, None if cache is None else cache[i], memory)
         return self.decoder.final_layer_norm(x) * self.scale
 
     def hidden_states(self, prefix, target_ids, prefix_mask=None, memory=None):
