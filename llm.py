@@ -150,6 +150,17 @@ class Ends:
         return self.numbers
 
 
+def as_read(module):
+    """{name: tensor} of a module's parameters as they were read, for a fingerprint: of a matrix that was
+    quantised or sharded its Ends."""
+    tensors = dict(module.named_parameters())
+    for name, child in module.named_modules():
+        ends = getattr(child, "ends", None)
+        if isinstance(ends, Ends):
+            tensors[f"{name}.weight"] = ends
+    return tensors
+
+
 # ------------------------------------------------------------------------------ quantised frozen weights
 
 BLOCK = 64  # numbers of nf4 that share a scale
@@ -785,14 +796,10 @@ class LanguageModel(nn.Module):
         return caption_loss(self.lm_head, x, target_ids, scored)
 
     def as_read(self):
-        """{name: tensor} as the checkpoint has them, for a fingerprint: of a quantised or sharded matrix
-        its Ends."""
-        tensors = dict(self.named_parameters())
+        """{name: tensor} as the checkpoint has them, for a fingerprint."""
+        tensors = as_read(self)
         for name, _ in quantised(self):
             del tensors[f"{name}.weight_scale"]
-        for name, module in self.named_modules():
-            if isinstance(getattr(module, "ends", None), Ends):
-                tensors[f"{name}.weight"] = module.ends
         return tensors
 
     def have_ended(self, rows):
