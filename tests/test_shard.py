@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import (
+    FAMILIES,
     LLMS,
     ROOT,
     T5_CONFIG,
@@ -15,9 +16,9 @@ from conftest import (
     edit_config,
     edit_tensors,
     make_model,
+    make_visual_llm,
     python,
     read_lines,
-    rows,
     stop_at,
     torchrun,
     values,
@@ -28,10 +29,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import data
 import estimate
 import finetune
+import llm as language_models
 import loop
+import qformer
+import runs
 import train
+import transfer
 import vpgtrans
 
 # ------------------------------------------------------------------------------- in several processes
@@ -45,7 +51,7 @@ LLM_VARIANTS = {  # a width that two do not share evenly; project_in and out; ti
 # images of validation
 LENGTH = ["--batch-size", 5, "--micro-batch", 2, "--warm-up-steps", 2, "--steps", 20, "--val-every", 10]
 FINE_TUNING = ["--batch-size", 5, "--micro-batch", 2, "--steps", 10, "--lr", 1e-2, "--val-samples", 6,
-               "--log-every", 1, "--workers", 0, "--precision", "fp32"]
+               "--val-every", 5, "--log-every", 1, "--workers", 0, "--precision", "fp32"]
 
 
 def write_packed(pairs, folder):
@@ -62,8 +68,9 @@ def write_packed(pairs, folder):
 def write_conversations(pairs, folder):
     talks = []
     for i, line in enumerate(read_lines(pairs)):
-        said = [("human", "<image>\nWhat is it?"), ("gpt", line["caption"]), ("human", "Sure?"), ("gpt", "Yes.")]
-        turns = [{"from": who, "value": text} for who, text in said[: 2 + 2 * (i % 2)]]
+        said = [("human", "<image>\nWhat is it?"), ("gpt", line["caption"])]
+        said += [("human", "Sure?"), ("gpt", "Yes.")] * (i % 2)
+        turns = [{"from": who, "value": text} for who, text in said]
         image = str(pairs.parent / line["image"])
         talks.append({"id": str(i), "image": image, "conversations": turns})
     (folder / "talk.json").write_text(json.dumps(talks))
@@ -116,7 +123,8 @@ def both(commands, world, tmp_path_factory):
     edit_tensors(folder / "large", lambda tensors: {name: x.bfloat16() for name, x in tensors.items()})
     jobs.append(["loading", folder / "large"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "dropout", lambda x, *_, **__: x)
+        patch.setattr(nn.functional, "dropout", lambda x, *_, **__: x)  # as sharded.py
+        patch.setattr(runs.Log, "draw", lambda log: None)
         for name, (command, *argv) in commands.items():
             {"train": train, "finetune": finetune}[command].main([*argv, "--out", str(alone / name)])
             if name != "llama":
@@ -150,3 +158,107 @@ def test_sharded_runs_have_the_losses_scores_and_files_of_one_process(both, name
 def test_a_run_goes_on_with_and_without_it(both, name):
     for key in ("loss", "val_loss"):
         assert_same_losses(both / "alone" / "llama", both / name, key)
+
+
+# ------------------------------------------------------------------------------------ which processes
+
+
+@pytest.mark.parametrize(("shard", "together"), [("node", [2, 3]), ("all", [0, 1, 2, 3])])
+def test_processes_of_a_node_or_all_share_the_blocks(monkeypatch, shard, together):
+    """The third of four, two on each node."""
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
+    try:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        mesh = loop.shard_mesh(shard, 4, torch.device("cpu"))
+        assert mesh.mesh.tolist() == together
+        assert mesh.get_local_rank() == together.index(2)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_process_alone_and_options_that_do_not_go_together_are_refused(world, tmp_path, refused, fails,
+                                                                         monkeypatch, chat_models):
+    argv = arguments(world, tmp_path / "run", "--shard")
+    refused(train.main, argv, "--shard node", "nobody to share", "--nproc-per-node", "--llm-weights")
+    refused(train.main, [*argv, "--llm-weights", "nf4"], "--llm-weights: not allowed with argument --shard")
+    refused(train.main, [*argv, "--cache", str(tmp_path)], "--cache and --shard exclude each other")
+    refused(train.main, [*argv, "--dry-run", "a100"], "--dry-run 8xa100")
+    memvp = ["--llm", "a", "--vit", "b", "--memvp", "scienceqa=c", "--adapters", "0"]
+    fails(finetune.main, [*memvp, "--cache", "d", "--shard"], "--cache and --shard exclude each other")
+    talker = tmp_path / "talker"
+    shutil.copytree(chat_models["llama"][0], talker)
+    edit_config(talker, arguments={"llm_weights": "nf4"})
+    instruct = ["--model", talker, "--instruct", "talk.json", "--shard", "--dry-run", "8xa100"]
+    fails(finetune.main, instruct, "trained beside an LLM in nf4", "leave --shard out")
+    with pytest.raises(ValueError, match="quantised weights cannot be sharded"):
+        language_models.load_llm(world[1], weights="int8", mesh="any")
+
+
+# ------------------------------------------------------------------------------------------ dry runs
+
+
+def test_a_dry_run_counts_the_cards_and_what_they_share(world, tmp_path, capsys):
+    argv = arguments(world, tmp_path / "run", "--shard", "--dry-run")
+    train.main([*argv, "4xa100"])
+    said = capsys.readouterr().out
+    assert "on 4 x a100" in said
+    assert said.count("gathered blocks") == 2  # stages
+    train.main([*argv[:-2], "--dry-run", "4xa100"])
+    said = capsys.readouterr().out
+    assert "on 4 x a100" in said
+    assert "gathered blocks" not in said
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_bytes_are_those_that_fsdp_keeps(family, shards):
+    """As the first of so many processes has them, with the rows that even the shares out."""
+    model = make_visual_llm("meta", family).requires_grad_(False)
+    step = estimate.Step(operations=1e9, kept=1e6, logits=1e6)
+    whole = estimate.memory(model, step, 2)
+    needs = estimate.memory(model, step, 2, world=shards, shards=shards)
+    largest = max(sum(x.weight.nbytes for x in block.modules() if isinstance(x, nn.Linear))
+                  for block in model.frozen_layers)
+    assert needs["gathered blocks"] == 3 * largest
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards)
+    try:
+        mesh = loop.shard_mesh("all", shards, torch.device("cpu"))
+        language_models.shard_blocks(model.llm, model.llm.layers, mesh)
+        qformer.shard_blocks(model.vpg.vision_model, model.vpg.frozen_layers, mesh)
+    finally:
+        dist.destroy_process_group()
+    assert transfer.size_of(model) == needs["frozen weights"] < whole["frozen weights"]
+
+
+def test_a_card_too_small_names_more_cards():
+    model = make_visual_llm("meta").requires_grad_(False)
+    step = estimate.Step(operations=1e12, kept=1e9, logits=1e6)
+    with pytest.raises(ValueError, match="--llm-weights int8 or nf4, --shard over several GPUs"):
+        estimate.largest_micro_batch(model, step, 1e6)
+    with pytest.raises(ValueError, match="--shard over more GPUs, or --llm-weights int8 or nf4 in its place"):
+        estimate.largest_micro_batch(model, step, 1e6, shards=2)
+
+
+# --------------------------------------------------------------------------------------- keeping in step
+
+
+def test_a_batch_without_targets_counts_nothing_and_reaches_all_that_trains():
+    for family, packed in (("opt", True), ("opt", False), ("t5", False)):
+        model = make_visual_llm("cpu", family)
+        vpgtrans.enter_stage(model, vpgtrans.STAGES["fine-tune"])
+        targets = torch.randint(3, 99, (2, 3, 5) if packed else (2, 5))
+        batch = {"prompt_ids": torch.tensor([[vpgtrans.IMAGE] * 32 + [2]] * 2), "target_ids": targets,
+                 "images": torch.zeros(2, 3, 56, 56, dtype=torch.uint8), "files": ["a", "b"], "bad": ["c"],
+                 "twins": {"a": "d"}}
+        if not packed:
+            batch["scored"] = torch.ones(2, 5, dtype=torch.bool)
+        nothing = data.without_targets(batch)
+        assert data.count_targets(nothing) == 0
+        assert not any(nothing[what] for what in ("files", "bad", "twins"))
+        assert data.count_targets(batch) == targets.numel()
+        says = {name: nothing[name] for name in ("scored", "images") if name in nothing}
+        loss, tokens = model(nothing["prompt_ids"], nothing["target_ids"], **says)
+        assert loss == tokens == 0
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        assert all(gradient is not None and not gradient.any() for gradient in gradients)
