@@ -2,7 +2,7 @@
 
     python -m study.memory make datasets/scene-questions
     python finetune.py --llm datasets/smollm2 --vit demo/source --image-scale 0.1 --lr 5e-3 \\
-        --memvp scienceqa-words=datasets/scene-questions --rows 80 --batch-size 16 --steps 200
+        --memvp scienceqa-words=datasets/scene-questions --rows 64 --batch-size 16 --steps 200
     python -m study.memory score out/smollm2-memvp-scienceqa-words datasets/scene-questions --limit 600
 
 Which colour, which shape, how many, what is beside it; three to five choices; a third of the questions
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import finetune
 import loop
 import pairs
@@ -132,26 +133,30 @@ def percent(hits):
     return round(100 * hits.float().mean().item(), 1)
 
 
-def score(run, folder, split, limit=None):
-    """Percent right with an image, by the right, a shuffled and no image, in all and by kind of
-    question; and of text-only questions."""
+def ask_all(run, folder, split, limit=None):
+    """What a run chooses, by the right, a shuffled and no image. -> (items, {name: a number each})"""
     model, tok = transfer.load_model(run, torch.bfloat16)
     questions = pairs.read_questions(f"{folder}/problems.json#{split}")
     items = [questions[i] for i in range(len(questions))][:limit]
-    kinds = [item["category"] for item in items]
-    answers = torch.tensor([item["answer"] for item in items])
     seen = torch.tensor([bool(item["image"]) for item in items])
-    nothing = torch.zeros_like(seen)
     with torch.autocast("cpu", torch.bfloat16):
         features = read_image_features(model, items)
         rows = seen.nonzero()[:, 0]
         other = features.clone()
         other[rows] = features[rows.roll(1)]  # each the image of the question with one before it
-        found = {
+        return items, {
             "right": chosen(model, tok, items, seen, features),
             "shuffled": chosen(model, tok, items, seen, other),
-            "none": chosen(model, tok, items, nothing, features),
+            "none": chosen(model, tok, items, torch.zeros_like(seen), features),
         }
+
+
+def score(items, found):
+    """Percent right with an image, by the right, a shuffled and no image, in all and by kind of
+    question; and of text-only questions."""
+    kinds = [item["category"] for item in items]
+    answers = torch.tensor([item["answer"] for item in items])
+    seen = torch.tensor([bool(item["image"]) for item in items])
     hits = {name: torch.tensor(numbers) == answers for name, numbers in found.items()}
     chance = [1 / len(item["choices"]) for item in items if item["image"]]
     result = {name: percent(of_images[seen]) for name, of_images in hits.items()}
@@ -162,6 +167,19 @@ def score(run, folder, split, limit=None):
         of_kind = torch.tensor([name == kind for name in kinds])
         result[kind] = {name: percent(of_images[of_kind]) for name, of_images in hits.items()}
     return result
+
+
+def draw(file, items, found, count=12):
+    """A picture of the first questions with an image, and what was chosen: green if it is right."""
+    cells = []
+    for number, item in enumerate(items):
+        if item["image"]:
+            lines = [(item["question"], "black"), (f"of {', '.join(item['choices'])}", "gray")]
+            for name, numbers in found.items():
+                colour = "darkgreen" if numbers[number] == item["answer"] else "crimson"
+                lines.append((f"{name} image: {item['choices'][numbers[number]]}", colour))
+            cells.append((item["image"], lines))
+    evaluate.draw_sheet(file, cells[:count])
 
 
 def main(argv=None):
@@ -175,11 +193,16 @@ def main(argv=None):
     scoring.add_argument("folder", type=Path)
     scoring.add_argument("--split", default="test")
     scoring.add_argument("--limit", type=int, help="questions at most (default: all)")
+    scoring.add_argument("--picture", type=Path, metavar="FILE",
+                         help="write there some images with questions and answers")
     args = parser.parse_args(argv)
     if args.command == "make":
         make(args.folder, {"train": 6_400, "val": 200, "test": 1500})
-    else:
-        print(json.dumps(score(args.run, args.folder, args.split, args.limit)))
+        return
+    items, found = ask_all(args.run, args.folder, args.split, args.limit)
+    print(json.dumps(score(items, found)))
+    if args.picture:
+        draw(args.picture, items, found)
 
 
 if __name__ == "__main__":

@@ -369,21 +369,34 @@ def smollm2_sweep_table(results):
 
 
 def smollm2_table(results):
-    """The chosen rates on test images."""
+    """The chosen rates on test images; and after how many steps a transfer is below the mean loss at which
+    runs from scratch end."""
+    baselines = [f"smollm2-{name}" for name in ("scratch-300", "scratch-stage1-300", "scratch-1000")]
     rows = []
     for steps, starts in SMOLLM2_BUDGETS.items():
-        scratch = f"smollm2-scratch-{steps}"
         for start in starts:
             name = f"smollm2-{start}-{steps}"
             if not results.seeds(name):
                 continue
-            passed = steps_to_pass(results, name, scratch) if results.seeds(scratch) else None
-            after = "–" if passed is None else spread(list(passed.values()), 0)
             loss, right, found, _ = scores(results, name)
-            rows.append([STARTED_SMOLLM2[start], f"{steps:,}", loss, right, found, after])
+            row = [STARTED_SMOLLM2[start], f"{steps:,}", loss, right, found]
+            if start.startswith("scratch"):
+                row += ["", "", ""]
+            else:
+                row += [passes(results, name, baseline) for baseline in baselines]
+            rows.append(row)
     head = ["start", "steps", "test loss", "coloured shapes right", "found",
-            "steps to where from scratch ends"]
+            "steps to where 300 from a random Q-Former end", "300 from a pre-trained one",
+            "1,000 from a random one"]
     return table(head, rows)
+
+
+def passes(results, name, baseline):
+    """Steps in which runs called so pass where those of a baseline end, as a cell."""
+    if not results.seeds(baseline):
+        return "–"
+    steps = steps_to_pass(results, name, baseline)
+    return "not reached" if steps is None else spread(list(steps.values()), 0) + few(steps)
 
 
 TABLES = {
