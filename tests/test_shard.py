@@ -55,13 +55,13 @@ FINE_TUNING = ["--batch-size", 5, "--micro-batch", 2, "--steps", 10, "--lr", 1e-
 
 
 def write_packed(pairs, folder):
-    """Two captions an image, and a benchmark of three of the images."""
+    """Two captions an image, and a benchmark of five of the images."""
     lines = read_lines(pairs)
     for line in lines:
         line["image"] = str(pairs.parent / line["image"])
         line["caption"] = [line["caption"], "a square"]
     (folder / "two.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (folder / "coco_karpathy_val.json").write_text(json.dumps(lines[:3]))
+    (folder / "coco_karpathy_val.json").write_text(json.dumps(lines[:5]))
     return folder / "two.jsonl", folder / "coco_karpathy_val.json"
 
 
