@@ -25,7 +25,7 @@ import transfer
 from benchmarks.quantised import Peak
 
 ONE_BILLION = dict(model_type="llama", hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-                   num_attention_heads=32, num_key_value_heads=4, vocab_size=32000, bos_token_id=1, eos_token_id=2)
+                   num_attention_heads=32, num_key_value_heads=4, bos_token_id=1, eos_token_id=2)
 
 
 class Alone(nn.Module):
