@@ -281,6 +281,7 @@ class Validation:
         mine = chunks[processes.rank :: processes.world]
         rows = [chunk.flatten().tolist() for chunk in mine if len(chunk)]
         self.batches = [samples.collate([samples[i, i] for i in some]) for some in rows]
+        # into sharded blocks all processes go equally often
         if processes.mesh and len(rows) < -(-len(chunks) // processes.world):
             some = samples.collate([samples[i, i] for i in chunks[0].flatten().tolist()])
             self.batches.append(data.without_targets(some))
@@ -454,7 +455,7 @@ class Run:
             said += "".join(f", {name} {score:.1f}" for name, score in row["scores"].items())
         self.write(at, **row)
         self.processes.say(said)
-        if self.processes.rank == 0 or self.processes.mesh:
+        if self.processes.rank == 0 or self.processes.mesh:  # into sharded blocks all go together
             self.processes.say("\n".join(self.validation.examples(self.model, 2)))
         if self.processes.rank == 0:
             self.log.draw()
@@ -609,9 +610,9 @@ def train_stage(run, job, resumed=None):
     optimizer, first = begin_stage(run, job, resumed)
     trained = model
     if processes.world > 1:
-        # what there is of buffers follows from config.json; sharded weights are frozen, and none of DDP's
+        # buffers follow from config.json, in every process; DDP passes over what is frozen, sharded or not
         trained = nn.parallel.DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
-    # sharded blocks are entered by all processes as often: by as many micro-batches as the first one has
+    # sharded blocks are entered by all processes equally often: with as many micro-batches as the first has
     share = -(-stage.batch_size // processes.world)
     least = -(-share // args.micro_batch) if processes.mesh else 0
     val_every = args.val_every or max(1, job.steps // 10)

@@ -415,7 +415,7 @@ def build_model(args, src, tgt, tok, sets, processes, resumed=False):
         processes.say(f"from scratch: {source}, random projector")
     elif resumed:
         processes.say("projector: as it was saved")
-    elif processes.rank == 0 or processes.mesh:  # the first process sends its own
+    elif processes.rank == 0 or processes.mesh:  # the first sends its own; into shards all go together
         start = start_projector(args, model, src, tgt, tok, sets, processes)
     if processes.world > 1:
         for parameter in model.saved().values():
