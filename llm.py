@@ -334,8 +334,8 @@ def shard_blocks(model, blocks, mesh, methods=()):
     (FSDP, Zhao et al. 2023): each keeps some rows of each matrix, and all rows are gathered for a block while
     it is at work, those of the next meanwhile. What else there is stays whole, in every process.
 
-    A block must be entered by its forward, by all processes as often; the model by its forward or one of the
-    `methods`. -> {name of a matrix: its linear layer}"""
+    A block must be entered by its forward, the model by its forward or one of the `methods`, by all processes
+    equally often. -> {name of a matrix: its linear layer}"""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes two seconds
 
     inside = {module for block in blocks for module in block.modules()}
@@ -345,7 +345,8 @@ def shard_blocks(model, blocks, mesh, methods=()):
     whole = set(model.parameters()) - {module.weight for module in sharded.values()}
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=whole)
-    fully_shard(model, mesh=mesh, ignored_params=whole)  # no more is sharded: it lets a block know the next
+    # shards nothing more; but under one root, the next block is gathered while one is at work
+    fully_shard(model, mesh=mesh, ignored_params=whole)
     for method in methods:
         register_fsdp_forward_method(model, method)
     return sharded
