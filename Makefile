@@ -47,11 +47,11 @@ study: .venv/run
 
 # One thread a process, and processes side by side: OpenMP's threads spin while they wait.
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # What trains nothing and starts no process, and the linter: an answer within a minute.
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
 
 lint: .venv/dev
 	$(BIN)/ruff check .

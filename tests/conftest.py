@@ -5,14 +5,16 @@ import contextlib
 import io
 import itertools
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -288,9 +290,7 @@ def finished(world, tmp_path_factory):
     """One run of VPGTrans from end to end, in bf16, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     argv = arguments(world, out, "--precision", "bf16", "--micro-batch", "3")
-    done = python(ROOT / "train.py", *argv)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    return out, train_in(1, argv)
 
 
 # ------------------------------------------------------------------------------------------- processes
@@ -316,10 +316,40 @@ def torchrun(count=2):
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
 
 
-def train_in(count, argv):
-    """train.py in so many processes, to its end."""
-    done = python(*torchrun(count), ROOT / "train.py", *argv)
-    assert done.returncode == 0, done.stderr
+def train_in(count, argv, main=train.main):
+    """A command in so many processes, to its end: forks of this one, which has torch, told what torchrun
+    tells them. -> what the first printed"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / str(rank) for rank in range(count)]
+        ranks = [fork.Process(target=run_rank, args=(main, argv, rank, count, port, said[rank]))
+                 for rank in range(count)]
+        for process in ranks:
+            process.start()
+        running = ranks
+        while running and not any(process.exitcode for process in ranks):  # one that fails ends them all
+            multiprocessing.connection.wait([process.sentinel for process in running])
+            running = [process for process in ranks if process.exitcode is None]
+        for process in running:
+            process.kill()
+            process.join()
+        printed = [file.read_text() for file in said]
+    assert [process.exitcode for process in ranks] == [0] * count, printed
+    return printed[0]
+
+
+def run_rank(main, argv, rank, world, port, said):
+    """One of the processes of train_in: what it prints goes to the file `said`."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    torch.set_num_threads(1)
+    with open(said, "w") as sys.stdout:
+        sys.stderr = sys.stdout
+        main(list(map(str, argv)))
 
 
 def in_a_process(function, *arguments):

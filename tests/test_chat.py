@@ -408,7 +408,7 @@ def test_in_a_real_terminal_ctrl_c_ends_an_answer_and_not_the_program(chat_model
         screen(terminal, r"\(stopped\)\r\n\r\n> $")
         time.sleep(1)  # Python hears Ctrl-C a moment after it has shown the prompt
         os.write(terminal, b"\x03")
-        screen(terminal, r"/quit ends the program")
+        screen(terminal, r"/quit ends the program\.\r\n\r\n> $")
         os.write(terminal, b"\x04")
         assert program.wait(30) == 0
     finally:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import train_in
 from PIL import Image
 
 import data
@@ -687,10 +688,7 @@ def test_two_processes_share_the_images_and_nothing_comes_twice(world, benchmark
     specs = [f"{name}={benchmarks / name}" for name in ("coco", "vqav2")]
     alone = score(world, tmp_path / "alone", *specs)
     arguments = ["--model", str(world[0]), "--out", str(tmp_path), "--precision", "fp32", *specs]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run([*torchrun, "evaluate.py", *arguments], cwd=HERE.parent, capture_output=True,
-                         text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    train_in(2, arguments, evaluate.main)
     folder = tmp_path / "evaluation"
     assert json.loads((folder / "scores.json").read_text())["benchmarks"] == alone
     shares = [lines(folder / f"answers/vqav2.{rank}.jsonl")[1:] for rank in (0, 1)]

@@ -1,16 +1,13 @@
 """Facts about finetune.py: how ScienceQA is read and asked, and whole runs on small models."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, randomise
+from conftest import COLOURS, randomise, train_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -307,23 +304,19 @@ def test_a_stopped_run_continues_with_the_same_losses(memvp_world, run, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_though_one_has_no_image(memvp_world, tmp_path):
+def test_two_processes_give_the_losses_of_one_though_one_has_no_image(memvp_world, tmp_path, monkeypatch):
     """Without dropout, whose draws differ: of a batch of two, sorted by length, one process has the text-only
     question."""
     clip, llm, _ = memvp_world
     folder = shutil.copytree(memvp_world[2], tmp_path / "scienceqa")
     splits = json.loads((folder / "pid_splits.json").read_text())
     (folder / "pid_splits.json").write_text(json.dumps(splits | {"train": ["2", "3"]}))
-    code = "import memvp, finetune, loop; memvp.F.dropout = lambda x, p: x; loop.run_command(finetune.main)"
+    monkeypatch.setattr(memvp.F, "dropout", lambda x, p: x)
     losses = []
     for world in (1, 2):
         out = tmp_path / str(world)
-        (tmp_path / "main.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
         options = arguments((clip, llm, folder), out, "--batch-size", "2", "--steps", "3", "--adapters", "0")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        done = subprocess.run([sys.executable, *launcher, str(tmp_path / "main.py"), *options], cwd=ROOT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        train_in(world, options, finetune.main)
         losses.append([row["loss"] for row in metrics(out) if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

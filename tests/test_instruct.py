@@ -13,7 +13,6 @@ import transformers
 from conftest import (
     COLOURS,
     LLAMA_CONFIG,
-    ROOT,
     T5_CONFIG,
     TEXT,
     arguments,
@@ -21,9 +20,8 @@ from conftest import (
     bad_data,
     make_blip2,
     make_model,
-    python,
     rows,
-    torchrun,
+    train_in,
     values,
     write_kind,
     write_language_model,
@@ -357,8 +355,7 @@ def test_a_stopped_run_continues_with_the_same_losses(talk, run, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(talk, run, tmp_path):
-    done = python(*torchrun(2), ROOT / "finetune.py", *command(talk, tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
+    train_in(2, command(talk, tmp_path / "two"), finetune.main)
     assert_same_losses(tmp_path / "two", run)
     assert_same_losses(tmp_path / "two", run, "val_loss")
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, arguments, python, rows, train_in
+from conftest import arguments, rows, train_in
 from safetensors import safe_open
 from torch import nn
 
@@ -28,9 +28,7 @@ def command(world, out, *more):
 def auto(world, tmp_path_factory):
     """A run with --init auto, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "auto"
-    done = python(ROOT / "train.py", *command(world, out, "--init", "auto"))
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    return out, train_in(1, command(world, out, "--init", "auto"))
 
 
 @pytest.mark.slow

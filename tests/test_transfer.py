@@ -8,14 +8,13 @@ import pytest
 import torch
 from conftest import (
     LLAMA_CONFIG,
-    ROOT,
     T5_CONFIG,
     arguments,
     copy_checkpoint,
     edited,
     make_model,
     picture,
-    python,
+    train_in,
     values,
     write_clip,
     write_kind,
@@ -161,9 +160,7 @@ def other_family(request, world, tmp_path_factory):
     target = write_kind(folder / "target", request.param)
     make_model(target, (T5_CONFIG if request.param == "Unigram" else LLAMA_CONFIG) | dict(vocab_size=800))
     argv = arguments((world[0], target, world[2]), folder / "run", "--steps", "20")
-    done = python(ROOT / "train.py", *argv)
-    assert done.returncode == 0, done.stderr
-    return target, folder / "run", done.stdout
+    return target, folder / "run", train_in(1, argv)
 
 
 def assert_learns(run):
