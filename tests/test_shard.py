@@ -1,7 +1,11 @@
 """Facts about --shard: processes that share the frozen blocks do what one does that has all of them."""
 
+import ctypes
+import datetime
+import gc
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,6 @@ import torch.distributed as dist
 from conftest import (
     FAMILIES,
     LLMS,
-    ROOT,
     T5_CONFIG,
     arguments,
     assert_same_losses,
@@ -17,10 +20,9 @@ from conftest import (
     edit_tensors,
     make_model,
     make_visual_llm,
-    python,
     read_lines,
     stop_at,
-    torchrun,
+    train_in,
     values,
     write_kind,
     write_language_model,
@@ -32,6 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import data
 import estimate
 import finetune
+import hub
 import llm as language_models
 import loop
 import qformer
@@ -40,8 +43,7 @@ import train
 import transfer
 import vpgtrans
 
-# ------------------------------------------------------------------------------- in several processes
-
+COMMANDS = {"train": train, "finetune": finetune}
 LLM_VARIANTS = {  # a width that two do not share evenly; project_in and out; tied head and word embeddings
     "odd": LLMS["smollm2"] | dict(intermediate_size=47),
     "opt-350m": LLMS["opt-350m"],
@@ -100,12 +102,109 @@ def commands(world, memvp_world, chat_models, tmp_path_factory):
     return {name: [str(word) for word in words if word not in ("", "--out")] for name, words in found.items()}
 
 
-def run_sharded(file, jobs):
-    """Jobs of sharded.py in two processes, whose memory goes back when it is freed."""
-    file.write_text(json.dumps(jobs, default=str))
-    variables = dict(PYTHONPATH=str(ROOT), MALLOC_MMAP_THRESHOLD_="65536")
-    done = python(*torchrun(2), ROOT / "tests" / "sharded.py", file, **variables)
-    assert done.returncode == 0, done.stderr[-3000:]
+# -------------------------------------------------------------------- what each of two processes does
+
+
+def touched():
+    """Bytes of files and of its own that this process has in memory (Linux)."""
+    with open("/proc/self/status") as status:
+        lines = [line.split() for line in status if line.startswith(("RssAnon:", "RssFile:"))]
+    return sum(int(size) for _, size, _ in lines) * 1024
+
+
+def check_rows(model, blocks, mesh):
+    """Of the matrices of the blocks there are this process's rows, and no others; all else is whole."""
+    inside = [module for block in blocks for module in block.modules()]
+    matrices = {module.weight for module in inside if isinstance(module, nn.Linear)}
+    assert matrices
+    for parameter in model.parameters():
+        assert hasattr(parameter, "to_local") == (parameter in matrices)
+    for matrix in matrices:
+        share = -(-len(matrix) // mesh.size())
+        left = len(matrix) - mesh.get_local_rank() * share
+        assert len(matrix.to_local()) == max(0, min(share, left))
+
+
+def check_llm(mesh, folder):
+    """A sharded LLM answers, scores and differentiates as the whole one, whichever is first, and has its
+    fingerprint. Each process has other texts, and more or fewer of them, which end earlier or later."""
+    rank = dist.get_rank()
+    whole = language_models.load_llm(folder, torch.float32)
+    part = language_models.load_llm(folder, torch.float32, mesh=mesh)
+    check_rows(part, part.layers, mesh)
+    assert hub.fingerprint(part.as_read()) == hub.fingerprint(whole.as_read())
+    generator = torch.Generator().manual_seed(rank)
+    prefix = torch.randn(2 + rank, 6, whole.dim, generator=generator)
+    target = torch.randint(3, 100, (2 + rank, 5), generator=generator)
+    said = whole.generate(prefix, max_new_tokens=6, stop=((-5,),))
+    assert part.generate(prefix, max_new_tokens=6, stop=((-5,),)) == said
+    stop = [(ids[rank],) for ids in said]
+    for beams in (1, 3):
+        options = dict(num_beams=beams, max_new_tokens=6, stop=stop)
+        assert part.generate(prefix, **options) == whole.generate(prefix, **options)
+    losses, gradients = [], []
+    for llm in (whole, part):
+        x = prefix.clone().requires_grad_()
+        loss, _ = llm.loss(x, target)
+        loss.backward()
+        losses.append(loss)
+        gradients.append(x.grad)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
+def check_vit(mesh, folder):
+    whole = qformer.load_vpg(folder, torch.float32)
+    part = qformer.load_vpg(folder, torch.float32, mesh=mesh)
+    check_rows(part, part.frozen_layers, mesh)
+    assert hub.fingerprint(part.frozen_parameters()) == hub.fingerprint(whole.frozen_parameters())
+    images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    torch.testing.assert_close(part(images), whole(images))
+
+
+def check_loading(mesh, folder):
+    """No process reads more than its part, half of the file; the kernel maps some pages around it."""
+    size = (Path(folder) / "model.safetensors").stat().st_size
+    language_models.load_llm(folder, mesh=mesh)  # what is imported and cached by then does not count
+    gc.collect()
+    before = touched()
+    llm = language_models.load_llm(folder, mesh=mesh)
+    assert 0.4 * size < touched() - before < 0.9 * size
+    assert llm.mesh is mesh
+
+
+def run(mesh, command, argv, stop_at=None):
+    """A command; `stop_at`: [stage, step] at which it is asked to stop."""
+    def watch(at):
+        if [at["stage"], at["step"]] == stop_at:
+            loop.stop_asked.set()
+
+    try:
+        COMMANDS[command].main(argv, watch)
+    except SystemExit as end:
+        assert stop_at and end.code == 130, end.code
+
+
+def do(jobs):
+    """Jobs, [function, argument, ...] each, in one group of processes: the commands would begin a group each,
+    and there can be but one."""
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=1))
+    dist.init_process_group = nothing
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+    mesh = loop.shard_mesh("node", dist.get_world_size(), torch.device("cpu"))
+    for job, *what in jobs:
+        job(mesh, *what)
+
+
+def nothing(*_, **__):
+    pass
+
+
+def without_dropout(x, *_, **__):
+    return x
+
+
+# ----------------------------------------------------------------------------------- one process and two
 
 
 @pytest.fixture(scope="module")
@@ -114,26 +213,26 @@ def both(commands, world, tmp_path_factory):
     are halves: "begun" was begun by the one and ended by the two, "ended" the other way round."""
     folder = tmp_path_factory.mktemp("both")
     alone, sharded = folder / "alone", folder / "sharded"
-    jobs = [["vit", world[0]]]
+    jobs = [[check_vit, world[0]]]
     for name, options in LLM_VARIANTS.items():
         make_model(folder / name, options)
-        jobs.append(["llm", folder / name])
+        jobs.append([check_llm, folder / name])
     large = LLMS["llama-1"] | dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
     make_model(folder / "large", large)
     edit_tensors(folder / "large", lambda tensors: {name: x.bfloat16() for name, x in tensors.items()})
-    jobs.append(["loading", folder / "large"])
+    jobs.append([check_loading, folder / "large"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "dropout", lambda x, *_, **__: x)  # as sharded.py
-        patch.setattr(runs.Log, "draw", lambda log: None)
+        patch.setattr(nn.functional, "dropout", without_dropout)  # each process would draw its own
+        patch.setattr(runs.Log, "draw", nothing)  # takes a third of the time
         for name, (command, *argv) in commands.items():
-            {"train": train, "finetune": finetune}[command].main([*argv, "--out", str(alone / name)])
+            COMMANDS[command].main([*argv, "--out", str(alone / name)])
             if name != "llama":
-                jobs.append(["run", command, [*argv, "--out", sharded / name, "--shard"]])
+                jobs.append([run, command, [*argv, "--out", str(sharded / name), "--shard"]])
         command, *argv = commands["llama"]
         stop_at("fine-tune", 5, [*argv, "--out", str(folder / "begun")])
-        jobs.append(["run", command, [*argv, "--out", folder / "begun", "--resume", "--shard", "all"]])
-        jobs.append(["run", command, [*argv, "--out", folder / "ended", "--shard"], ["fine-tune", 5]])
-        run_sharded(folder / "jobs.json", jobs)
+        jobs.append([run, command, [*argv, "--out", str(folder / "begun"), "--resume", "--shard", "all"]])
+        jobs.append([run, command, [*argv, "--out", str(folder / "ended"), "--shard"], ["fine-tune", 5]])
+        train_in(2, [], lambda argv: do(jobs))
         train.main([*argv, "--out", str(folder / "ended"), "--resume"])
     return folder
 
