@@ -169,7 +169,8 @@ def check_loading(mesh, folder):
     gc.collect()
     before = touched()
     llm = language_models.load_llm(folder, mesh=mesh)
-    assert 0.4 * size < touched() - before < 0.9 * size
+    share = (touched() - before) / size
+    assert 0.4 < share < 0.75
     assert llm.mesh is mesh
 
 
@@ -217,7 +218,7 @@ def both(commands, world, tmp_path_factory):
     for name, options in LLM_VARIANTS.items():
         make_model(folder / name, options)
         jobs.append([check_llm, folder / name])
-    large = LLMS["llama-1"] | dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
+    large = LLMS["llama-1"] | dict(hidden_size=2048, intermediate_size=4096, num_hidden_layers=1)
     make_model(folder / "large", large)
     edit_tensors(folder / "large", lambda tensors: {name: x.bfloat16() for name, x in tensors.items()})
     jobs.append([check_loading, folder / "large"])
