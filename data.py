@@ -594,6 +594,16 @@ def count_targets(batch):
     return (batch["target_ids"] != PADDING).sum()
 
 
+def without_targets(batch):
+    """The same batch, of which no token counts: what a process reads that has less to do than others with
+    which it must keep in step."""
+    nothing = {"files": [], "bad": [], "twins": {}}
+    nothing["target_ids"] = torch.full_like(batch["target_ids"], PADDING)
+    if "scored" in batch:
+        nothing["scored"] = torch.zeros_like(batch["scored"])
+    return batch | nothing
+
+
 def block_signals(_=None):
     """Neither Ctrl-C nor SIGTERM reaches this process and its children any more. -> what was
     blocked before"""

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 CARDS = {  # memory in GB, and dense bf16 TFLOP/s as their makers state them
@@ -75,8 +76,24 @@ def trace(model, batch):
     )
 
 
-def memory(model, step, micro_batch, world=1):
-    """{what: bytes} on one of `world` GPUs.
+def spread(blocks, shards):
+    """Frozen blocks whose matrices are sharded by rows over so many GPUs -> bytes that each of these is
+    spared, and of the largest block's matrices."""
+    spared = largest = 0
+    for block in blocks:
+        matrices = [module.weight for module in block.modules() if isinstance(module, nn.Linear)]
+        for matrix in matrices:
+            rows = -(-len(matrix) // shards)
+            spared += (len(matrix) - rows) * matrix.shape[1] * matrix.element_size()
+        largest = max(largest, sum(matrix.nbytes for matrix in matrices))
+    return spared, largest
+
+
+def memory(model, step, micro_batch, world=1, shards=1):
+    """{what: bytes} on one of `world` GPUs, of which so many share the frozen blocks.
+
+    Of blocks that are shared, FSDP has one whole at work, what it was copied from, and what the next is
+    gathered in.
 
     Of quantised weights, one matrix at a time exists as such, twice while its scales are multiplied
     in. What trains is float32: weight, gradient and two moments, a bf16 copy under autocast, and under
@@ -97,19 +114,25 @@ def memory(model, step, micro_batch, world=1):
     }
     if matrix := model.llm.largest_quantised:
         needs["a quantised matrix at work"] = 4 * matrix
+    if shards > 1:
+        spared, largest = spread(model.frozen_layers, shards)
+        needs["frozen weights"] -= spared
+        needs["gathered blocks"] = 3 * largest
     return needs
 
 
-def largest_micro_batch(model, step, capacity, most=LARGEST, world=1):
+def largest_micro_batch(model, step, capacity, most=LARGEST, world=1, shards=1):
     """The samples that fit at a time into nine tenths of `capacity` bytes, `most` at most.
     ValueError if none does."""
-    fixed = sum(memory(model, step, 0, world).values())
+    fixed = sum(memory(model, step, 0, world, shards).values())
     each = step.kept + 2.5 * step.logits
     fits = int((0.9 * capacity - fixed) // each)
     if fits < 1:
         smaller = "a smaller --tgt"
-        if not model.llm.largest_quantised:
-            smaller = f"--llm-weights int8 or nf4, {smaller}"
+        if shards > 1:
+            smaller = f"--shard over more GPUs, or --llm-weights int8 or nf4 in its place, {smaller}"
+        elif not model.llm.largest_quantised:
+            smaller = f"--llm-weights int8 or nf4, --shard over several GPUs, {smaller}"
         raise ValueError(f"this should need {(fixed + each) / 0.9 / 1e9:.1f} GB of GPU memory, and there are "
                          f"{capacity / 1e9:.1f}; use {smaller}, or --micro-batch 1 to try all the same")
     return min(most, fits)
@@ -139,10 +162,10 @@ def machine(card=""):
     return name, torch.cuda.mem_get_info()[1] if on_gpu else None, 0.6 * speed
 
 
-def report(model, longest, typical, samples, machine, micro_batch=None, world=1):
+def report(model, longest, typical, samples, machine, micro_batch=None, world=1, shards=1):
     """Lines about a stage of so many samples, as the model is trained now: the arithmetic of
     `typical` batches, and the memory of `longest` ones (inputs of the model on the meta device).
-    Without a micro-batch it is what fits."""
+    Without a micro-batch it is what fits. `world` and `shards` are as memory's."""
     name, capacity, speed = machine
     operations = trace(model, typical).operations
     step = trace(model, longest)
@@ -151,11 +174,13 @@ def report(model, longest, typical, samples, machine, micro_batch=None, world=1)
     yield (f"  {operations / 1e12:.3g} TFLOP a sample, {operations * samples / 1e15:,.1f} PFLOP in all: "
            f"{readable_time(seconds / world)} on {world} x {name}{alone}")
     if not micro_batch:
-        micro_batch = largest_micro_batch(model, step, capacity, world=world) if capacity else LARGEST
-    needs = memory(model, step, micro_batch, world)
+        micro_batch = LARGEST
+        if capacity:
+            micro_batch = largest_micro_batch(model, step, capacity, world=world, shards=shards)
+    needs = memory(model, step, micro_batch, world, shards)
     parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in needs.items())
     yield f"  memory: {sum(needs.values()) / 1e9:.1f} GB with --micro-batch {micro_batch}: {parts}"
     if capacity:
-        most = largest_micro_batch(model, step, capacity, 10_000, world)
+        most = largest_micro_batch(model, step, capacity, 10_000, world, shards)
         fits = f"--micro-batch {most} would fit" if most < 10_000 else "any micro-batch would fit"
         yield f"  a tenth of {capacity / 1e9:.0f} GB left free, {fits}"

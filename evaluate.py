@@ -785,7 +785,8 @@ def answer_greedily(task, model, tok, batch_size, processes):
     asks = BENCHMARKS[task.name].asks
     options = {"max_new_tokens": (QUESTION if asks else CAPTION)["max_new_tokens"]}
     prompt = question_prompt(tok) if asks else ""
-    mine = share(task.items, processes)
+    # into sharded blocks all processes go together, with the same items
+    mine = task.items if processes.mesh else share(task.items, processes)
     rows = []
     stopped = False
     try:

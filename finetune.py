@@ -112,6 +112,9 @@ class InstructionTuning:
         self.stop = data.stop_ids(self.tok, self.template)
         # the run goes on as the model was trained, and says so in its config.json
         args.llm_weights = args.llm_weights or transfer.trained_with(hub.read_config(self.place.folder))
+        if args.llm_weights and args.shard:
+            raise ValueError(f"{args.model}: was trained beside an LLM in {args.llm_weights}, which is not "
+                             "sharded; leave --shard out")
         dtype = transfer.DTYPES[args.precision]
         self.shapes = transfer.shape_whole(self.place, dtype, args.llm_weights)
         if not is_dry:
@@ -170,10 +173,10 @@ class InstructionTuning:
         trains = (args.trains,) if args.trains else stage.trains
         return dataclasses.replace(stage, batch_size=batch_size, lr=lr, final_lr=final_lr, trains=trains)
 
-    def build(self, args, device):
+    def build(self, args, processes):
         """The model with its weights."""
         dtype = transfer.DTYPES[args.precision]
-        model, _ = transfer.load_model(args.model, dtype, device, args.llm_weights)
+        model, _ = transfer.load_model(args.model, dtype, processes.device, args.llm_weights, processes.mesh)
         transfer.check_vocabulary(self.tok, model.llm, self.place)
         return model
 
@@ -448,11 +451,12 @@ class MemVPTuning:
     def stage(self, args):
         return choose_stage(args, self.task, "adapters" in self.shapes.parts)
 
-    def build(self, args, device):
+    def build(self, args, processes):
         """The model with its weights; its memory is drawn."""
         torch.manual_seed(args.seed)
         dtype = transfer.DTYPES[args.precision]
-        model = transfer.build_memory_llm(self.made, self.vit, self.llm, dtype, device, args.llm_weights)
+        model = transfer.build_memory_llm(self.made, self.vit, self.llm, dtype, processes.device,
+                                          args.llm_weights, processes.mesh)
         transfer.check_vocabulary(self.tok, model.llm, self.llm)
         return model
 
@@ -595,6 +599,8 @@ def check_memvp(parser, args):
     if args.features == "queries" and args.vit_layers:
         parser.error("--vit-layers is for --features patches: a Q-Former reads the block that it was "
                      "trained on")
+    if args.cache and args.shard:
+        parser.error(train.CACHE_OR_SHARD)
     if args.cache and args.features == "patches" and args.adapters:
         parser.error("--cache is for --features queries or --adapters 0: else the ViT's adapters train, and "
                      "its features change")
@@ -658,7 +664,8 @@ def example_batch(model, prompt, target):
 
 def dry_run(args, found):
     """Prints what the run would do and need. Without data, the amounts are assumed."""
-    model, world = found.method.shapes, found.processes.world
+    model = found.method.shapes
+    world, shards, machine = train.find_cards(args, found.processes)
     available, longest, typical = found.method.assumed
     if found.samples:
         available = int(found.samples.starts[-1])
@@ -669,10 +676,9 @@ def dry_run(args, found):
     steps = count_steps(args, stage, available, world)
     table = vpgtrans.enter_stage(model, stage)
     print(*loop.describe_stage(found.method.name, stage, steps, available, table), sep="\n")
-    machine = estimate.machine(args.dry_run)
     batches = example_batch(model, *longest), example_batch(model, *typical)
     samples = steps * stage.batch_size
-    print(*estimate.report(model, *batches, samples, machine, args.micro_batch, world), sep="\n")
+    print(*estimate.report(model, *batches, samples, machine, args.micro_batch, world, shards), sep="\n")
 
 
 @dataclasses.dataclass
@@ -690,7 +696,7 @@ def find(args, held):
     """Models and data. The first process goes first: it fetches, scans, and takes the run's folder
     until `held` is closed."""
     is_dry = args.dry_run is not None
-    processes = loop.Processes.start(args.precision)
+    processes = loop.Processes.start(args.precision, None if is_dry else args.shard)
     with processes.first_goes_first():
         if processes.rank == 0 and not is_dry:
             train.take_folder(args, processes, held)
@@ -728,7 +734,9 @@ def set_up(args, found, watch):
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
         train.check_same_arguments(args, resumed[0]["arguments"])
-    model = method.build(args, processes.device)
+    model = method.build(args, processes)
+    if said := transfer.describe_weights(model.llm):
+        processes.say(said)
     validation = loop.Validation(found.held_out, args.micro_batch, processes, method.stop)
     log = runs.Log(args.out, processes.rank)
     if resumed:

@@ -6,6 +6,7 @@ safetensors.
     loss, tokens = llm.loss(soft_prompts, caption_ids)          # gradients flow to soft_prompts only
     captions = llm.generate(soft_prompts, num_beams=5)          # lists of ids
     small = load_llm(folder, device="cuda", weights="nf4")      # a quarter of the memory
+    part = load_llm(folder, device="cuda", mesh=mesh)           # its share of it, in each of some processes
     cache = llm.read_prefix(soft_prompts, room=500)             # read once, for many questions or turns
     answers = llm.generate(question, cache=cache)
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import safe_open
@@ -134,6 +136,29 @@ def causal_mask(keep):
 def real_positions(keep):
     """(B,S) bool -> (B,S): the number of each real position in its row, from 0."""
     return (keep.cumsum(1) - 1).clamp(min=0)
+
+
+class Ends:
+    """Stands for a tensor where only its shape and its first and last eight numbers are asked for, as
+    a fingerprint does."""
+
+    def __init__(self, tensor):
+        self.shape = tensor.shape
+        self.numbers = torch.cat([tensor.flatten()[:8], tensor.flatten()[-8:]])
+
+    def flatten(self):
+        return self.numbers
+
+
+def as_read(module):
+    """{name: tensor} of a module's parameters as they were read, for a fingerprint: of a matrix that was
+    quantised or sharded its Ends."""
+    tensors = dict(module.named_parameters())
+    for name, child in module.named_modules():
+        ends = getattr(child, "ends", None)
+        if isinstance(ends, Ends):
+            tensors[f"{name}.weight"] = ends
+    return tensors
 
 
 # ------------------------------------------------------------------------------ quantised frozen weights
@@ -243,18 +268,6 @@ def multiply_back(ctx, gradient):
 decode_multiply.register_autograd(multiply_back, setup_context=keep_codes)
 
 
-class Ends:
-    """Stands for a tensor where only its shape and its first and last eight numbers are asked for, as
-    a fingerprint does."""
-
-    def __init__(self, tensor):
-        self.shape = tensor.shape
-        self.numbers = torch.cat([tensor.flatten()[:8], tensor.flatten()[-8:]])
-
-    def flatten(self):
-        return self.numbers
-
-
 class QuantisedLinear(nn.Module):
     """A frozen nn.Linear whose matrix is kept as codes and scales. Made of one on the meta device;
     `take` makes of the checkpoint's matrix what it then loads."""
@@ -270,11 +283,10 @@ class QuantisedLinear(nn.Module):
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
-        self.as_read = None
 
     def take(self, matrix):
         """(out,in) -> {"weight": codes, "weight_scale": scales}"""
-        self.as_read = Ends(matrix)
+        self.ends = Ends(matrix)
         codes, scales = zip(*(self.encode(rows.float()) for rows in matrix.split(self.ROWS)))
         return {"weight": torch.cat(codes), "weight_scale": torch.cat(scales)}
 
@@ -312,6 +324,51 @@ def quantise_blocks(llm, weights):
 def quantised(llm):
     """(name, QuantisedLinear) of all that an LLM has."""
     return [(name, module) for name, module in llm.named_modules() if isinstance(module, QuantisedLinear)]
+
+
+# -------------------------------------------------------------------------------- sharded frozen weights
+
+
+def shard_blocks(model, blocks, mesh, methods=()):
+    """Spreads the matrices of a model's repeated blocks, on the meta device, over the processes of a mesh
+    (FSDP, Zhao et al. 2023): each keeps some rows of each matrix, and all rows are gathered for a block while
+    it is at work, those of the next meanwhile. What else there is stays whole, in every process.
+
+    A block must be entered by its forward, the model by its forward or one of the `methods`, by all processes
+    equally often. -> {name of a matrix: its linear layer}"""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes two seconds
+
+    inside = {module for block in blocks for module in block.modules()}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    sharded = {f"{name}.weight": module for name, module in linear.items() if module in inside}
+    model.requires_grad_(False)
+    whole = set(model.parameters()) - {module.weight for module in sharded.values()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    # shards nothing more; but under one root, the next block is gathered while one is at work
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+    return sharded
+
+
+def own_rows(matrix, mesh, dtype, device):
+    """A matrix (out,in) as read -> the DTensor of which this process keeps its rows. Of a file that is
+    mapped into memory, as read_file's are, no others are read."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    rows = -(-len(matrix) // mesh.size())
+    own = matrix[mesh.get_local_rank() * rows :][:rows].to(device, dtype)
+    how = dict(run_check=False, shape=matrix.shape, stride=matrix.stride())
+    return DTensor.from_local(own, mesh, [Shard(0)], **how)
+
+
+def gather_once(blocks):
+    """FSDP makes the tensors of a gathered block once, and only frees and fills them later. Made in the
+    inference mode of `generate` they could not be trained through: so they are made here."""
+    for block in blocks:
+        block.unshard()
+        block.reshard()
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -630,7 +687,7 @@ def decode_tokens(llm, logits, cache, steps, min_new_tokens, penalty, temperatur
         ids = torch.cat([ids, next_ids[:, None]], dim=1)
         yield ids
         ended |= ends_with(ids, stop)
-        if n == steps or ended.all():
+        if n == steps or llm.have_ended(ended):
             return
         cache.advance()
         logits = llm.step(ids[:, -1:].contiguous(), cache)
@@ -690,7 +747,7 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, penalty, K, length_pe
         worst = finished_scores.min(1, keepdim=True).values
         best = scores[:, :1] if prompt_lengths is None else top[:, :1]
         done |= worst >= best / running_divisor
-        if n == steps or done.all():
+        if n == steps or llm.have_ended(done):
             return finished[:, 0]
         beams = pick(candidates, chosen)
         cache.advance(pick(parents, chosen))
@@ -702,6 +759,7 @@ class LanguageModel(nn.Module):
     more token of each beam)."""
 
     weights = None  # "int8" or "nf4" where load_llm has quantised the blocks
+    mesh = None  # the processes over which it has sharded them
     start_id = None  # the token that starts a decoder, where there is one
 
     def finish(self, config):
@@ -739,13 +797,20 @@ class LanguageModel(nn.Module):
         return caption_loss(self.lm_head, x, target_ids, scored)
 
     def as_read(self):
-        """{name: tensor} as the checkpoint has them, for a fingerprint: of a quantised matrix its
-        Ends."""
-        tensors = dict(self.named_parameters())
-        for name, module in quantised(self):
+        """{name: tensor} as the checkpoint has them, for a fingerprint."""
+        tensors = as_read(self)
+        for name, _ in quantised(self):
             del tensors[f"{name}.weight_scale"]
-            tensors[f"{name}.weight"] = module.as_read
         return tensors
+
+    def have_ended(self, rows):
+        """(B,) bool -> bool: have all texts ended, those of the other processes, too, where blocks are
+        sharded? Till then all must go on."""
+        if self.mesh is None:
+            return rows.all()
+        going_on = (~rows).sum()
+        dist.all_reduce(going_on, group=self.mesh.get_group())
+        return going_on == 0
 
     @property
     def largest_quantised(self):
@@ -1360,8 +1425,8 @@ class T5Block(nn.Module):
             self.layer.append(nn.ModuleDict({name: part, "layer_norm": norm}))
 
     def forward(self, x, mask, encoded=None, encoded_mask=None, cache=None, memory=None):
-        """`encoded`: the keys and values (B,H,P,hd) of what the encoder has read, for a decoder's
-        block."""
+        """`encoded`, for a decoder's block: what the encoder has read (B,P,D), or the keys and values
+        (B,H,P,hd) that this block has made of it before. -> x, and these where there is a cache, else None"""
         attend = self.layer[0]["SelfAttention"]
         y = self.layer[0]["layer_norm"](x)
         keys_values = attend.keys_values(y)
@@ -1369,10 +1434,14 @@ class T5Block(nn.Module):
             keys_values = remember(cache, *keys_values)
         x = x + attend(y, keys_values, mask)
         if encoded is not None:
+            attend = self.layer[1]["EncDecAttention"]
+            if isinstance(encoded, torch.Tensor):
+                encoded = attend.keys_values(encoded)
             y = self.layer[1]["layer_norm"](x)
-            x = x + self.layer[1]["EncDecAttention"](y, encoded, encoded_mask)
+            x = x + attend(y, encoded, encoded_mask)
         y = self.layer[-1]["layer_norm"](x)
-        return x + self.layer[-1]["DenseReluDense"](y, memory)
+        x = x + self.layer[-1]["DenseReluDense"](y, memory)
+        return x, None if cache is None else encoded
 
 
 class T5Stack(nn.Module):
@@ -1450,22 +1519,22 @@ class T5(LanguageModel):
         return len(self.decoder.block), self.heads, self.head_dim
 
     def encode(self, prefix, prefix_mask, memory):
-        """The encoder: (B,P,D), (B,P) bool or None -> keys and values for each block of the
-        decoder, and their mask."""
+        """The encoder: (B,P,D), (B,P) bool or None -> what it has read (B,P,D), once for each block of
+        the decoder, and the mask."""
         x, prefix_mask = take_prefix(prefix, prefix_mask, self.dim, self.shared.weight.dtype)
         keep = None if prefix_mask is None else prefix_mask[:, None, None]  # (B, 1, 1, P)
         positions = torch.arange(x.shape[1], device=x.device)
         bias = self.encoder.bias(positions, positions, keep)
         for block in self.encoder.block:
-            x = block(x, bias, memory=memory)
+            x, _ = block(x, bias, memory=memory)
         x = self.encoder.final_layer_norm(x)
-        readers = [block.layer[1]["EncDecAttention"] for block in self.decoder.block]
-        return [reader.keys_values(x) for reader in readers], keep
+        return [x] * len(self.decoder.block), keep
 
     def decode(self, x, bias, encoded, keep, cache=None, memory=None):
-        """The decoder: (B,T,D) embeddings -> (B,T,D) what the head reads."""
+        """The decoder: (B,T,D) embeddings -> (B,T,D) what the head reads. With a cache, each block leaves
+        in the list `encoded` the keys and values that it has made, for the tokens to come."""
         for i, block in enumerate(self.decoder.block):
-            x = block(x, bias, encoded[i], keep, None if cache is None else cache[i], memory)
+            x, encoded[i] = block(x, bias, encoded[i], keep, None if cache is None else cache[i], memory)
         return self.decoder.final_layer_norm(x) * self.scale
 
     def hidden_states(self, prefix, target_ids, prefix_mask=None, memory=None):
@@ -1694,8 +1763,8 @@ def empty_llm(folder):
 
 def read_weights(folder, llm, dtype, device, matrices):
     """{name: tensor} of the checkpoint in a folder, in a dtype on a device; where it is one of the
-    `matrices` that quantise_blocks has made, its codes and scales. No more than one tensor is whole
-    at any time."""
+    `matrices` of quantise_blocks or shard_blocks, its codes and scales or this process's rows. No more than
+    one tensor is whole at any time."""
     _, prefix = read_llm_config(folder)
     rename = renaming(type(llm), prefix)
     tensors = {}
@@ -1704,6 +1773,9 @@ def read_weights(folder, llm, dtype, device, matrices):
         module = matrices.get(name)
         if module is None:
             tensors[name] = tensor.to(device, dtype)
+        elif llm.mesh:
+            module.ends = Ends(tensor)
+            tensors[name] = own_rows(tensor, llm.mesh, dtype, device)
         elif tensor.shape != module.shape:
             raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, config.json says "
                              f"{tuple(module.shape)}; is this the right checkpoint?")
@@ -1716,25 +1788,35 @@ def read_weights(folder, llm, dtype, device, matrices):
     return tensors
 
 
-def load_llm(folder, dtype=torch.bfloat16, device="cpu", weights=None):
+def load_llm(folder, dtype=torch.bfloat16, device="cpu", weights=None, mesh=None):
     """The language model of a folder in Hugging Face layout, frozen and in eval mode.
 
     weights "int8" or "nf4" keeps the matrices of its blocks in half or 0.28 of bf16's bytes,
-    quantised while they are read; the arithmetic stays that of `dtype`.
+    quantised while they are read; the arithmetic stays that of `dtype`. With a mesh, a DeviceMesh of one
+    dimension, each of its processes reads and keeps its share of these matrices (`shard_blocks`).
 
     The LLM lies at the top level or under `language_model.` (BLIP-2). FileNotFoundError or
     ValueError name the file and the option that is not implemented, or the tensor that is missing,
     misshapen or damaged."""
+    if weights and mesh:
+        raise ValueError(f"{folder}: quantised weights cannot be sharded; use one or the other")
     llm = empty_llm(folder)
     llm.stop = end_marks(folder, llm.stop)
     if isinstance(llm, T5) and dtype == torch.float16:
         raise ValueError(f"{folder}: T5 overflows in float16; load it in bfloat16 or float32")
     llm.weights = weights
-    matrices = quantise_blocks(llm, weights) if weights else {}
+    llm.mesh = mesh
+    matrices = {}
+    if weights:
+        matrices = quantise_blocks(llm, weights)
+    elif mesh:
+        matrices = shard_blocks(llm, llm.layers, mesh, methods=("loss", "generate", "read_prefix"))
     tensors = read_weights(folder, llm, dtype, device, matrices)
     if llm.lm_head.weight is llm.get_parameter(llm.WORDS):
         complete_tied(tensors, llm.WORDS)
     assign_tensors(llm, tensors, folder)
+    if mesh:
+        gather_once(llm.layers)
     return llm.to(device).requires_grad_(False).eval()
 
 

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
 import data
@@ -60,9 +61,12 @@ class Processes:
     world: int
     device: torch.device
     precision: str
+    mesh: DeviceMesh = None  # the processes over which frozen blocks are sharded, this one among them
 
     @classmethod
-    def start(cls, precision):
+    def start(cls, precision, shard=None):
+        """`shard`: frozen blocks are sharded over the processes of each "node", or over "all". ValueError
+        if this one would be alone."""
         rank = int(os.environ.get("RANK", 0))
         world = int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
@@ -72,7 +76,13 @@ class Processes:
         if world > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-        return cls(rank, world, device, precision)
+        mesh = shard_mesh(shard, world, device) if shard else None
+        return cls(rank, world, device, precision, mesh)
+
+    @property
+    def shards(self):
+        """How many processes share the frozen blocks."""
+        return self.mesh.size() if self.mesh else 1
 
     def say(self, text):
         """Prints on the first process only."""
@@ -116,6 +126,19 @@ class Processes:
         """bf16 arithmetic around float32 trained weights; torch keeps losses and norms in
         float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def shard_mesh(shard, world, device):
+    """The processes that share frozen blocks with this one, as a DeviceMesh of one dimension."""
+    size = world
+    if shard == "node":
+        size = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if size < 2:
+        raise ValueError(f"--shard {shard}: one process has nobody to share the LLM with; start one for each "
+                         "GPU, by torchrun --nproc-per-node N. On a single GPU, --llm-weights int8 or nf4 "
+                         "makes the LLM smaller")
+    mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=("nodes", "shards"))
+    return mesh["shards"]
 
 
 # ----------------------------------------------------------------------------------------- stopping
@@ -258,6 +281,10 @@ class Validation:
         mine = chunks[processes.rank :: processes.world]
         rows = [chunk.flatten().tolist() for chunk in mine if len(chunk)]
         self.batches = [samples.collate([samples[i, i] for i in some]) for some in rows]
+        # into sharded blocks all processes go equally often
+        if processes.mesh and len(rows) < -(-len(chunks) // processes.world):
+            some = samples.collate([samples[i, i] for i in chunks[0].flatten().tolist()])
+            self.batches.append(data.without_targets(some))
         bad = [message for batch in self.batches for message in batch["bad"]]
         self.bad = [("validation image left out", message) for message in bad]
 
@@ -428,8 +455,9 @@ class Run:
             said += "".join(f", {name} {score:.1f}" for name, score in row["scores"].items())
         self.write(at, **row)
         self.processes.say(said)
-        if self.processes.rank == 0:
+        if self.processes.rank == 0 or self.processes.mesh:  # into sharded blocks all go together
             self.processes.say("\n".join(self.validation.examples(self.model, 2)))
+        if self.processes.rank == 0:
             self.log.draw()
 
     def report(self, since, optimizer, at, lr, bar):
@@ -548,10 +576,12 @@ def begin_stage(run, job, resumed):
     return optimizer, state["step"]
 
 
-def next_batch(batches):
-    """-> (this process's micro-batches of the next step, None); or (None, why there are none)"""
+def next_batch(batches, least=0):
+    """-> (this process's micro-batches of the next step, None); or (None, why there are none). Where they
+    are fewer than `least`, more follow of which no token counts."""
     try:
-        return next(batches), None
+        batch = next(batches)
+        return batch + [data.without_targets(batch[-1])] * (least - len(batch)), None
     except (OSError, data.Stopped) as error:
         return None, error
 
@@ -580,7 +610,11 @@ def train_stage(run, job, resumed=None):
     optimizer, first = begin_stage(run, job, resumed)
     trained = model
     if processes.world > 1:
-        trained = nn.parallel.DistributedDataParallel(model, init_sync=False)
+        # buffers follow from config.json, in every process; DDP passes over what is frozen, sharded or not
+        trained = nn.parallel.DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
+    # sharded blocks are entered by all processes equally often: with as many micro-batches as the first has
+    share = -(-stage.batch_size // processes.world)
+    least = -(-share // args.micro_batch) if processes.mesh else 0
     val_every = args.val_every or max(1, job.steps // 10)
     if first == 0:
         run.validate(job.at(0))
@@ -592,7 +626,7 @@ def train_stage(run, job, resumed=None):
     bar = tqdm(total=job.steps, initial=first, desc=job.name, unit="step", disable=hidden)
     with contextlib.closing(batches), bar:
         for step in range(first, job.steps):
-            micro_batches, error = next_batch(batches)
+            micro_batches, error = next_batch(batches, least)
             lr = vpgtrans.learning_rate(stage, step, job.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr

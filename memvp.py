@@ -158,6 +158,11 @@ class AdaptedViT(nn.Module):
         """The repeated blocks, for torch.compile."""
         return self.vit.encoder["layers"]
 
+    @property
+    def frozen_layers(self):
+        """The same: beside them stands what trains."""
+        return self.layers
+
     def normalise(self, images):
         """(B,3,H,W) uint8 -> float32."""
         mean = torch.tensor(self.mean).view(3, 1, 1).to(images.device, non_blocking=True)
@@ -215,6 +220,11 @@ class MemoryLLM(nn.Module):
     def layers(self):
         """The blocks that repeat, to be compiled."""
         return [*self.vit.layers, *self.llm.layers]
+
+    @property
+    def frozen_layers(self):
+        """Those that never train, which may be sharded."""
+        return [*self.vit.frozen_layers, *self.llm.layers]
 
     def saved(self):
         """{name: parameter} of what MemVP trains: what a run has to save."""

@@ -351,7 +351,12 @@ class VPG(nn.Module):
     @property
     def layers(self):
         """The repeated blocks, for torch.compile."""
-        return [*self.vision_model.encoder["layers"], *self.qformer.encoder["layer"]]
+        return [*self.frozen_layers, *self.qformer.encoder["layer"]]
+
+    @property
+    def frozen_layers(self):
+        """Those that never train: the ViT's."""
+        return self.vision_model.encoder["layers"]
 
     def features(self, images):
         """(B,3,H,W) -> (B,N,Dv): the frozen ViT, before the LayerNorm that trains. Images are
@@ -376,9 +381,8 @@ class VPG(nn.Module):
         return {name: parameter for name, parameter in named if not is_frozen(name)}
 
     def frozen_parameters(self):
-        """{name: parameter} of the rest: the ViT."""
-        named = self.named_parameters()
-        return {name: parameter for name, parameter in named if is_frozen(name)}
+        """{name: parameter} of the rest, the ViT; of a sharded matrix its Ends."""
+        return {name: tensor for name, tensor in as_read(self).items() if is_frozen(name)}
 
     def reset(self):
         """Starts all but the ViT anew, as BERT does (normal, 0.02): the training from scratch that
@@ -395,6 +399,74 @@ class VPG(nn.Module):
 def is_frozen(name):
     """The ViT without the LayerNorm behind it: what VPGTrans never trains."""
     return name.startswith("vision_model.") and not name.startswith("vision_model.post_layernorm.")
+
+
+# ------------------------------------------------------------------- a frozen ViT in several processes
+
+
+class Ends:
+    """Stands for a tensor where only its shape and its first and last eight numbers are asked for, as
+    a fingerprint does."""
+
+    def __init__(self, tensor):
+        self.shape = tensor.shape
+        self.numbers = torch.cat([tensor.flatten()[:8], tensor.flatten()[-8:]])
+
+    def flatten(self):
+        return self.numbers
+
+
+def as_read(module):
+    """{name: tensor} of a module's parameters as they were read, for a fingerprint: of a matrix that was
+    quantised or sharded its Ends."""
+    tensors = dict(module.named_parameters())
+    for name, child in module.named_modules():
+        ends = getattr(child, "ends", None)
+        if isinstance(ends, Ends):
+            tensors[f"{name}.weight"] = ends
+    return tensors
+
+
+def shard_blocks(model, blocks, mesh, methods=()):
+    """Spreads the matrices of a model's repeated blocks, on the meta device, over the processes of a mesh
+    (FSDP, Zhao et al. 2023): each keeps some rows of each matrix, and all rows are gathered for a block while
+    it is at work, those of the next meanwhile. What else there is stays whole, in every process.
+
+    A block must be entered by its forward, the model by its forward or one of the `methods`, by all processes
+    equally often. -> {name of a matrix: its linear layer}"""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes two seconds
+
+    inside = {module for block in blocks for module in block.modules()}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    sharded = {f"{name}.weight": module for name, module in linear.items() if module in inside}
+    model.requires_grad_(False)
+    whole = set(model.parameters()) - {module.weight for module in sharded.values()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    # shards nothing more; but under one root, the next block is gathered while one is at work
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+    return sharded
+
+
+def own_rows(matrix, mesh, dtype, device):
+    """A matrix (out,in) as read -> the DTensor of which this process keeps its rows. Of a file that is
+    mapped into memory, as read_file's are, no others are read."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    rows = -(-len(matrix) // mesh.size())
+    own = matrix[mesh.get_local_rank() * rows :][:rows].to(device, dtype)
+    how = dict(run_check=False, shape=matrix.shape, stride=matrix.stride())
+    return DTensor.from_local(own, mesh, [Shard(0)], **how)
+
+
+def gather_once(blocks):
+    """FSDP makes the tensors of a gathered block once, and only frees and fills them later. Made in the
+    inference mode of `generate` they could not be trained through: so they are made here."""
+    for block in blocks:
+        block.unshard()
+        block.reshard()
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -543,13 +615,30 @@ def empty_vit(folder, layers=None):
         return build_from(folder, kind, options)
 
 
-def load_vit(folder, dtype=torch.bfloat16, device="cpu", layers=None):
+def read_frozen(vit, folder, layers, dtype, device, mesh):
+    """{name in a BLIP-2 checkpoint: tensor} of the ViT in a folder, in a dtype on a device; with a mesh, the
+    matrices of the blocks are sharded over it, and are this process's rows."""
+    matrices = shard_blocks(vit, vit.encoder["layers"], mesh) if mesh else {}
+    tensors = {}
+    for name, tensor in read_vit(folder, layers):
+        module = matrices.get(name.removeprefix("vision_model."))
+        if module is None:
+            tensors[name] = tensor.to(device, dtype)
+        else:
+            module.ends = Ends(tensor)
+            tensors[name] = own_rows(tensor, mesh, dtype, device)
+    return tensors
+
+
+def load_vit(folder, dtype=torch.bfloat16, device="cpu", layers=None, mesh=None):
     """The frozen ViT of a BLIP-2 or CLIP folder alone, up to block `layers` (None: all):
-    vit(images) -> (B,N,Dv), to which vit.post_layernorm may be applied. FileNotFoundError or
-    ValueError name file and tensor."""
+    vit(images) -> (B,N,Dv), to which vit.post_layernorm may be applied. With a mesh its blocks are
+    sharded over it. FileNotFoundError or ValueError name file and tensor."""
     vit = empty_vit(folder, layers)
-    tensors = {name: tensor.to(device, dtype) for name, tensor in read_vit(folder, layers)}
+    tensors = read_frozen(vit, folder, layers, dtype, device, mesh)
     assign_tensors(nn.ModuleDict({"vision_model": vit}), tensors, folder)  # named as in the checkpoint
+    if mesh:
+        gather_once(vit.encoder["layers"])
     return vit.requires_grad_(False).eval()
 
 
@@ -566,14 +655,15 @@ def empty_vpg(folder, image_size=None, vit_layers=None):
 
 
 def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_former=True, image_size=None,
-             vit_layers=None):
+             vit_layers=None, mesh=None):
     """The VPG of a BLIP-2 folder, in eval mode, with no gradients: entering a stage says what
     trains.
 
     The frozen ViT comes in `dtype`, what VPGTrans trains in float32. One of our runs holds only
     what was trained: `vit_folder` is then the folder with the ViT. With q_former=False what trains
     is not read but drawn (VPG.reset), and the folder may be CLIP's. `image_size` and `vit_layers`
-    are as in VPG. FileNotFoundError or ValueError name file and tensor."""
+    are as in VPG. With a mesh, a DeviceMesh of one dimension, the ViT's blocks are sharded over it.
+    FileNotFoundError or ValueError name file and tensor."""
     vpg = empty_vpg(folder, image_size, vit_layers)
     vit_folder = vit_folder or folder
     if q_former:
@@ -581,11 +671,12 @@ def load_vpg(folder, dtype=torch.bfloat16, device="cpu", vit_folder=None, q_form
     else:
         trained = vpg.trained_parameters()
         tensors = {name: torch.empty(parameter.shape, device=device) for name, parameter in trained.items()}
-    for name, tensor in read_vit(vit_folder, vpg.config["vit_layers"]):
-        if is_frozen(name):
-            tensors[name] = tensor.to(device, dtype)
+    frozen = read_frozen(vpg.vision_model, vit_folder, vpg.config["vit_layers"], dtype, device, mesh)
+    tensors |= {name: tensor for name, tensor in frozen.items() if is_frozen(name)}
     source = folder if vit_folder == folder else f"{folder} with the ViT of {vit_folder}"
     assign_tensors(vpg, tensors, source)
+    if mesh:
+        gather_once(vpg.frozen_layers)
     if not q_former:
         vpg.reset()
     return vpg.requires_grad_(False).eval()

@@ -150,18 +150,23 @@ def add_length(parser):
 
 def add_machine_options(machine):
     """Of every command that trains."""
-    machine.add_argument("--dry-run", nargs="?", const="", metavar="CARD",
+    machine.add_argument("--dry-run", nargs="?", const="", metavar="[Nx]CARD",
                          help="print what would train, how long, and the memory, operations and "
-                              f"hours that it should take on CARD ({', '.join(estimate.CARDS)}; "
+                              f"hours that it should take on N of CARD ({', '.join(estimate.CARDS)}; "
                               "default: what is found here), and load no weights")
     machine.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                          help="of frozen weights and of the arithmetic; trained weights are always "
                               "float32 (default: %(default)s)")
-    machine.add_argument("--llm-weights", choices=("int8", "nf4"),
-                         help="keep the matrices of the LLM, which is frozen, in half (int8) or 0.28 "
-                              "(nf4) of bf16's memory; a step takes longer, and what the LLM answers "
-                              "changes a little (docs/beyond-one-card.md; default: as --precision "
-                              "says)")
+    memory = machine.add_mutually_exclusive_group()
+    memory.add_argument("--llm-weights", choices=("int8", "nf4"),
+                        help="keep the matrices of the LLM, which is frozen, in half (int8) or 0.28 "
+                             "(nf4) of bf16's memory; a step takes longer, and what the LLM answers "
+                             "changes a little (docs/beyond-one-card.md; default: as --precision "
+                             "says)")
+    memory.add_argument("--shard", nargs="?", const="node", choices=("node", "all"),
+                        help="share the frozen blocks of LLM and ViT among the processes of each node "
+                             "(or of all), which gather one block at a time: under torchrun, N GPUs "
+                             "together hold an LLM that none holds alone (docs/beyond-one-card.md)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction,
                          default=torch.cuda.is_available(),
                          help="torch.compile the repeated blocks (default: on GPUs)")
@@ -169,6 +174,10 @@ def add_machine_options(machine):
                          help="processes that read images, for each GPU (default: %(default)s)")
     machine.add_argument("--resume", action="store_true",
                          help="continue the run in --out where it stands")
+
+
+CACHE_OR_SHARD = ("--cache and --shard exclude each other: beside an LLM that needs several GPUs, what the "
+                  "ViT costs is little")
 
 
 def add_machine(parser):
@@ -252,6 +261,8 @@ def parse_arguments(argv=None):
     if args.cache and "warm-up" not in choose_stages(args):
         parser.error("--cache is for stage 1, which this run has not: only there the VPG stands "
                      "still")
+    if args.cache and args.shard:
+        parser.error(CACHE_OR_SHARD)
     if args.caption_with and not re.fullmatch(r"source(:[1-9]\d*)?", args.caption_with):
         parser.error("--caption-with must be source, or source:N with N captions an image")
     if args.caption_with and args.from_scratch:
@@ -491,7 +502,7 @@ def count_steps(args, name, stage, available, captions, world):
 
 # What a run's result does not depend on, or by the draws of dropout alone, so that --resume may
 # change it.
-FREE = {"out", "micro_batch", "dry_run", "compile", "workers", "resume", "gate", "log_every",
+FREE = {"out", "micro_batch", "dry_run", "shard", "compile", "workers", "resume", "gate", "log_every",
         "val_every", "save_every", "max_bad", "score"}
 
 
@@ -604,16 +615,26 @@ def choose_micro_batch(args, stages, found):
         tokens = longest_text(args, found.sets[name][0])
         step = estimate.trace(shapes, transfer.example_batch(shapes, found.tok, tokens))
         capacity = torch.cuda.mem_get_info()[1]
-        fits.append(estimate.largest_micro_batch(shapes, step, capacity, world=processes.world))
+        fits.append(estimate.largest_micro_batch(shapes, step, capacity, world=processes.world,
+                                                 shards=processes.shards))
     fits = min(processes.gather(fits))
     processes.say(f"micro-batch: {fits} samples at a time on each GPU (--micro-batch)")
     return fits
 
 
+def find_cards(args, processes):
+    """Of a dry run: how many cards, how many of them share the LLM, and estimate's machine."""
+    count, card = re.fullmatch(r"(?:(\d+)x)?(.*)", args.dry_run).groups()
+    world = int(count or processes.world)
+    if args.shard and world < 2:
+        raise ValueError(f"--shard: say how many cards share the LLM, such as --dry-run 8x{card or 'a100'}")
+    return world, world if args.shard else 1, estimate.machine(card)
+
+
 def dry_run(args, stages, found):
     """Prints what the run would do and need. Without data, the paper's amounts are taken."""
-    model, world = found.shapes, found.processes.world
-    machine = estimate.machine(args.dry_run)
+    model = found.shapes
+    world, shards, machine = find_cards(args, found.processes)
     for name, stage in stages.items():
         available, captions = what_there_is(args, found, name, stage)
         steps = count_steps(args, name, stage, available, captions, world)
@@ -630,7 +651,7 @@ def dry_run(args, stages, found):
         longest = transfer.example_batch(model, found.tok, longest)
         typical = transfer.example_batch(model, found.tok, round(tokens))
         samples = steps * stage.batch_size
-        lines = estimate.report(model, longest, typical, samples, machine, args.micro_batch, world)
+        lines = estimate.report(model, longest, typical, samples, machine, args.micro_batch, world, shards)
         print(*lines, sep="\n")
     need = estimate.readable_size(runs.disk_need(model.saved()))
     free = estimate.readable_size(free_space(args.out))
@@ -682,7 +703,7 @@ def find(args, stages, held):
     """Models and data. The first process goes first: it fetches, scans, and takes the run's folder
     until `held` is closed."""
     is_dry = args.dry_run is not None
-    processes = loop.Processes.start(args.precision)
+    processes = loop.Processes.start(args.precision, None if is_dry else args.shard)
     with processes.first_goes_first():
         if processes.rank == 0 and not is_dry:
             take_folder(args, processes, held)

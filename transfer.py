@@ -291,13 +291,16 @@ def pick_start(model, named, train, judge, args, processes):
     judge = loop.Validation(judge, args.micro_batch, alone)
     vpgtrans.enter_stage(model, vpgtrans.STAGES["warm-up"])
     tried = []
-    for name, projector in tqdm(named.items(), "starts", leave=False, disable=None):
+    hidden = None if processes.rank == 0 else True  # None: where there is no terminal
+    for name, projector in tqdm(named.items(), "starts", leave=False, disable=hidden):
         model.projector.load_state_dict(projector.state_dict())
         first, _ = judge.losses(model)
         before = math.inf
         for lr in RATES:
             try_start(model, projector, lr, train, alone, args)
             loss, shuffled = judge.losses(model)
+            if processes.mesh:  # nobody goes another way for a rounding error
+                loss, shuffled = processes.gather([(loss, shuffled)])[0]
             tried.append({"init": name, "lr": lr, "first": first, "loss": loss, "shuffled": shuffled})
             if not loss < before:
                 break
@@ -329,8 +332,18 @@ def describe_start(start):
 
 
 def size_of(module):
-    """Bytes of a module's parameters."""
-    return sum(parameter.nbytes for parameter in module.parameters())
+    """Bytes of a module's parameters in this process."""
+    own = [p.to_local() if hasattr(p, "to_local") else p for p in module.parameters()]  # of a DTensor
+    return sum(parameter.nbytes for parameter in own)
+
+
+def describe_weights(llm):
+    """A line about an LLM that takes less memory than its checkpoint, else None."""
+    size = f"{size_of(llm) / 1e9:.2f} GB"
+    if llm.weights:
+        return f"LLM: the matrices of its blocks in {llm.weights}, {size} in all"
+    if llm.mesh:
+        return f"LLM: the matrices of its blocks sharded over {llm.mesh.size()} processes, {size} in each"
 
 
 def with_llm_weights(model, weights):
@@ -386,12 +399,11 @@ def build_model(args, src, tgt, tok, sets, processes, resumed=False):
     reads_q_former = not args.from_scratch or args.q_former is not None
     q_former = hub.resolve(args.q_former, "vpg") if args.q_former else src
     vpg = qformer.load_vpg(q_former.folder, dtype, device, vit_folder=src.vit, q_former=reads_q_former,
-                           image_size=args.image_size, vit_layers=args.vit_layers)
+                           image_size=args.image_size, vit_layers=args.vit_layers, mesh=processes.mesh)
     hub.check_belongs(src, vit=vpg.frozen_parameters())
-    llm = language_models.load_llm(tgt.llm, dtype, device, args.llm_weights)
-    if args.llm_weights:
-        processes.say(f"LLM: the matrices of its blocks in {args.llm_weights}, "
-                      f"{size_of(llm) / 1e9:.2f} GB in all")
+    llm = language_models.load_llm(tgt.llm, dtype, device, args.llm_weights, processes.mesh)
+    if said := describe_weights(llm):
+        processes.say(said)
     check_vocabulary(tok, llm, tgt)
     torch.manual_seed(args.seed)
     model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim).to(device), llm)
@@ -403,7 +415,7 @@ def build_model(args, src, tgt, tok, sets, processes, resumed=False):
         processes.say(f"from scratch: {source}, random projector")
     elif resumed:
         processes.say("projector: as it was saved")
-    elif processes.rank == 0:  # the first process sends its own
+    elif processes.rank == 0 or processes.mesh:  # the first sends its own; into shards all go together
         start = start_projector(args, model, src, tgt, tok, sets, processes)
     if processes.world > 1:
         for parameter in model.saved().values():
@@ -488,21 +500,22 @@ def shape_memory_llm(made, vit, llm, dtype, weights=None):
     return with_llm_weights(model.to("meta", dtype), weights)
 
 
-def build_memory_llm(made, vit, llm, dtype, device, weights=None):
+def build_memory_llm(made, vit, llm, dtype, device, weights=None, mesh=None):
     """The model as MemVP starts, but for the draws of its memory: hub.Place of what sees and of the
     LLM -> a MemoryLLM."""
     if made["features"] == "patches":
-        sees = qformer.load_vit(vit.vit, dtype, device, made["vit_layers"])
+        sees = qformer.load_vit(vit.vit, dtype, device, made["vit_layers"], mesh)
     else:
-        sees = qformer.load_vpg(vit.folder, dtype, device, vit_folder=vit.vit)
+        sees = qformer.load_vpg(vit.folder, dtype, device, vit_folder=vit.vit, mesh=mesh)
         hub.check_belongs(vit, vit=sees.frozen_parameters())
-    language_model = language_models.load_llm(llm.llm, dtype, device, weights)
+    language_model = language_models.load_llm(llm.llm, dtype, device, weights, mesh)
     return make_memory_llm(made, sees, language_model).to(device)
 
 
 def memory_fingerprints(model):
     """Of what a run of MemVP was trained with and does not save: {"vit": ..., "llm": ...}"""
-    sees = {name: p for name, p in model.vit.named_parameters() if not name.startswith("adapters.")}
+    read = qformer.as_read(model.vit)
+    sees = {name: tensor for name, tensor in read.items() if not name.startswith("adapters.")}
     return {"vit": hub.fingerprint(sees), "llm": hub.fingerprint(model.llm.as_read())}
 
 
@@ -564,9 +577,9 @@ def trained_with(config):
     return config.get("arguments", {}).get("llm_weights")
 
 
-def load_model(name, dtype=torch.bfloat16, device="cpu", weights=None):
+def load_model(name, dtype=torch.bfloat16, device="cpu", weights=None, mesh=None):
     """A run of ours, a BLIP-2 folder or its Hub id -> (VisualLLM or MemoryLLM in eval mode, its
-    tokenizer).
+    tokenizer). With a mesh, a VisualLLM's frozen blocks are sharded over it.
 
     `weights` of the LLM: "int8", "nf4", or "full", those of `dtype`; None: as in the run's training,
     and "full" where it is no run of ours."""
@@ -577,8 +590,8 @@ def load_model(name, dtype=torch.bfloat16, device="cpu", weights=None):
     if config.get("model_type") == "memvp":
         model = load_memory_model(place, dtype, device, weights)
         return model, data.load_tokenizer(place.tokenizer)
-    vpg = qformer.load_vpg(place.folder, dtype=dtype, device=device, vit_folder=place.vit)
-    llm = language_models.load_llm(place.llm, dtype, device, weights)
+    vpg = qformer.load_vpg(place.folder, dtype, device, vit_folder=place.vit, mesh=mesh)
+    llm = language_models.load_llm(place.llm, dtype, device, weights, mesh)
     hub.check_belongs(place, vit=vpg.frozen_parameters(), llm=llm.as_read())
     projector = qformer.load_projector(place.folder).to(device)
     return vpgtrans.VisualLLM(vpg, projector, llm).eval(), data.load_tokenizer(place.tokenizer)

@@ -208,6 +208,11 @@ class VisualLLM(nn.Module):
         """The blocks that repeat, to be compiled."""
         return [*self.vpg.layers, *self.llm.layers]
 
+    @property
+    def frozen_layers(self):
+        """Those that never train, which may be sharded."""
+        return [*self.vpg.frozen_layers, *self.llm.layers]
+
     def saved(self):
         """{name in a BLIP-2 checkpoint: parameter} of what VPGTrans trains in any stage: what a run
         has to save."""

@@ -1,11 +1,11 @@
-"""On which cards a target fits, in bf16, int8 and nf4 (--llm-weights): what train.py --dry-run computes, from
-shapes alone.
+"""On which cards a target fits, in bf16, int8 and nf4 (--llm-weights), and in bf16 on several that share it
+(--shard): what train.py --dry-run computes, from shapes alone.
 
     python -m benchmarks.fits
     python -m benchmarks.fits opt-66b llama-70b --captions 64
 
 The source is a BLIP-2 with EVA-g; the stage is fine-tuning. Prints a Markdown table of the gigabytes that
-one sample at a time takes on one card, a tenth of it left free, and for each card the samples that fit.
+one sample at a time takes on a card, a tenth of it left free, and for each card the samples that fit.
 """
 
 import argparse
@@ -35,6 +35,8 @@ TARGETS = {  # the shapes in their config.json
                         feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
 CARDS = ("l4", "a100-40gb", "a6000", "a100", "h200")
+# weights, and how many cards share them
+KINDS = ((None, 1), ("int8", 1), ("nf4", 1), (None, 2), (None, 4), (None, 8))
 
 
 def shapes(target, weights):
@@ -49,18 +51,20 @@ def shapes(target, weights):
     return model
 
 
-def row(target, weights, tokens):
+def row(target, weights, shards, tokens):
     """Of the table."""
     model = shapes(target, weights)
     tok = SimpleNamespace(bos_id=2, eos_id=1, encoder_decoder=target.startswith("flan"))
     step = estimate.trace(model, transfer.example_batch(model, tok, tokens))
-    llm = sum(parameter.nbytes for parameter in model.llm.parameters())
-    need = sum(estimate.memory(model, step, micro_batch=1).values()) / 0.9
-    cells = [target, weights or "bf16", f"{llm / 1e9:.1f}", f"{need / 1e9:.1f}"]
+    spared, _ = estimate.spread(model.llm.layers, shards)
+    llm = sum(parameter.nbytes for parameter in model.llm.parameters()) - spared
+    together = dict(world=shards, shards=shards)
+    need = sum(estimate.memory(model, step, micro_batch=1, **together).values()) / 0.9
+    cells = [target, weights or "bf16", str(shards), f"{llm / 1e9:.1f}", f"{need / 1e9:.1f}"]
     for card in CARDS:
         size, _ = estimate.CARDS[card]
         try:
-            cells.append(str(estimate.largest_micro_batch(model, step, size * 1e9)))
+            cells.append(str(estimate.largest_micro_batch(model, step, size * 1e9, **together)))
         except ValueError:
             cells.append("")
     return cells
@@ -76,9 +80,8 @@ def main(argv=None):
     if unknown := set(args.targets) - TARGETS.keys():
         parser.error(f"{min(unknown)}: the targets are {', '.join(TARGETS)}")
     sizes = [f"{card}, {estimate.CARDS[card][0]} GB" for card in CARDS]
-    head = ["target", "weights", "LLM, GB", "needs, GB", *sizes]
-    kinds = itertools.product(args.targets, (None, "int8", "nf4"))
-    rows = [row(target, weights, args.captions) for target, weights in kinds]
+    head = ["target", "weights", "cards", "LLM, GB", "needs, GB", *sizes]
+    rows = [row(target, *kind, args.captions) for target, kind in itertools.product(args.targets, KINDS)]
     print_table(head, rows)
 
 

@@ -169,6 +169,9 @@ def score(items, found):
     return result
 
 
+SHOWN = {"right": "with the image", "shuffled": "with another one", "none": "without an image"}
+
+
 def draw(file, items, found, count=12):
     """A picture of the first questions with an image, and what was chosen: green if it is right."""
     cells = []
@@ -177,7 +180,7 @@ def draw(file, items, found, count=12):
             lines = [(item["question"], "black"), (f"of {', '.join(item['choices'])}", "gray")]
             for name, numbers in found.items():
                 colour = "darkgreen" if numbers[number] == item["answer"] else "crimson"
-                lines.append((f"{name} image: {item['choices'][numbers[number]]}", colour))
+                lines.append((f"{SHOWN[name]}: {item['choices'][numbers[number]]}", colour))
             cells.append((item["image"], lines))
     evaluate.draw_sheet(file, cells[:count])
 

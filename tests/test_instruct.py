@@ -171,7 +171,7 @@ def their_loss(theirs, tokenizer, row, conversation):
 def test_the_loss_is_transformers_of_answers_alone(talk):
     """Conversations of one and two turns, side by side; our sum is taken in float32."""
     method, samples, *_ = read(talk)
-    model = method.build(finetune.parse_arguments(command(talk, "run")), "cpu").double()
+    model = method.build(finetune.parse_arguments(command(talk, "run")), ALONE).double()
     theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(talk[0], dtype=torch.float64)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(talk[0] / "tokenizer.json"))
     conversations = {row["image"]: row["conversations"] for row in json.loads(talk[1].read_text())}
