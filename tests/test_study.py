@@ -98,7 +98,7 @@ def test_runs_to_smollm2_are_all_as_long_and_differ_in_their_start_and_rates():
     for run in SECOND.values():
         args = train.parse_arguments(run.command[2:])
         warm_up = 0 if args.from_scratch or args.no_warm_up else args.warm_up_steps
-        length = 1000 if "-1000-" in run.name else 300
+        length = next((steps for steps in (120, 1000) if f"-{steps}-s" in run.name), 300)
         assert warm_up + args.steps == length
         assert warm_up in (0, length // 5)
         has_rate = args.init != "auto" and not args.from_scratch and not args.no_warm_up
