@@ -59,7 +59,10 @@ SMOLLM2_STARTS = {
     "captions": CAPTIONS,
     "ridge-0.001": ["--ridge", 0.001],  # as in the first study
     "no-warm-up": ["--no-warm-up"],
-    "scratch-stage1": ["--from-scratch", f"{HELD_OUT}/stage1"]}
+    "scratch-stage1": ["--from-scratch", f"{HELD_OUT}/stage1"],
+    "own-captions": ["--caption-with", "source"],  # as if the images had come without a word
+    "converter-10.7": [],  # with as many of the images as the name says, in percent
+    "scratch-10.7": ["--from-scratch"]}
 SMOLLM2_RATES = {
     "scratch": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")],
     "auto": [("", "1e-3")],
@@ -67,7 +70,10 @@ SMOLLM2_RATES = {
     "captions": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-4", "1e-3")],
     "ridge-0.001": [("2e-2", "1e-3"), ("2e-2", "2e-3"), ("5e-3", "1e-3")],
     "no-warm-up": [("", "2e-3"), ("", "1e-3")],
-    "scratch-stage1": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")]}
+    "scratch-stage1": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")],
+    "own-captions": [("2e-3", "1e-3")],
+    "converter-10.7": [("2e-3", "1e-3")],
+    "scratch-10.7": [("", "4e-3"), ("", "2e-3")]}
 # The first of them is the best of those that are recorded.
 SMOLLM2_CHOSEN = {start: pairs[0] for start, pairs in SMOLLM2_RATES.items() if start != "auto"}
 SMOLLM2_BUDGETS = {
@@ -252,10 +258,11 @@ def to_smollm2(name, start, steps, rates, split, seed):
     """A run in so many steps from a start of SMOLLM2_STARTS; a fifth of a transfer's are warm-up."""
     warm_up_rate, rate = rates
     from_scratch = start.startswith("scratch")
+    images = f"{HELD_OUT}/train-10.7.tar" if start.endswith("-10.7") else "demo/pairs/train.tar"
     every = steps // (10 if from_scratch else 15)
     warm_up = 0
     flags = ["--src", "demo/source", "--tgt", SMOLLM2]
-    flags += ["--data", "demo/pairs/train.tar", "--val", f"{HELD_OUT}/{split}.tar", "--val-samples", 100]
+    flags += ["--data", images, "--val", f"{HELD_OUT}/{split}.tar", "--val-samples", 100]
     flags += ["--batch-size", 32, "--micro-batch", 32, "--augment", "none", "--clip", 0.5, "--workers", 0]
     flags += ["--val-every", every, "--log-every", 10, "--save-every", 50, "--gate", 0]
     flags += ["--seed", seed, *SMOLLM2_STARTS[start], "--lr", rate]

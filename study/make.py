@@ -14,6 +14,7 @@ package wordnet-base (apt-get install wordnet-base). Each stage reads what the e
 
 import argparse
 import io
+import itertools
 import json
 import random
 import shutil
@@ -118,22 +119,31 @@ def make_demo(args):
 # ----------------------------------------------------------------------------------- stage: smollm2
 
 
-def make_held_out(folder):
-    """The demo's held-out scenes in two shards, val.tar to choose by and test.tar to report."""
+def split_shard(shard, folder, **parts):
+    """Parts of a shard of the demo's as shards in a folder, each named as its slice of the scenes is."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(ROOT / "demo" / "pairs" / "val.tar") as shard:
-        members = [(member.name, shard.extractfile(member).read()) for member in shard]
-    for split, part in {"val": slice(2 * FOR_CHOICES), "test": slice(2 * FOR_CHOICES, None)}.items():
-        with tarfile.open(folder / f"{split}.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
-            for name, content in members[part]:  # two files a scene
-                add_file(shard, name, content)
+    with tarfile.open(ROOT / "demo" / "pairs" / shard) as whole:
+        members = [(member.name, whole.extractfile(member).read()) for member in whole]
+    two_files = list(zip(members[::2], members[1::2]))  # of each scene
+    for name, part in parts.items():
+        with tarfile.open(folder / f"{name}.tar", "w", format=tarfile.USTAR_FORMAT) as own:
+            for file in itertools.chain.from_iterable(two_files[part]):
+                add_file(own, *file)
+
+
+def make_splits(folder):
+    """The demo's held-out scenes, val.tar to choose by and test.tar to report; and a part of its training
+    scenes."""
+    split_shard("val.tar", folder, val=slice(FOR_CHOICES), test=slice(FOR_CHOICES, None))
+    few = round(SHARES["10.7"] * DEMO_PAIRS["train"])
+    split_shard("train.tar", folder, **{"train-10.7": slice(few)})
 
 
 def make_smollm2(args):
-    """smollm2/: held-out scenes, and a Q-Former after the first stage behind the ViT of demo/source, for the
-    baseline that starts from one."""
+    """smollm2/: held-out scenes, a part of the training scenes; and a Q-Former after the first stage behind
+    the ViT of demo/source, for the baseline that starts from one."""
     folder = args.out / "smollm2"
-    make_held_out(folder)
+    make_splits(folder)
     make_scenes(args)
     source = ROOT / "demo" / "source"
     for name, place in {"pairs": args.out / "pairs", "opt-128": source}.items():  # its tokenizer is read

@@ -316,7 +316,10 @@ STARTED_SMOLLM2 = {
     "converter": "word converter, ridge 10",
     "captions": "`--init captions`",
     "ridge-0.001": "word converter, ridge 0.001",
-    "no-warm-up": "word converter, ridge 10, no warm-up"}
+    "no-warm-up": "word converter, ridge 10, no warm-up",
+    "own-captions": "word converter, ridge 10, the source's captions",
+    "converter-10.7": "word converter, ridge 10, 10.7% of the images",
+    "scratch-10.7": "from scratch, random Q-Former, 10.7% of the images"}
 
 
 def smollm2_progress(results):

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import time
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import arguments
 
 import data
 import qformer
@@ -93,7 +95,8 @@ def test_choices_are_made_on_validation_images_and_figures_reported_on_test_imag
 
 
 def test_runs_to_smollm2_are_all_as_long_and_differ_in_their_start_and_rates():
-    """Same steps, samples, clipping and images; a rate of the warm-up where there is one to give."""
+    """Same steps, samples, clipping and images, or a part of them; a rate of the warm-up where there is
+    one to give."""
     common = set()
     for run in SECOND.values():
         args = train.parse_arguments(run.command[2:])
@@ -103,12 +106,15 @@ def test_runs_to_smollm2_are_all_as_long_and_differ_in_their_start_and_rates():
         assert warm_up in (0, length // 5)
         has_rate = args.init != "auto" and not args.from_scratch and not args.no_warm_up
         assert (args.warm_up_lr is not None) == has_rate, run.name
-        common.add((args.src, args.tgt, *args.data, args.batch_size, args.clip, args.augment))
+        few = re.search(r"-10\.7-", run.name)
+        images = f"{experiments.HELD_OUT}/train-10.7.tar" if few else "demo/pairs/train.tar"
+        assert args.data == [images], run.name
+        common.add((args.src, args.tgt, args.batch_size, args.clip, args.augment))
     assert len(common) == 1
 
 
-def test_the_held_out_scenes_are_parted_once_for_choices_and_once_for_figures(tmp_path):
-    make.make_held_out(tmp_path / "smollm2")
+def test_the_demos_scenes_are_parted_for_choices_for_figures_and_in_a_part_to_train_on(tmp_path):
+    make.make_splits(tmp_path / "smollm2")
     whole = captions.read_scenes(ROOT / "demo" / "pairs" / "val.tar")
     parts = [captions.read_scenes(tmp_path / "smollm2" / f"{split}.tar") for split in ("val", "test")]
     assert [len(files) for files, _, _ in parts] == [100, 200]
@@ -116,6 +122,9 @@ def test_the_held_out_scenes_are_parted_once_for_choices_and_once_for_figures(tm
         assert parts[0][known] + parts[1][known] == whole[known]
     images = [data.load_image(file).tobytes() for files, _, _ in parts for file in files]
     assert images == [data.load_image(file).tobytes() for file in whole[0]]
+    files, some, _ = captions.read_scenes(tmp_path / "smollm2" / "train-10.7.tar")
+    assert len(files) == 257
+    assert some == captions.read_scenes(ROOT / "demo" / "pairs" / "train.tar")[1][:257]
 
 
 def test_what_a_chosen_run_needs_is_chosen_too():
@@ -364,29 +373,25 @@ def test_the_cosine_converter_finds_a_linear_map():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", initialise.FITS)
 def test_what_initialise_leaves_is_a_source_whose_projector_fits_the_target(
-        how, tmp_path, monkeypatch, capsys):
-    """With the demo's models: other projectors than train.py's word converter makes, and train.py
-    leaves them alone."""
+        how, world, tmp_path, monkeypatch, capsys):
+    """Other projectors than train.py's word converter makes, and train.py leaves them alone."""
+    source, target, pairs = map(str, world)
     flags = EVERY[f"init-{how}-s0"].flags
     given = dict(zip(flags[::2], map(str, flags[1::2])))
-    demo = ROOT / "demo"
-    source = tmp_path / "source"
-    given |= {"--src": demo / "source", "--tgt": demo / "target", "--data": demo / "pairs" / "train.tar"}
-    given |= {"--out": source}
+    made = tmp_path / "source"
+    given |= {"--src": source, "--tgt": target, "--data": pairs, "--out": str(made)}
     threads = torch.get_num_threads()
     monkeypatch.setitem(initialise.FITS, "cosine", partial(initialise.fit_cosine, steps=10))
-    initialise.main(list(map(str, itertools.chain.from_iterable(given.items()))))
+    initialise.main(list(itertools.chain.from_iterable(given.items())))
 
-    train.main([
-        "--src", str(source), "--tgt", str(demo / "target"), "--data", str(demo / "pairs" / "val.tar"),
-        "--batch-size", "4", "--stage", "warm-up", "--warm-up-steps", "1", "--warm-up-lr", "1e-9",
-        "--workers", "0", "--val-samples", "4", "--gate", "0", "--out", str(tmp_path / "run")])
+    frozen = "--stage", "warm-up", "--warm-up-steps", "1", "--warm-up-lr", "1e-9"
+    train.main(arguments((made, target, pairs), tmp_path / "run", *frozen, "--val-samples", "4"))
     assert "the projector stays as it is" in capsys.readouterr().out
     assert torch.get_num_threads() == threads
-    made = qformer.load_projector(source).weight
+    fitted = qformer.load_projector(made).weight
     trained = qformer.load_projector(tmp_path / "run").weight
-    assert torch.allclose(made, trained, atol=1e-6)
-    assert made.shape != qformer.load_projector(demo / "source").weight.shape
+    assert torch.allclose(fitted, trained, atol=1e-6)
+    assert fitted.shape != qformer.load_projector(world[0]).weight.shape
 
 
 # -------------------------------------------------------------------------------------- the report
