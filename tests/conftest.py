@@ -31,6 +31,7 @@ import llm as language_models
 import loop
 import pairs
 import qformer
+import runs
 import train
 import vpgtrans
 
@@ -290,7 +291,8 @@ def finished(world, tmp_path_factory):
     """One run of VPGTrans from end to end, in bf16, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     argv = arguments(world, out, "--precision", "bf16", "--micro-batch", "3")
-    return out, train_in(1, argv)
+    with curves(drawn=True):
+        return out, train_in(1, argv)
 
 
 # ------------------------------------------------------------------------------------------- processes
@@ -690,6 +692,23 @@ def on_the_cpu():
 def scans(tmp_path_factory):
     """Scans of data sets are kept in a folder of the tests' own."""
     os.environ["VPGTRANS_CACHE"] = str(tmp_path_factory.mktemp("scans"))
+
+
+DRAW = runs.Log.draw
+
+
+@contextlib.contextmanager
+def curves(drawn):
+    """Runs within this draw their curves or do not: it takes more than half of a small run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Log, "draw", DRAW if drawn else lambda log: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nobody_looks_at_curves():
+    with curves(drawn=False):
+        yield
 
 
 def refuse(*_, **__):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, randomise, train_in
+from conftest import COLOURS, curves, randomise, train_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -266,7 +266,8 @@ def test_the_study_takes_the_choice_with_the_largest_logit(memvp_world):
 def run(memvp_world, tmp_path_factory):
     """A run of six steps, uninterrupted."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    finetune.main(arguments(memvp_world, out))
+    with curves(drawn=True):
+        finetune.main(arguments(memvp_world, out))
     return out
 
 
