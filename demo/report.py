@@ -89,13 +89,13 @@ def compare(run, baseline):
     return f"{baseline.name} ends at {loss:.3f} after {steps} steps; {run.name} {outcome}"
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, the transfer first")
     parser.add_argument("--val", type=Path, default=Path("demo/pairs/val.tar"),
                         help="held-out scenes (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     began = time.time()
     run, *baselines = args.runs
     files, people, truths = read_scenes(args.val)

@@ -2,16 +2,17 @@
 
 import json
 import random
+import shlex
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import write_shard
+from conftest import curves, train_in, write_shard
 from PIL import Image
 
 import data
+import transfer
 from demo import report
 from pairs import read_pairs
 from study import captions
@@ -20,30 +21,30 @@ from study.scenes import caption, named, random_scene, truth
 
 ROOT = Path(report.__file__).parent.parent
 PAIRS = ROOT / "demo" / "pairs"
-SHORTER = " --warm-up-steps 4 --steps 4 --val-samples 20 --val-every 4"
+SHORTER = ["--warm-up-steps", 4, "--steps", 4, "--val-samples", 20, "--val-every", 4]
+TRIAL_STEPS = 4  # of --init auto
 HELD_OUT = 90  # scenes that are captioned
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """`make demo` with the Makefile's own commands, but a few steps, and fewer scenes at the end: (its
+    """`make demo` with the Makefile's own arguments, but a few steps, and fewer scenes at the end: (its
     folder, what it printed)"""
     out = tmp_path_factory.mktemp("demo")
     with tarfile.open(PAIRS / "val.tar") as shard:
         members = shard.getnames()[: 2 * HELD_OUT]
         write_shard(out / "val.tar", {name: shard.extractfile(name).read() for name in members})
     recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
-    lines = recipe.replace("\\\n", " ").splitlines()
-    commands = [line for line in lines if "train.py" in line or "demo.report" in line]
-    assert len(commands) == 3
-    printed = ""
-    for command in commands:
-        command = command.replace(".venv/bin/python", sys.executable).replace("out/", f"{out}/")
-        command += SHORTER if "train.py" in command else f" --val {out / 'val.tar'}"
-        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        printed += done.stdout
-    return out, printed
+    lines = recipe.replace("\\\n", " ").replace("out/", f"{out}/").splitlines()
+    trained = [shlex.split(line)[2:] for line in lines if "python train.py" in line]
+    reported = [shlex.split(line)[3:] for line in lines if "python -m demo.report" in line]
+    assert (len(trained), len(reported)) == (2, 1)
+    with pytest.MonkeyPatch.context() as patch, curves(drawn=True):
+        patch.chdir(ROOT)
+        patch.setattr(transfer, "TRIAL_STEPS", TRIAL_STEPS)
+        printed = [train_in(1, [*argv, *SHORTER]) for argv in trained]
+        printed.append(train_in(1, [*reported[0], "--val", out / "val.tar"], report.main))
+    return out, "".join(printed)
 
 
 @pytest.mark.slow
