@@ -38,7 +38,6 @@ import hub
 import llm as language_models
 import loop
 import qformer
-import runs
 import train
 import transfer
 import vpgtrans
@@ -224,7 +223,6 @@ def both(commands, world, tmp_path_factory):
     jobs.append([check_loading, folder / "large"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "dropout", without_dropout)  # each process would draw its own
-        patch.setattr(runs.Log, "draw", nothing)  # takes a third of the time
         for name, (command, *argv) in commands.items():
             COMMANDS[command].main([*argv, "--out", str(alone / name)])
             if name != "llama":
