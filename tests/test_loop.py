@@ -38,6 +38,7 @@ from torch import nn
 import data
 import loop
 import runs
+import sample
 import train
 import vpgtrans
 
@@ -535,11 +536,15 @@ def test_without_a_terminal_the_log_has_a_line_now_and_then(finished):
 def test_an_e_with_an_accent_does_not_end_a_command_whose_output_is_ascii(world, tmp_path):
     folder = tmp_path / "café"
     folder.symlink_to(world[2].parent)
-    ascii_only = dict(PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    said = tmp_path / "said"
+
+    def with_ascii_output(command, *argv):
+        with open(said, "w", encoding="ascii") as sys.stdout:
+            command(list(map(str, argv)))
+
     argv = arguments((*world[:2], folder / "pairs.jsonl"), tmp_path / "run", "--stage", "warm-up")
-    done = python(ROOT / "train.py", *argv, **ascii_only)
-    assert done.returncode == 0, done.stderr
-    assert "caf?/pairs.jsonl" in done.stdout
-    done = python(ROOT / "sample.py", folder / "0.png", "--model", tmp_path / "run", **ascii_only)
-    assert done.returncode == 0, done.stderr
-    assert "caf?/0.png: " in done.stdout
+    assert in_a_process(with_ascii_output, train.main, *argv) == 0
+    assert "caf?/pairs.jsonl" in said.read_text()
+    argv = folder / "0.png", "--model", tmp_path / "run"
+    assert in_a_process(with_ascii_output, sample.main, *argv) == 0
+    assert "caf?/0.png: " in said.read_text()
