@@ -401,6 +401,7 @@ class Since:
     samples: int  # of the stage, by then
     seen: int = 0  # samples since the stage was entered, of all processes
     bad: int = 0  # images among these that could not be read
+    lowest: float = math.inf  # loss in the log of this stage so far
     losses: list = field(default_factory=list)
     tokens: float = 0.0
     files: list = field(default_factory=list)
@@ -422,6 +423,10 @@ def peak_memory():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# A loss this many times its lowest has leapt up; the draw of samples alone moves it less.
+RISE = 1.5
 
 
 @dataclass
@@ -484,7 +489,8 @@ class Run:
             self.processes.say(f"{at['stage']} {at['step']:,}/{bar.total:,}  loss {loss:.3f}  "
                                f"rate {lr:.3g}  {speed:,.0f} samples/s  {memory / 1e9:.1f} GB  "
                                f"{left} left in this stage")
-        return Since(at["samples"], since.seen + samples, bad)
+        lowest = self.notice_rise(loss, since.lowest, lr, at)
+        return Since(at["samples"], since.seen + samples, bad, lowest)
 
     def save(self, optimizer, at, name=runs.STATE):
         """Writes where the run stands, and the weights alone."""
@@ -519,6 +525,15 @@ class Run:
         self.fail(f"the loss or its gradient at step {at['step']:,} of stage {at['stage']} is "
                   f"{losses[wrong]}. {report} names the samples of that step, broken.safetensors holds "
                   f"the weights and moments before it. {self.remedy}")
+
+    def notice_rise(self, loss, lowest, lr, at):
+        """Says so where the loss leaps up from its lowest so far. -> what the next is compared with"""
+        if loss <= RISE * lowest:
+            return min(loss, lowest)
+        option = "--warm-up-lr" if at["stage"] == "warm-up" else "--lr"
+        self.processes.say(f"step {at['step']:>6,}  the loss has risen from {lowest:.3f} to {loss:.3f}: if "
+                           f"it stays up, a rate below {lr:.3g} ({option}) will end lower")
+        return loss
 
     def check_images(self, bad, seen):
         """Stops a run too many of whose images cannot be read."""

@@ -386,6 +386,29 @@ def test_under_torchrun_the_message_is_the_cause_that_it_names_last(world, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_loss_that_leaps_up_names_the_rate_to_lower(world, tmp_path, monkeypatch, capsys):
+    """Each leap once, and none between two stages."""
+    step = loop.optimizer_step
+    times = iter([1, 2, 2] + [4, 1, 1.4, 1.1, 1.6, 3])
+
+    def leap(*given):
+        tokens, loss, stop = step(*given)
+        return tokens, loss * next(times), stop
+
+    monkeypatch.setattr(loop, "optimizer_step", leap)
+    out = tmp_path / "run"
+    train.main(arguments(world, out))
+    said = re.findall(r"step +(\d) .* risen from (\S+) to (\S+): .* below (\S+) \((\S+)\)",
+                      capsys.readouterr().out)
+    losses = [f"{loss:.3f}" for loss in values(out, "loss")]
+    rates = [f"{rate:.3g}" for rate in values(out, "lr")]
+    assert said == [
+        ("2", losses[0], losses[1], rates[1], "--warm-up-lr"),
+        ("5", losses[4], losses[7], rates[7], "--lr"),
+        ("6", losses[7], losses[8], rates[8], "--lr")]
+
+
 # ------------------------------------------------------------------------------------------ what stops it
 
 
