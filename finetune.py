@@ -14,7 +14,8 @@ soft prompts in the input.
 
 A run writes OUT/: model.safetensors (what was trained alone), config.json, metrics.jsonl, curves.png,
 bad_data.jsonl (what of the data was left out, and why), and resume.safetensors, from which --resume
-continues a killed one with the same losses. Every command takes OUT as its --model.
+continues a killed one with the same losses. sample.py and evaluate.py take OUT as --model; one that
+converses is also for chat.py, export.py, finetune.py --model and train.py --src.
 
 The file goes: instructions, MemVP, arguments, and the run, which is the same for both."""
 
@@ -85,8 +86,9 @@ def read_conversations(spec, tok, template, args, say):
         item = json.loads(items.texts[i])
         asked = item.get("system", "") + (item["turns"][0][0] or "")
         why = why_not(len(item["turns"]), "system" in item)
-        # a token has a letter at least
-        if not why and len(asked) > args.max_tokens and len(tok.encode(asked)) > args.max_tokens:
+        # a token spells a byte at least
+        may_be_long = len(asked.encode()) > args.max_tokens
+        if not why and may_be_long and len(tok.encode(asked)) > args.max_tokens:
             why = f"a first question longer than --max-tokens {args.max_tokens}"
         if why:
             left_out.setdefault(why, []).append(f"{spec}, {item['id'] or i}")
@@ -492,9 +494,10 @@ def add_instructions(parser):
 
 def add_memvp(parser):
     method = parser.add_argument_group("MemVP: the defaults are the paper's")
-    method.add_argument("--memvp", metavar="TASK=FOLDER[@IMAGES]",
+    method.add_argument("--memvp", metavar="TASK[=FOLDER[@IMAGES]]",
                         help=f"what to learn, of {', '.join(TASKS)}, and where it lies, such as "
-                             "scienceqa=datasets/scienceqa")
+                             "scienceqa=datasets/scienceqa (default: TASK under $VPGTRANS_DATA, or "
+                             "datasets/)")
     method.add_argument("--llm", help="the language model whose FFNs read the memory: a short name "
                                       "(llama-7b), a Hub id, a folder, or a run of ours")
     method.add_argument("--llm-tokenizer", metavar="NAME",
@@ -613,11 +616,16 @@ def check_instructions(parser, args):
                      "image changes")
 
 
-def parse_arguments(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for add in (add_instructions, add_memvp, add_data, add_length, add_machine, train.add_log):
         add(parser)
+    return parser
+
+
+def parse_arguments(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     check_method(parser, args)
     train.check_ranges(parser, args)
@@ -724,6 +732,13 @@ def begin_log(args, found, model, log):
     log.begin(left_out)
 
 
+def check_same_run(args, state):
+    """ValueError if a state is that of a run with other arguments, as far as they matter."""
+    # an option that is newer than the state had its default's effect
+    defaults = transfer.arguments(make_parser().parse_args([]))
+    train.check_same_arguments(args, defaults | state["arguments"])
+
+
 def set_up(args, found, watch):
     """All that can be wrong with arguments, files and folders, before anything long begins.
 
@@ -733,7 +748,7 @@ def set_up(args, found, watch):
     steps = count_steps(args, stage, int(samples.starts[-1]), processes.world)
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
-        train.check_same_arguments(args, resumed[0]["arguments"])
+        check_same_run(args, resumed[0])
     model = method.build(args, processes)
     if said := transfer.describe_weights(model.llm):
         processes.say(said)

@@ -304,6 +304,17 @@ def test_a_stopped_run_continues_with_the_same_losses(memvp_world, run, tmp_path
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
 
 
+def test_a_state_that_does_not_know_an_option_resumes_with_its_default(memvp_world, tmp_path):
+    args = finetune.parse_arguments(arguments(memvp_world, tmp_path))
+    saved = transfer.arguments(args)
+    for name in ("prompts", "shard"):
+        del saved[name]
+    finetune.check_same_run(args, {"arguments": saved})
+    args.prompts = "input"
+    with pytest.raises(ValueError, match="--prompts was memory, is input"):
+        finetune.check_same_run(args, {"arguments": saved})
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_though_one_has_no_image(memvp_world, tmp_path, monkeypatch):
     """Without dropout, whose draws differ: of a batch of two, sorted by length, one process has the text-only

@@ -198,9 +198,10 @@ def test_what_trains_nothing_is_left_out_counted_and_explained(talk, tmp_path):
         refused["conversations"].insert(0, {"from": "system", "value": "Be brief."})
         more.append(refused)
     more.append(llava("long", "0.png", "Is it red? " * 60, "No."))
+    more.append(llava("few signs of many tokens", "0.png", "紅" * 60, "No."))
     conversations = write_conversations(tmp_path, more=more)
     _, samples, held_out, _, said = read((talk[0], conversations), "--max-tokens", "100")
-    assert "5 of 33 conversations left out: they are about no image" in said
+    assert "5 of 34 conversations left out: they are about no image" in said
     assert "3 left out: chat template: no system text" in said
     ids = {json.loads(text)["id"] for some in (samples, held_out) for text in some.sets[0].texts}
     assert ids == {f"c{i}" for i in range(24)}
@@ -208,7 +209,7 @@ def test_what_trains_nothing_is_left_out_counted_and_explained(talk, tmp_path):
     assert bad_data(tmp_path / "run", "chat template: no system text") == [
         f"{conversations}, s{i}" for i in range(3)]
     assert bad_data(tmp_path / "run", "a first question longer than --max-tokens 100") == [
-        f"{conversations}, long"]
+        f"{conversations}, long", f"{conversations}, few signs of many tokens"]
 
 
 def test_validation_has_images_of_its_own_each_once(talk, tmp_path):
