@@ -54,7 +54,7 @@ def read_kept(file, made_with):
         kept = {line["image"]: line["captions"] for line in lines}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({error}); remove it, and the captions are drawn anew") from error
-    if first != made_with:
+    if first | {"source": made_with["source"]} != made_with:  # which goes by several names
         raise ValueError(f"{file}: captions made with {first}, not with {made_with}; remove it, or "
                          "give the data set another name, --data NAME=...")
     return kept
@@ -77,7 +77,8 @@ def look_and_say(model, tok, files, count, processes):
         answers = model.generate(prompt.expand(len(pixels) * count, -1), **rows, max_new_tokens=LONGEST,
                                  temperature=TEMPERATURE, top_p=TOP_P, stop=((tok.end_id,), (tok.eos_id,)))
     texts = [tok.decode(answer).strip() for answer in answers]
-    return dict(zip(pixels, map(list, zip(*[iter(texts)] * count)))), unreadable
+    captions = [texts[i : i + count] for i in range(0, len(texts), count)]
+    return dict(zip(pixels, captions)), unreadable
 
 
 def draw_captions(model, tok, pairs, count, file, kept, args, processes):

@@ -15,7 +15,7 @@ import train
 from pairs import clean_caption, read_pairs
 
 ALONE = loop.Processes(0, 1, torch.device("cpu"), "fp32")
-MADE_WITH = {"source": "a", "captions": 2}
+MADE_WITH = {"source": "a", "fingerprint": "0a1b", "captions": 2}
 
 
 @pytest.fixture
@@ -95,7 +95,8 @@ def test_captions_of_another_source_are_refused(tmp_path):
     file = tmp_path / "x.jsonl"
     assert captioning.read_kept(file, MADE_WITH) == {}
     with pytest.raises(ValueError, match="captions made with .*remove it"):
-        captioning.read_kept(file, MADE_WITH | {"source": "another"})
+        captioning.read_kept(file, MADE_WITH | {"fingerprint": "2c3d"})
+    assert captioning.read_kept(file, MADE_WITH | {"source": "./a"}) == {}
 
 
 @pytest.mark.parametrize("line", ["{", '"a"', "[]", '{"image": "1.png"}'])
