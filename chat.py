@@ -1,7 +1,7 @@
 """A conversation about a picture: in the terminal, or on a page in the browser of this machine.
 
-    python chat.py out/opt-6.7b-to-vicuna-7b cat.jpg
-    python chat.py out/opt-6.7b-to-vicuna-7b --page          # http://127.0.0.1:8000
+    python chat.py out/opt-6.7b-to-vicuna-7b-chat cat.jpg
+    python chat.py out/opt-6.7b-to-vicuna-7b-chat --page     # http://127.0.0.1:8000
 
 The model is a run of finetune.py --instruct, or any other run or BLIP-2 checkpoint whose language
 model was taught to converse. `Conversation` is what both have in common.
@@ -551,8 +551,7 @@ OF_STREAM = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
 def start(args):
     """Loads the model and begins."""
     options = {name: getattr(args, name) for name in OF_STREAM}
-    language_models.check_generation(options["max_new_tokens"], 1, options["temperature"], options["top_p"],
-                                     (), options["repetition_penalty"])
+    language_models.check_generation(num_beams=1, **options)
     image = data.load_image(args.image) if args.image else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     began = time.time()

@@ -912,13 +912,13 @@ def stream_tokens(llm, prefix, prefix_mask, cache, options):
         cache.cut(complete)  # a step that was interrupted has left a column without keys
 
 
-def check_generation(max_new_tokens, num_beams, temperature, top_p, stop, repetition_penalty):
+def check_generation(max_new_tokens, num_beams, temperature, top_p, stop=(), repetition_penalty=1.0):
     """ValueError for options of `generate` that make no sense."""
-    if min(max_new_tokens, num_beams) < 1:
-        raise ValueError(f"generate: max_new_tokens = {max_new_tokens} and num_beams = {num_beams} must "
-                         "be at least 1")
+    for name, number in {"max_new_tokens": max_new_tokens, "num_beams": num_beams}.items():
+        if number < 1:
+            raise ValueError(f"generate: {name} = {number} must be at least 1")
     if num_beams > 1 and temperature > 0:
-        raise ValueError("generate: beam search does not sample; use num_beams=1 or temperature=0")
+        raise ValueError("generate: beam search does not sample; use num_beams = 1 or temperature = 0")
     if temperature < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"generate: temperature = {temperature} must not be below 0, and top_p = {top_p} "
                          "must be from 0 to 1")

@@ -12,6 +12,7 @@ import sys
 import torch
 
 import data
+import llm as language_models
 import transfer
 
 
@@ -52,15 +53,14 @@ OF_GENERATE = ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty"
 
 def answer_all(args):
     """-> what the model says about each image."""
+    options = {name: getattr(args, name) for name in OF_GENERATE}
+    language_models.check_generation(args.max_new_tokens, args.num_beams, args.temperature, args.top_p)
     images = [data.load_image(file) for file in args.images]
-    if args.max_new_tokens < 1:
-        raise ValueError("--max-new-tokens must be at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = transfer.DTYPES[args.precision]
     template = transfer.find_template(args.model, args.template)
     model, tok = transfer.load_model(args.model, dtype, device, args.llm_weights)
     pixels = torch.stack([data.resize(image, model.image_size) for image in images])
-    options = {name: getattr(args, name) for name in OF_GENERATE}
     answers = []
     for batch in pixels.split(16):
         answers += transfer.answer(model, tok, batch, args.prompt, template, **options)

@@ -231,7 +231,7 @@ def option(name):
 
 
 def check_ranges(parser, args):
-    """Ends the command where a number is too small; those are passed over that it has not."""
+    """Ends the command where a number is too small; options that it does not have are skipped."""
     for name in AT_LEAST_1:
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"{option(name)} must be at least 1")
@@ -255,6 +255,8 @@ def parse_arguments(argv=None):
     check_ranges(parser, args)
     if args.from_scratch and args.init != "converter":
         parser.error("--from-scratch has a random projector; --init is for the transfer of a VPG")
+    if args.ridge != vpgtrans.RIDGE and args.init != "converter":
+        parser.error("--ridge is for --init converter; --init auto tries a few of its own")
     if args.vit_layers and (args.q_former or not args.from_scratch):
         parser.error("--vit-layers is for --from-scratch with a random Q-Former: a Q-Former that "
                      "was trained on one block's features does not read another's")
@@ -380,7 +382,7 @@ def name_data(args, stages, say):
     return specs, args.val or (f"val={found['val']}" if "val" in found else None)
 
 
-def place(spec):
+def source_key(spec):
     """(source, images, split) of a spec: what several stages weight differently is read once."""
     spec = parse_spec(spec)
     return spec.source, spec.images, spec.split
@@ -403,7 +405,7 @@ def find_data(args, stages, say):
     """-> ({stage: (data sets, weights or None)}, validation Pairs); says what was found and what is
     left out."""
     specs, val_spec = name_data(args, stages, say)
-    once = {place(spec): spec for spec in itertools.chain.from_iterable(specs.values())}
+    once = {source_key(spec): spec for spec in itertools.chain.from_iterable(specs.values())}
     # a crop of Visual Genome's regions would lose what their captions describe
     sets = {}
     for key, spec in once.items():
@@ -417,7 +419,7 @@ def find_data(args, stages, say):
         check_left_out(pairs, args.max_bad, say)
     if not val:
         last_stage = list(stages)[-1]
-        whole = sets[place(specs[last_stage][0])]
+        whole = sets[source_key(specs[last_stage][0])]
         held = hold_out(whole, args.val_samples)
         val = whole.without(held, instead=True)
         sets = {key: pairs.without(held) for key, pairs in sets.items()}
@@ -428,7 +430,7 @@ def find_data(args, stages, say):
             raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
     of_stages = {}
     for name in stages:
-        of_stage = [sets[place(spec)] for spec in specs[name]]
+        of_stage = [sets[source_key(spec)] for spec in specs[name]]
         of_stages[name] = of_stage, read_weights(specs[name])
     return of_stages, one_caption_an_image(val, args.val_samples)
 
@@ -638,20 +640,20 @@ def dry_run(args, stages, found):
     for name, stage in stages.items():
         available, captions = what_there_is(args, found, name, stage)
         steps = count_steps(args, name, stage, available, captions, world)
-        tokens, longest = 12, args.max_tokens
+        typical_tokens, longest_tokens = 12, args.max_tokens
         if found.sets:
             sets, _ = found.sets[name]
             samples = new_samples(args, found, model, sets, captions=args.captions)
-            tokens = samples.measure().sum(1).mean() - len(samples.prompt)
-            longest = longest_text(args, sets)
+            typical_tokens = samples.measure().sum(1).mean() - len(samples.prompt)
+            longest_tokens = longest_text(args, sets)
         if args.init == "auto" and name == "warm-up" and not args.warm_up_lr:
             print(f"\n--init auto: the rate of the warm-up will be one of {transfer.RATES}")
         table = vpgtrans.enter_stage(model, stage)
         print(*loop.describe_stage(name, stage, steps, available, table), sep="\n")
-        longest = transfer.example_batch(model, found.tok, longest)
-        typical = transfer.example_batch(model, found.tok, round(tokens))
-        samples = steps * stage.batch_size
-        lines = estimate.report(model, longest, typical, samples, machine, args.micro_batch, world, shards)
+        longest = transfer.example_batch(model, found.tok, longest_tokens)
+        typical = transfer.example_batch(model, found.tok, round(typical_tokens))
+        lines = estimate.report(model, longest, typical, steps * stage.batch_size, machine, args.micro_batch,
+                                world, shards)
         print(*lines, sep="\n")
     need = estimate.readable_size(runs.disk_need(model.saved()))
     free = estimate.readable_size(free_space(args.out))

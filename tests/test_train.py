@@ -115,6 +115,7 @@ def test_the_papers_baselines_run(world, tmp_path, capsys, options, stages, says
     (["--max-tokens", "1"], "--max-tokens must be above 1"),
     (["--from-scratch", "--no-warm-up"], "--from-scratch and --no-warm-up exclude each other"),
     (["--from-scratch", "--init", "random"], "--from-scratch has a random projector"),
+    (["--init", "captions", "--ridge", "1"], "--ridge is for --init converter"),
     (["--no-warm-up", "--cache", "cache"], "--cache is for stage 1"),
     (["--data"], "--data: expected one argument"),
 ])

@@ -104,6 +104,15 @@ def test_from_scratch_can_start_from_a_given_vpg(world, tmp_path):
     assert not torch.allclose(queries, source, atol=1e-2)
 
 
+@pytest.mark.parametrize("options, says", [
+    (["--num-beams", "0"], "num_beams = 0"), (["--max-new-tokens", "0"], "max_new_tokens = 0"),
+    (["--temperature", "0.7"], "num_beams = 1 or")])
+def test_options_that_make_no_sense_are_refused_before_anything_is_loaded(
+        world, fails, monkeypatch, options, says):
+    monkeypatch.setattr(transfer, "load_model", None)
+    fails(sample.main, [picture(world), "--model", world[0], *options], says)
+
+
 @pytest.mark.slow
 def test_a_run_remembers_how_its_vpg_is_configured(world, tmp_path):
     """That of --from-scratch VPG, not that of the source."""
