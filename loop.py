@@ -274,12 +274,12 @@ class Validation:
         self.processes = processes
         count = int(samples.starts[-1]) // 2 * 2
         if count < 2:
-            raise ValueError("validation needs at least two images; see --val")
+            raise ValueError(f"validation needs at least two samples, and there are {samples.starts[-1]}")
         # neighbours lend each other their images, so no chunk separates two, whatever its size and
         # rank
         chunks = torch.arange(count).view(-1, 2).tensor_split(-(-count // max(2, micro_batch)))
         mine = chunks[processes.rank :: processes.world]
-        rows = [chunk.flatten().tolist() for chunk in mine if len(chunk)]
+        rows = [chunk.flatten().tolist() for chunk in mine]
         self.batches = [samples.collate([samples[i, i] for i in some]) for some in rows]
         # into sharded blocks all processes go equally often
         if processes.mesh and len(rows) < -(-len(chunks) // processes.world):
@@ -401,7 +401,7 @@ class Since:
     samples: int  # of the stage, by then
     seen: int = 0  # samples since the stage was entered, of all processes
     bad: int = 0  # images among these that could not be read
-    lowest: float = math.inf  # loss in the log of this stage so far
+    lowest: float = math.inf  # loss in the log since the stage was entered or the loss last leapt up
     losses: list = field(default_factory=list)
     tokens: float = 0.0
     files: list = field(default_factory=list)
@@ -531,8 +531,8 @@ class Run:
         if loss <= RISE * lowest:
             return min(loss, lowest)
         option = "--warm-up-lr" if at["stage"] == "warm-up" else "--lr"
-        self.processes.say(f"step {at['step']:>6,}  the loss has risen from {lowest:.3f} to {loss:.3f}: if "
-                           f"it stays up, a rate below {lr:.3g} ({option}) will end lower")
+        self.processes.say(f"step {at['step']:>6,}  the loss has risen from {lowest:.3f} to {loss:.3f} at "
+                           f"rate {lr:.3g}: if it stays up, begin anew with a lower {option}")
         return loss
 
     def check_images(self, bad, seen):

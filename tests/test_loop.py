@@ -399,7 +399,7 @@ def test_a_loss_that_leaps_up_names_the_rate_to_lower(world, tmp_path, monkeypat
     monkeypatch.setattr(loop, "optimizer_step", leap)
     out = tmp_path / "run"
     train.main(arguments(world, out))
-    said = re.findall(r"step +(\d) .* risen from (\S+) to (\S+): .* below (\S+) \((\S+)\)",
+    said = re.findall(r"step +(\d) .* risen from (\S+) to (\S+) at rate (\S+): .* lower (\S+)",
                       capsys.readouterr().out)
     losses = [f"{loss:.3f}" for loss in values(out, "loss")]
     rates = [f"{rate:.3g}" for rate in values(out, "lr")]
