@@ -92,6 +92,7 @@ EXIF orientation and transparency are not looked at."""
 
 MOVED = ("A BLIP-2 model whose visual prompt generator was moved to {llm} by VPGTrans\n"
          "([Zhang et al. 2023](https://arxiv.org/abs/2305.01278)).")
+AROUND = "A BLIP-2 model around {llm}."
 CONVERTED = "A BLIP-2 model around {llm}, converted from {file} as LAVIS or the original VPGTrans saved it."
 
 
@@ -210,7 +211,7 @@ def chat_files(tok, template):
     return {"chat_template.jinja": "".join([*known, *begins, template.source])}
 
 
-def describe_chat(model, tok, template):
+def describe_chat(model, template):
     """What the card has to say about a model that converses."""
     before, behind = template.image
     stop = f", stop_strings=[{template.stop!r}], tokenizer=tokenizer" if template.stop else ""
@@ -407,7 +408,10 @@ def export(run, folder, precision="bf16"):
         print(f"{run}: was trained beside an LLM in {weights}; written is the LLM of its checkpoint in "
               f"{precision}, with this run's parts: what they say will differ a little")
     model, tok = transfer.load_model(run, dtype, weights="full")
-    origin = MOVED.format(llm=Path(config.get("llm", {}).get("name", run)).name)
+    arguments = config.get("arguments", {})
+    moved = "src" in arguments and arguments.get("from_scratch") in (None, False)
+    llm = Path(config["llm"]["name"]).name if "llm" in config else f"the language model of {Path(run).name}"
+    origin = (MOVED if moved else AROUND).format(llm=llm)
     template = transfer.choose_template(place) if "chat_template" in config else None
     return write_folder(folder, model, tok, place.llm, origin, dtype, template=template)
 
@@ -438,7 +442,7 @@ def write_folder(folder, model, tok, llm_folder, origin, dtype, text_config=(), 
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     dtype_name = str(dtype).removeprefix("torch.")
     about = {"name": folder.name, "dtype": dtype_name}
-    use = CHAT.format(**about, **describe_chat(model, tok, template)) if template else CAPTION.format(**about)
+    use = CHAT.format(**about, **describe_chat(model, template)) if template else CAPTION.format(**about)
     texts["README.md"] = CARD.format(name=folder.name, origin=origin, use=use)
     files = processor_files(model.vpg, tok)
     files["config.json"] = blip2_config(llm_folder, model, tok, image_id, vocab_size, dtype_name)

@@ -254,8 +254,9 @@ def test_what_is_left_out_of_configs_is_written_down(world, tmp_path, options, l
 
 @pytest.mark.slow
 def test_another_image_size_is_written_into_the_position_embeddings(world, tmp_path):
-    run = train_a_little(world, tmp_path / "run", "--image-size", "42")
+    run = train_a_little(world, tmp_path / "run", "--image-size", "42", "--from-scratch")
     export.main([str(run), str(tmp_path / "blip2"), "--precision", "fp32"])
+    assert "A BLIP-2 model around target." in (tmp_path / "blip2" / "README.md").read_text()
     ours, _ = load_ours(run)
     theirs = load_theirs(tmp_path / "blip2")
     processor = Blip2Processor.from_pretrained(tmp_path / "blip2")
