@@ -173,8 +173,8 @@ def read_encoder(folder):
                 there = " but tokenizer.model, a SentencePiece file that is not read here"
             raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and "
                                     f"merges.txt){there}; copy them there, or name a model that "
-                                    "has the same one: --tgt-tokenizer, huggyllama/llama-7b for "
-                                    "Vicuna")
+                                    "has the same one: --tgt-tokenizer (of MemVP --llm-tokenizer), "
+                                    "huggyllama/llama-7b for Vicuna")
     try:
         if file.name == "tokenizer.json":
             encoder = Encoder.from_file(str(file))
@@ -519,7 +519,7 @@ class Samples(torch.utils.data.Dataset):
         return np.array(rows)
 
     def lengths(self):
-        """The letters in the captions, or in the text, of every sample: (samples,) int64. An item's
+        """The bytes of the captions, or of the text, of every sample: (samples,) int64. An item's
         are those of its prompt and of its target."""
         lengths = []
         for pairs in self.sets:

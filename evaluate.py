@@ -358,11 +358,21 @@ def score_captions(items, answers, rules):
     return scores, of_image
 
 
+def score_by_rules(items, rules, compare):
+    """compare(item, rules) -> 0 to 1. -> ({metric: percent}, {question: 0 to 1}) by `rules`, and overall by
+    the others."""
+    of_rules = {each: {item["id"]: compare(item, each) for item in items} for each in RULES}
+    chosen = of_rules[rules]
+    scores = {"accuracy": 100 * mean(chosen.values())} | by_group(items, chosen)
+    return scores | {f"{each} rules": 100 * mean(of_rules[each].values()) for each in RULES}, chosen
+
+
 def score_vqa(items, answers, rules):
-    """-> ({metric: percent}, {question: 0 to 1}) by `rules`, and overall by the others."""
-    of = {r: {i["id"]: vqa_accuracy(answers[i["id"]], i["answers"], r) for i in items} for r in RULES}
-    scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
-    return scores | {f"{r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
+    """As score_by_rules, by what people answered."""
+    def compare(item, rules):
+        return vqa_accuracy(answers[item["id"]], item["answers"], rules)
+
+    return score_by_rules(items, rules, compare)
 
 
 def score_okvqa(items, answers, rules):
@@ -374,15 +384,16 @@ def score_okvqa(items, answers, rules):
         return scores | {"lemmatiser": None}, of_question
     lemmas = {id: lemmatise(answer) for id, answer in answers.items()}
     lemmatised, of_question = score_vqa(items, lemmas, rules)
-    plain = {f"plain, {rules} rules": scores[f"{rules} rules"] for rules in RULES}
+    plain = {f"plain, {each} rules": scores[f"{each} rules"] for each in RULES}
     return lemmatised | plain | {"lemmatiser": name}, of_question
 
 
 def score_gqa(items, answers, rules):
-    """-> ({metric: percent}, {question: 0 or 1}) by `rules`, and overall by the others."""
-    of = {r: {i["id"]: gqa_match(answers[i["id"]], i["answers"][0], r) for i in items} for r in RULES}
-    scores = {"accuracy": 100 * mean(of[rules].values())} | by_group(items, of[rules])
-    return scores | {f"{r} rules": 100 * mean(of[r].values()) for r in RULES}, of[rules]
+    """As score_by_rules, by the one answer there is."""
+    def compare(item, rules):
+        return gqa_match(answers[item["id"]], item["answers"][0], rules)
+
+    return score_by_rules(items, rules, compare)
 
 
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -401,7 +412,7 @@ def scienceqa_columns(item):
 
 
 def chosen_letter(text):
-    """The first capital letter in an answer, or "": whose choice is the answer, if there is one."""
+    """The first capital letter in an answer, which names the choice; "" if there is none."""
     return next(iter(re.findall("[A-Z]", text)), "")
 
 
@@ -805,7 +816,7 @@ def scorer(specs, limit, tok, batch_size, processes):
     most `limit` items of each benchmark, {"COCO CIDEr": 71.3}, in papers' points.
 
     Greedy answers of any length will do along the way of a training; the papers have five beams."""
-    tasks = find_tasks(argparse.Namespace(benchmarks=specs, limit=limit))
+    tasks = find_tasks(specs, limit)
     if any(task.name == "scienceqa" for task in tasks):
         raise ValueError("scienceqa is for runs of MemVP, and not scored along the way")
 
@@ -901,7 +912,7 @@ def score_task(task, rows, args, folder):
         notes.append(f"{counts['empty answers']:,} answers are empty")
     if strangers:
         notes.append(f"{strangers:,} answers are to none of these items, and not scored")
-    if len(answers) == 1:
+    if len(answers) == 1 and not benchmark.asks:
         notes.append("CIDEr of one image alone is always 0")
     return {"scores": scores, **counts, "notes": notes}
 
@@ -1002,10 +1013,11 @@ def add_asking(parser):
                              "(default: as in the run's training, else full)")
 
 
-def find_tasks(args):
-    """-> [Task] of the benchmarks named, or of what lies under datasets/."""
+def find_tasks(named, limit):
+    """-> [Task] of the benchmarks named, or of what lies under datasets/; `limit`: items of each, or None
+    for all."""
     specs = []
-    for spec in args.benchmarks:
+    for spec in named:
         name, _, source = spec.partition("=")
         if name not in BENCHMARKS or not source:
             raise ValueError(f"{spec!r} does not read NAME=FILE[@IMAGES] with NAME one of "
@@ -1023,10 +1035,10 @@ def find_tasks(args):
     if twice:
         raise ValueError(f"{twice[0]} is named twice")
     tasks = [read_task(name, source) for name, source in specs]
-    if args.limit:
+    if limit:
         for task in tasks:
             random.Random(0).shuffle(task.items)
-            del task.items[args.limit :]
+            del task.items[limit:]
     return tasks
 
 
@@ -1043,9 +1055,9 @@ def describe_asking(task, args, tok, template):
         prompt = args.question_prompt or question_prompt(tok, template)
     else:
         prompt = args.caption_prompt or transfer.caption_prompt(template)
-    converses = template and short_hash(template.source.encode())
+    template_hash = template and short_hash(template.source.encode())
     return same | (QUESTION if asks else CAPTION) | {
-        "prompt": prompt, "template": converses, "num_beams": args.num_beams,
+        "prompt": prompt, "template": template_hash, "num_beams": args.num_beams,
         "length_penalty_counts": args.length_penalty_counts}
 
 
@@ -1089,7 +1101,7 @@ def evaluate(args, processes):
     import loop
     import runs
 
-    tasks = find_tasks(args)
+    tasks = find_tasks(args.benchmarks, args.limit)
     folder = args.out or default_out(args.model)
     folder /= "evaluation" + (f"-{args.images}" if args.images != "right" else "")
     if args.limit:
@@ -1125,8 +1137,8 @@ def report(args, model, results, folder, say):
     write_json(folder / "scores.json", settings | {"benchmarks": results})
     say("\n" + "\n".join(table(args.model, results)))
     if args.limit:
-        say(f"With --limit {args.limit} this is a look, and no score: CIDEr reads what is rare off the "
-            "images at hand.")
+        say(f"With --limit {args.limit} this is a look, and no score; CIDEr, moreover, reads what is rare "
+            "off the images at hand.")
     if args.images != "right":
         say(f"With --images {args.images} this is what is guessed, and no score.")
     say(f"Answers, scores and pictures are in {folder}/")

@@ -96,7 +96,7 @@ def read_config(folder):
 
 def resolve(name, role):
     """A short name, Hub id, folder or run, and what it is for, a key of ROLES -> Place. ("shapes" of
-    a source is its config.json alone.)
+    a run reads its config.json alone, else what "tokenizer" does.)
 
     FileNotFoundError says which files are missing, where they belong, and what else could be
     done."""
@@ -236,7 +236,8 @@ def fetch(repository, starts):
             f"the .index.json and the shards with {tensors})")
     try:
         needed = first_files(set(HfApi().list_repo_files(repository)))[: None if starts else -1]
-        folder = Path([hf_hub_download(repository, file) for file in needed][0]).parent
+        paths = [hf_hub_download(repository, file) for file in needed]
+        folder = Path(paths[0]).parent
         for file in shards(folder / needed[-1], starts):
             hf_hub_download(repository, file)
     except OSError as error:

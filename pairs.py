@@ -210,11 +210,6 @@ def collect(rows, as_text):
     return Strings.of(number_of), Strings.of(texts), np.array(image_of, np.int64), left_out
 
 
-def collect_pairs(rows):
-    """As collect, of captions."""
-    return collect(rows, caption_text)
-
-
 # ------------------------------------------------------------------------------- files of annotations
 
 

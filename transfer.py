@@ -145,8 +145,11 @@ def match_tokens(src_ids, tgt_ids, src_names, tgt_names):
     matched = []
     for id in src_ids:
         name = src_names.get(id)
-        if name in there or name and name.strip() in there:
-            matched.append((id, there[name if name in there else name.strip()]))
+        if not name:
+            continue
+        same = name if name in there else name.strip()
+        if same in there:
+            matched.append((id, there[same]))
     return matched
 
 
@@ -279,26 +282,26 @@ def try_start(model, projector, lr, train, processes, args):
         loop.optimizer_step(model, micro_batches, optimizer, processes, args.clip)
 
 
-def pick_start(model, named, train, judge, args, processes):
+def pick_start(model, named, train, held_out, args, processes):
     """--init auto: of the starts, {name: projector}, the one whose loss is lowest after a few steps,
     each at the rate that suits it best. -> {"init", "lr", "tried": [{"init", "lr", "first", "loss",
     "shuffled"}, ...]}: losses at first, after the steps, and then with shuffled images.
 
     The loss before any step misleads: a random projector's may be lower than a converted one's that
-    is ahead after twenty steps. The steps are on the samples of `train`, the losses on those of
-    `judge`, on which nothing was fitted. Rates rise until one does worse than the one before."""
+    is ahead after twenty steps. The steps are on the samples of `train`, the losses on those
+    `held_out`, on which nothing was fitted. Rates rise until one does worse than the one before."""
     alone = dataclasses.replace(processes, rank=0, world=1)
-    judge = loop.Validation(judge, args.micro_batch, alone)
+    validation = loop.Validation(held_out, args.micro_batch, alone)
     vpgtrans.enter_stage(model, vpgtrans.STAGES["warm-up"])
     tried = []
     hidden = None if processes.rank == 0 else True  # None: where there is no terminal
     for name, projector in tqdm(named.items(), "starts", leave=False, disable=hidden):
         model.projector.load_state_dict(projector.state_dict())
-        first, _ = judge.losses(model)
+        first, _ = validation.losses(model)
         before = math.inf
         for lr in RATES:
             try_start(model, projector, lr, train, alone, args)
-            loss, shuffled = judge.losses(model)
+            loss, shuffled = validation.losses(model)
             if processes.mesh:  # nobody goes another way for a rounding error
                 loss, shuffled = processes.gather([(loss, shuffled)])[0]
             tried.append({"init": name, "lr": lr, "first": first, "loss": loss, "shuffled": shuffled})
@@ -385,7 +388,7 @@ def check_vocabulary(tok, llm, tgt):
     if last_id >= llm.vocab_size:
         raise ValueError(f"the tokenizer in {tgt.tokenizer} has ids up to {last_id}, the vocabulary of "
                          f"{tgt.llm} only up to {llm.vocab_size - 1}: it belongs to another LLM (see "
-                         "--tgt-tokenizer)")
+                         "--tgt-tokenizer, of MemVP --llm-tokenizer)")
 
 
 def build_model(args, src, tgt, tok, sets, processes, resumed=False):
@@ -409,7 +412,7 @@ def build_model(args, src, tgt, tok, sets, processes, resumed=False):
     model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim).to(device), llm)
     start = None
     if args.from_scratch:
-        if not reads_q_former:
+        if not reads_q_former:  # drawn anew, by the run's seed
             vpg.reset()
         source = f"Q-Former of {args.q_former}" if reads_q_former else "random Q-Former"
         processes.say(f"from scratch: {source}, random projector")
@@ -444,12 +447,12 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
     if args.init == "captions":
         projector = refit_projector(projector, words, looks, say)
     if args.init == "auto":
-        train, judge = keep_back(looks)
-        named = starts(projector, words, count_shared(words, sets), train, model.projector)
+        fitted, held_out = keep_back(looks)
+        named = starts(projector, words, count_shared(words, sets), fitted, model.projector)
         say(f"starts: {', '.join(named)}; {TRIAL_STEPS} steps each, at rates that rise until one does worse")
-        train = look_samples(train, model, tok, args, split=True)
-        judge = look_samples(judge, model, tok, args, split=False)
-        start = pick_start(model, named, train, judge, args, processes)
+        fitted = look_samples(fitted, model, tok, args, split=True)
+        held_out = look_samples(held_out, model, tok, args, split=False)
+        start = pick_start(model, named, fitted, held_out, args, processes)
         start["seconds"] = time.time() - began
         say("\n".join(describe_start(start)))
         projector = named[start["init"]]

@@ -667,7 +667,7 @@ def save_image(path, mode="RGB", colour="red", size=(40, 30), **options):
 def make_pairs(files, captions):
     """Pairs of files and captions, in memory."""
     rows = ((file, file, caption, None) for file, caption in zip(files, captions))
-    return pairs.Pairs("x", "", *pairs.collect_pairs(rows))
+    return pairs.Pairs("x", "", *pairs.collect(rows, pairs.caption_text))
 
 
 # ------------------------------------------------------------------------------------- for every test
