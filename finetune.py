@@ -396,7 +396,7 @@ def choose_stage(args, task, has_adapters):
     return dataclasses.replace(stage, batch_size=batch_size, lr=lr, trains=trains)
 
 
-def fill_cache(args, questions, model, made, processes):
+def fill_cache(args, questions, model, options, processes):
     """Opens, and fills, the cache of what the frozen ViT or VPG makes of each image."""
     def see(images):
         return model.see(images)["features"]
@@ -404,7 +404,7 @@ def fill_cache(args, questions, model, made, processes):
     nothing = torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8)
     with torch.no_grad(), processes.autocast():
         shape = see(nothing.to(processes.device))[0].shape
-    made_with = {name: made[name] for name in ("features", "vit_layers", "normalise", "image_size")}
+    made_with = {name: options[name] for name in ("features", "vit_layers", "normalise", "image_size")}
     made_with["vit"] = transfer.memory_fingerprints(model)["vit"]
     (items,) = questions.sets
     dtype = transfer.DTYPES[args.precision]
@@ -414,14 +414,14 @@ def fill_cache(args, questions, model, made, processes):
     questions.sets = [dataclasses.replace(items, cache=features)]
 
 
-def memory_config(args, made, model):
+def memory_config(args, options, model):
     """config.json of a run: how its memory is made, which ViT and LLM belong to it, its
     arguments."""
     found = transfer.memory_fingerprints(model)
     tokenizer = args.llm_tokenizer and hub.lasting_name(args.llm_tokenizer)
     return {
         "model_type": "memvp",
-        "memory": made,
+        "memory": options,
         "vit": {"name": hub.lasting_name(args.vit), "fingerprint": found["vit"]},
         "llm": {"name": hub.lasting_name(args.llm), "fingerprint": found["llm"], "tokenizer": tokenizer},
         "arguments": transfer.arguments(args),
@@ -442,9 +442,9 @@ class MemVPTuning:
         llm = hub.resolve(args.llm, "tokenizer" if is_dry else "target")
         self.llm = dataclasses.replace(llm, tokenizer=tokenizer)
         self.vit = hub.resolve(args.vit, "shapes" if is_dry else "vpg")
-        self.made = transfer.how_memory_is_made(args, self.vit, self.llm)
+        self.options = transfer.memory_options(args, self.vit, self.llm)
         dtype = transfer.DTYPES[args.precision]
-        self.shapes = transfer.shape_memory_llm(self.made, self.vit, self.llm, dtype, args.llm_weights)
+        self.shapes = transfer.shape_memory_llm(self.options, self.vit, self.llm, dtype, args.llm_weights)
 
     def read(self, args, say):
         """As InstructionTuning's."""
@@ -457,17 +457,17 @@ class MemVPTuning:
         """The model with its weights; its memory is drawn."""
         torch.manual_seed(args.seed)
         dtype = transfer.DTYPES[args.precision]
-        model = transfer.build_memory_llm(self.made, self.vit, self.llm, dtype, processes.device,
+        model = transfer.build_memory_llm(self.options, self.vit, self.llm, dtype, processes.device,
                                           args.llm_weights, processes.mesh)
         transfer.check_vocabulary(self.tok, model.llm, self.llm)
         return model
 
     def fill_cache(self, args, questions, model, processes):
         """As InstructionTuning's."""
-        fill_cache(args, questions, model, self.made, processes)
+        fill_cache(args, questions, model, self.options, processes)
 
     def config(self, args, model):
-        return memory_config(args, self.made, model)
+        return memory_config(args, self.options, model)
 
 
 # ---------------------------------------------------------------------------------------- arguments

@@ -431,7 +431,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         return gradient * upstream, None, None
 
 
-def caption_loss(head, x, target_ids, scored=None):
+def target_loss(head, x, target_ids, scored=None):
     """Hidden states (B,T,D), targets (B,T) -> (sum of cross-entropies in float32, number of
     tokens); -100 does not count.
 
@@ -794,7 +794,7 @@ class LanguageModel(nn.Module):
         head reads. Leave it on the CPU, and no GPU has to wait."""
         check_scored(scored, target_ids)
         x = self.hidden_states(prefix, target_ids, prefix_mask, memory)
-        return caption_loss(self.lm_head, x, target_ids, scored)
+        return target_loss(self.lm_head, x, target_ids, scored)
 
     def as_read(self):
         """{name: tensor} as the checkpoint has them, for a fingerprint."""
@@ -1011,7 +1011,7 @@ class DecoderOnly(LanguageModel):
         firsts = x[:, P - 1, None].expand(-1, K, -1)  # the prefix's last position predicts all first tokens
         x = torch.cat([firsts, x[:, P:]], dim=1)
         targets = torch.cat([first_targets, targets], dim=1)
-        return caption_loss(self.lm_head, x, targets)
+        return target_loss(self.lm_head, x, targets)
 
     @torch.inference_mode()
     def read_prefix(self, prefix, prefix_mask=None, room=0, memory=None):

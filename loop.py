@@ -248,19 +248,19 @@ def swap_neighbours(rows):
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def what_to_say(batch, device):
+def targets_and_masks(batch, device):
     """-> the targets of a batch; {"scored": which of them count, "has_image": which samples have one},
     each only where that is not all of them."""
     targets = batch["target_ids"]
     if targets.ndim == 2:  # packed ones are laid out on the CPU
         targets = targets.to(device, non_blocking=True)
-    some = {}
+    masks = {}
     if "scored" in batch:
-        some["scored"] = batch["scored"].to(device, non_blocking=True)
+        masks["scored"] = batch["scored"].to(device, non_blocking=True)
     has_image = batch.get("has_image")
     if has_image is not None and not has_image.all():
-        some["has_image"] = has_image
-    return targets, some
+        masks["has_image"] = has_image
+    return targets, masks
 
 
 class Validation:
@@ -295,15 +295,15 @@ class Validation:
         device = self.processes.device
         for batch in self.batches:
             prompts = batch["prompt_ids"]
-            targets, some = what_to_say(batch, device)
+            targets, masks = targets_and_masks(batch, device)
             with evaluating(model), self.processes.autocast():
                 if "queries" in batch:
                     sees = {"queries": batch["queries"].to(device)}
                 else:
                     sees = model.see(batch["images"].to(device))
-                matched, tokens = model(prompts, targets, **some, **sees)
+                matched, tokens = model(prompts, targets, **masks, **sees)
                 others = {name: swap_neighbours(x) for name, x in sees.items()}
-                shuffled, _ = model(prompts, targets, **some, **others)
+                shuffled, _ = model(prompts, targets, **masks, **others)
             sums += torch.stack([matched, shuffled, tokens]).double().cpu()
         matched, shuffled, tokens = self.processes.sum(*sums)
         return matched / tokens, shuffled / tokens
@@ -357,8 +357,8 @@ def optimizer_step(trained, micro_batches, optimizer, processes, clip=None):
         with no_sync, processes.autocast():
             kinds = [kind for kind in ("images", "features", "queries") if kind in micro]
             sees = {kind: micro[kind].to(processes.device, non_blocking=True) for kind in kinds}
-            targets, some = what_to_say(micro, processes.device)
-            loss, _ = trained(micro["prompt_ids"], targets, **some, **sees)
+            targets, masks = targets_and_masks(micro, processes.device)
+            loss, _ = trained(micro["prompt_ids"], targets, **masks, **sees)
             # times world, since DDP takes the mean over processes
             (loss * (processes.world / tokens)).backward()
         loss_sum += loss.detach()

@@ -132,7 +132,7 @@ class ViTLayer(nn.Module):
         return x + (z if beside is None else z + beside(y))
 
 
-def vit_layers(config, attention_class):
+def stack_layers(config, attention_class):
     """The repeated blocks, under the checkpoints' names."""
     layers = [ViTLayer(config, attention_class(config)) for _ in range(config["num_hidden_layers"])]
     return nn.ModuleDict({"layers": nn.ModuleList(layers)})
@@ -177,7 +177,7 @@ class EVA(nn.Module):
         self.embeddings.class_embedding = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.embeddings.position_embedding = nn.Parameter(torch.randn(1, N, dim) * 0.02)
         self.embeddings.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch)
-        self.encoder = vit_layers(config, EVAAttention)
+        self.encoder = stack_layers(config, EVAAttention)
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
     def forward(self, images, beside=None):
@@ -206,7 +206,7 @@ class CLIP(nn.Module):
         self.embeddings.position_embedding = nn.Embedding(N, dim)
         self.embeddings.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch, bias=False)
         self.pre_layrnorm = nn.LayerNorm(dim, config["layer_norm_eps"])
-        self.encoder = vit_layers(config, CLIPAttention)
+        self.encoder = stack_layers(config, CLIPAttention)
         self.post_layernorm = nn.LayerNorm(dim, config["layer_norm_eps"])
 
     def forward(self, images, beside=None):

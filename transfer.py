@@ -465,16 +465,16 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
 MEMORY_MODELS = {"memory": memvp.MemoryLLM, "input": memvp.InputPromptLLM}
 
 
-def make_memory_llm(made, vit, llm):
-    """`made`: how, a run's {prompts, features, adapters, normalise, image_size, rows, image_scale};
+def make_memory_llm(options, vit, llm):
+    """`options`: a run's {prompts, features, adapters, normalise, image_size, rows, image_scale};
     a ViT or VPG and an LLM -> the model that MemVP trains, float32 where it does."""
-    if made["features"] == "patches":
-        vit = memvp.AdaptedViT(vit, made["adapters"], made["normalise"], made["image_size"])
-    memory = memvp.VisualMemory(vit.dim, llm.dim, made["rows"], image_scale=made["image_scale"])
-    return MEMORY_MODELS[made["prompts"]](vit, memory, llm)
+    if options["features"] == "patches":
+        vit = memvp.AdaptedViT(vit, options["adapters"], options["normalise"], options["image_size"])
+    memory = memvp.VisualMemory(vit.dim, llm.dim, options["rows"], image_scale=options["image_scale"])
+    return MEMORY_MODELS[options["prompts"]](vit, memory, llm)
 
 
-def how_memory_is_made(args, vit, llm):
+def memory_options(args, vit, llm):
     """What make_memory_llm needs, of a command's arguments and where ViT and LLM lie."""
     vision = hub.read_config(vit.folder)
     image_size = vision.get("image_size") or vision.get("vision_config", {}).get("image_size", 224)
@@ -492,34 +492,34 @@ def how_memory_is_made(args, vit, llm):
     }
 
 
-def shape_memory_llm(made, vit, llm, dtype, weights=None):
+def shape_memory_llm(options, vit, llm, dtype, weights=None):
     """As build_memory_llm without weights, on the meta device."""
     with torch.device("meta"):
-        if made["features"] == "patches":
-            sees = qformer.empty_vit(vit.vit, made["vit_layers"])
+        if options["features"] == "patches":
+            vision = qformer.empty_vit(vit.vit, options["vit_layers"])
         else:
-            sees = qformer.empty_vpg(vit.folder)
-        model = make_memory_llm(made, sees, language_models.empty_llm(llm.llm))
+            vision = qformer.empty_vpg(vit.folder)
+        model = make_memory_llm(options, vision, language_models.empty_llm(llm.llm))
     return with_llm_weights(model.to("meta", dtype), weights)
 
 
-def build_memory_llm(made, vit, llm, dtype, device, weights=None, mesh=None):
+def build_memory_llm(options, vit, llm, dtype, device, weights=None, mesh=None):
     """The model as MemVP starts, but for the draws of its memory: hub.Place of what sees and of the
     LLM -> a MemoryLLM."""
-    if made["features"] == "patches":
-        sees = qformer.load_vit(vit.vit, dtype, device, made["vit_layers"], mesh)
+    if options["features"] == "patches":
+        vision = qformer.load_vit(vit.vit, dtype, device, options["vit_layers"], mesh)
     else:
-        sees = qformer.load_vpg(vit.folder, dtype, device, vit_folder=vit.vit, mesh=mesh)
-        hub.check_belongs(vit, vit=sees.frozen_parameters())
+        vision = qformer.load_vpg(vit.folder, dtype, device, vit_folder=vit.vit, mesh=mesh)
+        hub.check_belongs(vit, vit=vision.frozen_parameters())
     language_model = language_models.load_llm(llm.llm, dtype, device, weights, mesh)
-    return make_memory_llm(made, sees, language_model).to(device)
+    return make_memory_llm(options, vision, language_model).to(device)
 
 
 def memory_fingerprints(model):
     """Of what a run of MemVP was trained with and does not save: {"vit": ..., "llm": ...}"""
     read = qformer.as_read(model.vit)
-    sees = {name: tensor for name, tensor in read.items() if not name.startswith("adapters.")}
-    return {"vit": hub.fingerprint(sees), "llm": hub.fingerprint(model.llm.as_read())}
+    vision = {name: tensor for name, tensor in read.items() if not name.startswith("adapters.")}
+    return {"vit": hub.fingerprint(vision), "llm": hub.fingerprint(model.llm.as_read())}
 
 
 def load_memory_model(place, dtype, device, weights=None):

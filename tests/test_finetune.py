@@ -241,7 +241,7 @@ def test_the_study_takes_the_choice_with_the_largest_logit(memvp_world):
     args = finetune.parse_arguments([*models, "--memvp", f"scienceqa={questions}"])
     tok = data.load_tokenizer(llm)
     vit, place = hub.resolve(str(clip), "vpg"), hub.resolve(str(llm), "target")
-    made = transfer.how_memory_is_made(args, vit, place)
+    made = transfer.memory_options(args, vit, place)
     model = transfer.build_memory_llm(made, vit, place, torch.float32, "cpu").eval()
     randomise(model.memory, scale=1.0)
     items = read_items(questions, "train")

@@ -301,7 +301,7 @@ def test_the_loss_of_a_frozen_head_is_taken_a_block_of_rows_at_a_time(monkeypatc
 
     def loss_and_gradient():
         x = random_prefix(2, 10, 16).double().requires_grad_()
-        loss, tokens = language_models.caption_loss(head, x, ids)
+        loss, tokens = language_models.target_loss(head, x, ids)
         (loss * 3).backward()
         assert tokens == 13
         return loss, x.grad
@@ -315,7 +315,7 @@ def test_the_loss_of_a_frozen_head_is_taken_a_block_of_rows_at_a_time(monkeypatc
     assert max(slices) <= 2
     assert sum(heights) == sum(slices) == 20
     with torch.no_grad():
-        without_gradient, _ = language_models.caption_loss(head, random_prefix(2, 10, 16).double(), ids)
+        without_gradient, _ = language_models.target_loss(head, random_prefix(2, 10, 16).double(), ids)
     head.requires_grad_()
     reference, reference_gradient = loss_and_gradient()
     assert relative_error(loss, reference) < 1e-6
