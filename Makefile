@@ -31,11 +31,11 @@ $(CHAT)/done: | .venv/dev
 	$(BIN)/python demo/smollm2.py datasets/smollm2
 	$(BIN)/python -m demo.conversations out/conversations
 	$(BIN)/python train.py --src demo/source --tgt datasets/smollm2 $(PAIRS) --val-samples 60 --gate 0 \
-		--init captions --warm-up-steps 60 --warm-up-lr 2e-3 --steps 120 --lr 5e-4 --val-every 60 \
+		--init captions --warm-up-steps 60 --warm-up-lr 1e-3 --steps 120 --lr 1e-3 --val-every 60 \
 		--out out/smollm2
 	$(BIN)/python finetune.py --model out/smollm2 --instruct out/conversations/train \
-		--val out/conversations/val --val-samples 60 --batch-size 16 --micro-batch 16 --steps 120 \
-		--lr 5e-4 --clip 0.5 --workers 0 --val-every 60 --out $(CHAT)
+		--val out/conversations/val --val-samples 60 --batch-size 16 --micro-batch 16 --steps 180 \
+		--lr 2e-3 --clip 0.5 --workers 0 --val-every 60 --out $(CHAT)
 	touch $@
 
 # The paper in miniature, docs/miniature.md: hours, resumable. Tables and pictures of what comes out lie in

@@ -119,7 +119,7 @@ def converse(scene, rng, most=4, unseen=False):
 
 def write(folder, count, seed, unseen=False):
     """Writes `count` conversations, each about a picture of its own, into conversations.json and images/.
-    What LLaVA's layout does not know, "kinds", is for the score."""
+    What LLaVA's layout does not know, "kinds" and "shapes", how many there are, is for the score."""
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -132,7 +132,8 @@ def write(folder, count, seed, unseen=False):
             mark = "" if n else "<image>\n"
             said += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
         kinds = [kind for kind, _, _ in turns]
-        rows.append({"id": f"{folder.name}-{i}", "image": f"{i}.png", "kinds": kinds, "conversations": said})
+        rows.append({"id": f"{folder.name}-{i}", "image": f"{i}.png", "kinds": kinds,
+                     "shapes": len(scene["objects"]), "conversations": said})
     (folder / "conversations.json").write_text(json.dumps(rows, indent=1))
 
 
@@ -228,12 +229,12 @@ def ask_models(run, folder, most, precision):
 
 
 def judge(rows, answers):
-    """-> [(kind, is it the first turn, is the answer right)] of all turns"""
+    """-> [(kind, is it the first turn, how many shapes there are, is the answer right)] of all turns"""
     judged = []
     for row, said in zip(rows, answers):
         expected = [turn["value"] for turn in row["conversations"][1::2]]
         for turn, (kind, answer, truth) in enumerate(zip(row["kinds"], said, expected)):
-            judged.append((kind, turn == 0, is_right(kind, answer, truth)))
+            judged.append((kind, turn == 0, row["shapes"], is_right(kind, answer, truth)))
     return judged
 
 
@@ -243,11 +244,14 @@ SEEN = ("colour", "shape")
 def by_column(judged):
     """{column of the report: is each of its answers right?}"""
     columns = {
-        "first turn": [right for _, first, right in judged if first],
-        "colour, shape": [right for kind, first, right in judged if first and kind in SEEN],
-        "later turns": [right for _, first, right in judged if not first]}
+        "first turn": [right for _, first, _, right in judged if first],
+        "colour, shape": [right for kind, first, _, right in judged if first and kind in SEEN],
+        "later turns": [right for _, first, _, right in judged if not first],
+        # in any turn: of two shapes, the answer must not be the other's
+        "colour, shape: of one": [right for kind, _, n, right in judged if kind in SEEN and n == 1],
+        "of two": [right for kind, _, n, right in judged if kind in SEEN and n == 2]}
     for kind in QUESTIONS:
-        columns[kind] = [right for of_kind, _, right in judged if of_kind == kind]
+        columns[kind] = [right for of_kind, *_, right in judged if of_kind == kind]
     return columns
 
 
@@ -275,9 +279,9 @@ def report(rows, of_runs):
         columns[who] = {name: share([run[name] for run in each]) for name in each[0]}
     turns = list(by_column([]))[: -len(QUESTIONS)]
     for title, names in (("answers right", turns), ("of all turns", QUESTIONS)):
-        yield f"  {title:26}" + "".join(f"{name:>22}" for name in names)
+        yield f"  {title:26}" + "".join(f"{name:>23}" for name in names)
         for who, cells in columns.items():
-            yield f"  {who:26}" + "".join(f"{cells[name]:>22}" for name in names)
+            yield f"  {who:26}" + "".join(f"{cells[name]:>23}" for name in names)
 
 
 def print_losses(run):

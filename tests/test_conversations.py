@@ -132,6 +132,7 @@ def test_they_are_read_as_llavas_are(written):
     rows = json.loads((written / "train" / "conversations.json").read_text())
     for item, row in zip(map(items.__getitem__, range(8)), rows):
         assert len(item["turns"]) == len(row["kinds"])
+        assert row["shapes"] in (1, 2)
         assert item["turns"][0][0] == row["conversations"][0]["value"].removeprefix("<image>\n")
     pixels = {part: {file.read_bytes() for file in (written / part / "images").iterdir()}
               for part in ("train", "test")}
@@ -170,19 +171,22 @@ def test_questions_are_asked_behind_the_models_own_answers(talker, written, has_
             turns.append([question, answer])
 
 
-def test_the_report_tells_first_turns_from_later_ones():
+def test_the_report_tells_first_turns_from_later_ones_and_one_shape_from_two():
     """Of two runs together, with the least and the most of one."""
     texts = ["q", "The star is red.", "q", "There are two shapes."]
-    rows = [{"kinds": ["colour", "count"], "conversations": [{"value": text} for text in texts]}] * 2
+    rows = [{"kinds": ["colour", "count"], "shapes": n, "conversations": [{"value": text} for text in texts]}
+            for n in (1, 2)]
     one = {"after it, right": [["It is red.", "There are two."], ["It is blue.", "There are two."]],
            "both, none": [["Red?", "One."], ["Blue!", "One."]]}
     other = one | {"after it, right": [["Red.", "One."], ["It is red.", "There are two."]]}
     lines = [line.split() for line in conversations.report(rows, [one])]
-    assert lines[1] == "after it, right 50% of 2 50% of 2 100% of 2".split()
-    assert lines[2] == "both, none 50% of 2 50% of 2 0% of 2".split()
+    assert lines[1] == "after it, right 50% of 2 50% of 2 100% of 2 100% of 1 0% of 1".split()
+    assert lines[2] == "both, none 50% of 2 50% of 2 0% of 2 100% of 1 0% of 1".split()
     lines = [line.split() for line in conversations.report(rows, [one, other])]
-    assert lines[1] == "after it, right 75% of 4 (50-100) 75% of 4 (50-100) 75% of 4 (50-100)".split()
-    assert lines[2] == "both, none 50% of 2 50% of 2 0% of 2".split()  # one and the same model
+    share = "75% of 4 (50-100)"
+    assert lines[1] == f"after it, right {share} {share} {share} 100% of 2 (100-100) 50% of 2 (0-100)".split()
+    # one and the same model
+    assert lines[2] == "both, none 50% of 2 50% of 2 0% of 2 100% of 1 0% of 1".split()
     assert lines[4] == "after it, right - 75% of 4 (50-100) - 75% of 4 (50-100) - - - -".split()
 
 
