@@ -601,6 +601,13 @@ def next_batch(batches, least=0):
         return None, error
 
 
+def end_stopped(run, at):
+    """Says where a run that was asked to stop stands, and ends it."""
+    run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
+                      "--resume continues")
+    sys.exit(130)
+
+
 def leave_between_steps(run, optimizer, since, at, error, bar):
     """Saves and ends a run to which no more batches come, or that was asked to stop while it waited
     for one; `error` says so on the processes that it happened to."""
@@ -613,14 +620,11 @@ def leave_between_steps(run, optimizer, since, at, error, bar):
         if not isinstance(error, data.Stopped):
             run.fail(f"{error}. The same command with --resume goes on from step {at['step']:,} of stage "
                      f"{at['stage']}")
-    run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
-                      "--resume continues")
-    sys.exit(130)
+    end_stopped(run, at)
 
 
 def train_stage(run, job, resumed=None):
-    """One stage from its first step, or from where `resumed`, the (state, tensors) of load_state,
-    stands."""
+    """One stage, from its first step or from where `resumed`, load_state's (state, tensors), stands."""
     args, processes, model, stage = run.args, run.processes, run.model, job.stage
     optimizer, first = begin_stage(run, job, resumed)
     trained = model
@@ -668,6 +672,4 @@ def train_stage(run, job, resumed=None):
             if save:
                 run.save(optimizer, at)
             if stop:
-                processes.say(f"stopped at step {step + 1:,} of stage {job.name}; the same command with "
-                              "--resume continues")
-                sys.exit(130)
+                end_stopped(run, at)

@@ -447,12 +447,12 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
     if args.init == "captions":
         projector = refit_projector(projector, words, looks, say)
     if args.init == "auto":
-        fitted, held_out = keep_back(looks)
+        fitted, kept_back = keep_back(looks)
         named = starts(projector, words, count_shared(words, sets), fitted, model.projector)
         say(f"starts: {', '.join(named)}; {TRIAL_STEPS} steps each, at rates that rise until one does worse")
-        fitted = look_samples(fitted, model, tok, args, split=True)
-        held_out = look_samples(held_out, model, tok, args, split=False)
-        start = pick_start(model, named, fitted, held_out, args, processes)
+        train = look_samples(fitted, model, tok, args, split=True)
+        held_out = look_samples(kept_back, model, tok, args, split=False)
+        start = pick_start(model, named, train, held_out, args, processes)
         start["seconds"] = time.time() - began
         say("\n".join(describe_start(start)))
         projector = named[start["init"]]
