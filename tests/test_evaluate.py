@@ -294,6 +294,18 @@ def test_other_than_ten_answers_are_refused(answers):
         vqa_accuracy("yes", answers)
 
 
+@pytest.mark.parametrize("rules, accuracy", [("official", 50), ("vpgtrans", 25)])
+def test_scores_are_by_the_rules_named_and_say_what_the_others_give(rules, accuracy):
+    """Of four answers the official rules take two, the older ones one."""
+    said = {0: "t-shirt", 1: "t-shirt", 2: "dog", 3: "dog"}
+    wanted = {0: "t-shirt", 1: "shirt", 2: "dog", 3: "cat"}
+    for score, people in ((evaluate.score_vqa, 10), (evaluate.score_gqa, 1)):
+        items = [{"id": i, "answers": [answer] * people, "group": None} for i, answer in wanted.items()]
+        scores, of_question = score(items, said, rules)
+        assert scores == {"accuracy": accuracy, "official rules": 50, "vpgtrans rules": 25}
+        assert of_question == {0: rules == "official", 1: 0, 2: 1, 3: 0}
+
+
 def test_gqa_match():
     assert gqa_match("The T-shirt.", "t-shirt") and not gqa_match("The T-shirt.", "t-shirt", "vpgtrans")
     assert gqa_match("A dog", "dog", "vpgtrans") and not gqa_match("cat", "dog")
