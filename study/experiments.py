@@ -1,5 +1,6 @@
-"""Two studies as lists of experiments, each run of them one command: the paper in miniature
-(docs/miniature.md), and transfers to a language model that people know (docs/smollm2.md).
+"""Three studies as lists of experiments, each run of them one command: the paper in miniature
+(docs/miniature.md); transfers to a language model that people know, and the same starts with small targets
+of three families (docs/smollm2.md).
 
 Rates were chosen on the validation images, by the runs named sweep; docs/miniature.md names two exceptions.
 Sources are watched on the validation images, too. All other runs report the test images.
@@ -59,6 +60,7 @@ SMOLLM2_STARTS = {
     "captions": CAPTIONS,
     "ridge-0.001": ["--ridge", 0.001],  # as in the first study
     "no-warm-up": ["--no-warm-up"],
+    "captions-no-warm-up": [*CAPTIONS, "--no-warm-up"],
     "scratch-stage1": ["--from-scratch", f"{HELD_OUT}/stage1"],
     "own-captions": ["--caption-with", "source"],  # as if the images had come without a word
     "converter-10.7": [],  # with as many of the images as the name says, in percent
@@ -66,7 +68,8 @@ SMOLLM2_STARTS = {
 SMOLLM2_RATES = {
     "scratch": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")],
     "auto": [("", "1e-3")],
-    "converter": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-3", "1e-3")],  # as auto's, first
+    "converter": [  # as auto's, first
+        ("2e-3", "1e-3"), ("1e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-3", "1e-3")],
     "captions": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-4", "1e-3")],
     "ridge-0.001": [("2e-2", "1e-3"), ("2e-2", "2e-3"), ("5e-3", "1e-3")],
     "no-warm-up": [("", "2e-3"), ("", "1e-3")],
@@ -80,6 +83,22 @@ SMOLLM2_BUDGETS = {
     120: ("converter",),  # who wants no more than what 300 steps from scratch give takes a shorter schedule
     300: tuple(SMOLLM2_CHOSEN),
     1000: ("scratch", "converter", "captions")}
+
+# The third study moves it to small targets of three families, 300 steps each: does one start win everywhere?
+# The first pair of rates of each is the best of those that are recorded.
+SMALL_TARGETS = {"opt-256": "demo/target", "llama-256": f"{WORLD}/llama-256", "t5-256": f"{WORLD}/t5-256"}
+SMALL_RATES = {
+    "scratch": [("", "2e-3"), ("", "1e-3"), ("", "4e-3")],
+    "auto": [("", "1e-3"), ("", "5e-4")],
+    "converter": [("5e-3", "1e-3"), ("2e-3", "1e-3")],
+    "captions": [("5e-4", "5e-4"), ("2e-3", "1e-3")],
+    "captions-no-warm-up": [("", "5e-4"), ("", "1e-3")]}
+T5_SMALL_RATES = {  # T5 forgets how to look at rates that suit the others
+    "scratch": [("", "5e-4"), ("", "2e-4"), ("", "1e-3")],
+    "auto": [("", "2e-4"), ("", "5e-4")],
+    "converter": [("5e-3", "2e-4"), ("2e-3", "2e-4")],
+    "captions": [("5e-4", "2e-4"), ("2e-3", "2e-4")],
+    "captions-no-warm-up": [("", "2e-4"), ("", "5e-4")]}
 
 # ------------------------------------------------------------------------------------------ one run
 
@@ -251,17 +270,18 @@ def all_runs():
     return {run.name: run for run in runs}
 
 
-# ------------------------------------------------------------------------- a real language model
+# ------------------------------------- a real language model, and small ones of three families
 
 
-def to_smollm2(name, start, steps, rates, split, seed):
-    """A run in so many steps from a start of SMOLLM2_STARTS; a fifth of a transfer's are warm-up."""
+def from_start(name, tgt, start, steps, rates, split, seed):
+    """A run to a target in so many steps from a start of SMOLLM2_STARTS; a fifth of a transfer's are
+    warm-up."""
     warm_up_rate, rate = rates
     from_scratch = start.startswith("scratch")
     images = f"{HELD_OUT}/train-10.7.tar" if start.endswith("-10.7") else "demo/pairs/train.tar"
     every = steps // (10 if from_scratch else 15)
     warm_up = 0
-    flags = ["--src", "demo/source", "--tgt", SMOLLM2]
+    flags = ["--src", "demo/source", "--tgt", tgt]
     flags += ["--data", images, "--val", f"{HELD_OUT}/{split}.tar", "--val-samples", 100]
     flags += ["--batch-size", 32, "--micro-batch", 32, "--augment", "none", "--clip", 0.5, "--workers", 0]
     flags += ["--val-every", every, "--log-every", 10, "--save-every", 50, "--gate", 0]
@@ -275,22 +295,48 @@ def to_smollm2(name, start, steps, rates, split, seed):
     return Run(name, flags, scenes=f"{HELD_OUT}/{split}.tar")
 
 
+def sweep_name(prefix, start, rates):
+    """Of a run on validation images, by its start and its pair of rates."""
+    return "-".join(filter(None, [prefix, start, *rates]))
+
+
 def smollm2_runs():
     """All runs of the second study: {name: Run}; sweeps on validation images, then what is reported."""
     runs = []
     for start, pairs in SMOLLM2_RATES.items():
         for rates in pairs:
-            name = "-".join(filter(None, ["smollm2-sweep", start, *rates]))
-            runs.append(to_smollm2(name, start, 300, rates, "val", seed=0))
+            name = sweep_name("smollm2-sweep", start, rates)
+            runs.append(from_start(name, SMOLLM2, start, 300, rates, "val", seed=0))
     for steps, starts in SMOLLM2_BUDGETS.items():
         for start in starts:
             for seed in SEEDS:
                 name = f"smollm2-{start}-{steps}-s{seed}"
-                runs.append(to_smollm2(name, start, steps, SMOLLM2_CHOSEN[start], "test", seed))
+                rates = SMOLLM2_CHOSEN[start]
+                runs.append(from_start(name, SMOLLM2, start, steps, rates, "test", seed))
     return {run.name: run for run in runs}
 
 
-STUDIES = {"miniature": all_runs, "smollm2": smollm2_runs}
+def small_rates(tgt):
+    """{start: pairs of rates} of a target of the third study."""
+    return T5_SMALL_RATES if tgt.startswith("t5") else SMALL_RATES
+
+
+def small_runs():
+    """All runs of the third study: {name: Run}, target by target as those of the second."""
+    runs = []
+    for tgt, folder in SMALL_TARGETS.items():
+        for start, pairs in small_rates(tgt).items():
+            for rates in pairs:
+                name = sweep_name(f"small-sweep-{tgt}", start, rates)
+                runs.append(from_start(name, folder, start, 300, rates, "val", seed=0))
+        for start, pairs in small_rates(tgt).items():
+            for seed in SEEDS:
+                name = f"small-{tgt}-{start}-s{seed}"
+                runs.append(from_start(name, folder, start, 300, pairs[0], "test", seed))
+    return {run.name: run for run in runs}
+
+
+STUDIES = {"miniature": all_runs, "smollm2": smollm2_runs, "small": small_runs}
 
 
 def with_needs(chosen, every):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from study import captions, scenes
 from study.experiments import BUDGETS, LENGTHS, SMOLLM2_RATES
-from study.tables import HALF, STARTED, STARTED_SMOLLM2, TRANSFERS, sweep_name
+from study.tables import HALF, STARTED, STARTED_SMOLLM2, TRANSFERS, best_of_sweep
 from study.world import SEEDS as WORLD_SEEDS
 
 
@@ -105,12 +105,10 @@ def draw_smollm2(results, file):
     figure = Figure(figsize=(9, 4.8), layout="tight")
     axes = figure.subplots()
     for i, (start, pairs) in enumerate(SMOLLM2_RATES.items()):
-        names = [sweep_name(start, rates) for rates in pairs]
-        losses = results.losses({name: name for name in names})
-        if losses:
-            curve = results.curve(min(losses, key=losses.get))
+        best = best_of_sweep(results, "smollm2-sweep", start, pairs)
+        if best:
             label = STARTED_SMOLLM2[start].replace("`", "")
-            axes.plot(*zip(*curve), "o-", color=f"C{i}", markersize=3, label=label)
+            axes.plot(*zip(*results.curve(best)), "o-", color=f"C{i}", markersize=3, label=label)
     axes.set(xlabel="optimizer step, warm-up counted", ylabel="validation loss a token")
     axes.set(xlim=(0, 300), ylim=(1.2, 4.5))
     axes.legend(frameon=False)

@@ -15,6 +15,7 @@ from study.experiments import (
     LENGTHS,
     RATES,
     SEEDS,
+    SMALL_TARGETS,
     SMOLLM2_BUDGETS,
     SMOLLM2_RATES,
     SOURCE_STEPS,
@@ -24,7 +25,10 @@ from study.experiments import (
     TRANSFER_RATES,
     WARM_UP_RATES,
     all_runs,
+    small_rates,
+    small_runs,
     smollm2_runs,
+    sweep_name,
 )
 
 BATCH = 32
@@ -317,6 +321,7 @@ STARTED_SMOLLM2 = {
     "captions": "`--init captions`",
     "ridge-0.001": "word converter, ridge 0.001",
     "no-warm-up": "word converter, ridge 10, no warm-up",
+    "captions-no-warm-up": "`--init captions`, no warm-up",
     "own-captions": "word converter, ridge 10, the source's captions",
     "converter-10.7": "word converter, ridge 10, 10.7% of the images",
     "scratch-10.7": "from scratch, random Q-Former, 10.7% of the images"}
@@ -336,39 +341,86 @@ def last_shuffled(results, run):
     return [row["val_loss_shuffled"] for row in results.rows[run] if "val_loss_shuffled" in row][-1]
 
 
-def sweep_name(start, rates):
-    return "-".join(filter(None, ["smollm2-sweep", start, *rates]))
-
-
-def steps_to_baseline(results, name, baseline):
-    """Steps after which a run is as low as the best of a baseline's runs ends, as a cell."""
-    names = [sweep_name(baseline, rates) for rates in SMOLLM2_RATES[baseline]]
+def best_of_sweep(results, prefix, start, pairs):
+    """The name of the run of a start whose pair of rates ended lowest, or None."""
+    names = [sweep_name(prefix, start, rates) for rates in pairs]
     losses = results.losses({name: name for name in names})
-    if not losses:
-        return "–"
-    return results.first_below(name, min(losses.values())) or "not in 300"
+    return min(losses, key=losses.get, default=None)
 
 
-def smollm2_sweep_table(results):
+def sweep_rows(results, prefix, rates, baselines):
     """Every start at every rate, seed 0: losses and captions of the validation images; and after how many
-    steps the best of the runs from scratch are passed."""
-    rows = []
-    for start, pairs in SMOLLM2_RATES.items():
+    steps a run is as low as the best of each baseline's runs ends."""
+    best = [best_of_sweep(results, prefix, baseline, rates[baseline]) for baseline in baselines]
+    for start, pairs in rates.items():
         for warm_up, rate in pairs:
-            name = sweep_name(start, (warm_up, rate))
+            name = sweep_name(prefix, start, (warm_up, rate))
             if name not in results.rows:
                 continue
             record = results.records[name]
             taken = record.get("start") or {}
             warm_up = f"{taken['lr']:g}, {taken['init']}" if taken else warm_up or "–"
-            rows.append([
+            passed = []
+            for run in best:
+                steps = results.first_below(name, results.final(run)) if run else "–"
+                passed.append(steps or "not in 300")
+            yield [
                 STARTED_SMOLLM2[start], warm_up, rate, *at_steps(results, name, (0, 60, 120, 180, 300)),
-                f"{last_shuffled(results, name):.3f}", share([record["right"]]),
-                *(steps_to_baseline(results, name, baseline) for baseline in ("scratch", "scratch-stage1"))])
-    head = ["start", "warm-up rate", "then", "loss at step 0", "60", "120", "180", "300",
-            "300, shuffled images", "coloured shapes right", "steps to the best from a random Q-Former",
-            "from a pre-trained one"]
+                f"{last_shuffled(results, name):.3f}", share([record["right"]]), *passed]
+
+
+SWEPT_COLUMNS = ["start", "warm-up rate", "then", "loss at step 0", "60", "120", "180", "300",
+                 "300, shuffled images", "coloured shapes right", "steps to the best from a random Q-Former"]
+
+
+def smollm2_sweep_table(results):
+    baselines = "scratch", "scratch-stage1"
+    rows = list(sweep_rows(results, "smollm2-sweep", SMOLLM2_RATES, baselines))
+    return table([*SWEPT_COLUMNS, "from a pre-trained one"], rows)
+
+
+def small_progress(results):
+    return count_made(results, small_runs())
+
+
+def small_sweep_table(results):
+    """The third study's rates, target by target."""
+    rows = []
+    for tgt in SMALL_TARGETS:
+        of_target = sweep_rows(results, f"small-sweep-{tgt}", small_rates(tgt), ["scratch"])
+        rows += [[tgt, *row] for row in of_target]
+    return table(["target", *SWEPT_COLUMNS], rows)
+
+
+def small_table(results):
+    """The third study's chosen rates on test images."""
+    rows = []
+    for tgt in SMALL_TARGETS:
+        for start in small_rates(tgt):
+            name = f"small-{tgt}-{start}"
+            if not results.seeds(name):
+                continue
+            loss, right, found, _ = scores(results, name)
+            passed = "" if start == "scratch" else passes(results, name, f"small-{tgt}-scratch")
+            rows.append([tgt, STARTED_SMOLLM2[start], loss, right, found, passed])
+    head = ["target", "start", "test loss", "coloured shapes right", "found",
+            "steps to where 300 from a random Q-Former end"]
     return table(head, rows)
+
+
+def small_picks_table(results):
+    """What --init auto took, run by run, and of each start the loss after its trial, at its best rate."""
+    rows = []
+    for name, record in results.records.items():
+        if name.startswith("small-") and record.get("start"):
+            best = {}
+            for row in record["start"]["tried"]:
+                best[row["init"]] = min(row["loss"], best.get(row["init"], row["loss"]))
+            tried = ", ".join(f"{init} {loss:.3f}" for init, loss in best.items())
+            start = record["start"]
+            taken = f"{start['init']}, {start['lr']:g}"
+            rows.append([f"`{name}`", taken, tried, f"{start['seconds']:.0f} s"])
+    return table(["run", "taken, at a rate of", "after the trials", "in"], rows)
 
 
 def smollm2_table(results):
@@ -414,4 +466,8 @@ TABLES = {
     "families": family_table,
     "smollm2-progress": smollm2_progress,
     "smollm2-sweep": smollm2_sweep_table,
-    "smollm2": smollm2_table}
+    "smollm2": smollm2_table,
+    "small-progress": small_progress,
+    "small-sweep": small_sweep_table,
+    "small": small_table,
+    "small-picks": small_picks_table}

@@ -45,6 +45,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "study" / "results"
 EVERY = experiments.all_runs()
 SECOND = experiments.smollm2_runs()
+THIRD = experiments.small_runs()
 
 
 def imported(file):
@@ -67,7 +68,7 @@ def test_the_study_stands_without_the_demo_and_is_found_without_a_patched_path(f
 
 
 def test_all_commands_are_of_train_py_and_parse():
-    for run in [*EVERY.values(), *SECOND.values()]:
+    for run in [*EVERY.values(), *SECOND.values(), *THIRD.values()]:
         if run.trains:
             args = train.parse_arguments(run.command[2:])
             assert args.out == Path(experiments.RUNS) / run.name
@@ -88,17 +89,18 @@ def test_choices_are_made_on_validation_images_and_figures_reported_on_test_imag
             assert split == ("val" if run.name.startswith(("sweep-", "source-")) else "test"), run.name
             captioned = "val" if run.name.startswith("sweep-") else "test"
             assert run.scenes == f"{experiments.WORLD}/pairs/{captioned}.jsonl"
-    for run in SECOND.values():
+    for run in [*SECOND.values(), *THIRD.values()]:
         split = Path(run.flags[run.flags.index("--val") + 1]).stem
-        assert split == ("val" if run.name.startswith("smollm2-sweep-") else "test"), run.name
+        assert split == ("val" if "-sweep-" in run.name else "test"), run.name
         assert run.scenes == f"{experiments.HELD_OUT}/{split}.tar"
 
 
-def test_runs_to_smollm2_are_all_as_long_and_differ_in_their_start_and_rates():
+@pytest.mark.parametrize("study, targets", [(SECOND, 1), (THIRD, 3)])
+def test_runs_from_the_demos_source_are_all_as_long_and_differ_in_their_start_and_rates(study, targets):
     """Same steps, samples, clipping and images, or a part of them; a rate of the warm-up where there is
     one to give."""
     common = set()
-    for run in SECOND.values():
+    for run in study.values():
         args = train.parse_arguments(run.command[2:])
         warm_up = 0 if args.from_scratch or args.no_warm_up else args.warm_up_steps
         length = next((steps for steps in (120, 1000) if f"-{steps}-s" in run.name), 300)
@@ -110,7 +112,7 @@ def test_runs_to_smollm2_are_all_as_long_and_differ_in_their_start_and_rates():
         images = f"{experiments.HELD_OUT}/train-10.7.tar" if few else "demo/pairs/train.tar"
         assert args.data == [images], run.name
         common.add((args.src, args.tgt, args.batch_size, args.clip, args.augment))
-    assert len(common) == 1
+    assert len(common) == targets
 
 
 def test_the_demos_scenes_are_parted_for_choices_for_figures_and_in_a_part_to_train_on(tmp_path):
@@ -551,10 +553,17 @@ def test_the_baseline_has_the_best_rate_of_its_sweep(start, steps):
 @pytest.mark.parametrize("start", experiments.SMOLLM2_CHOSEN)
 def test_runs_to_smollm2_have_the_best_rates_that_were_tried(start):
     results = records.Results(RESULTS)
-    names = {rates: tables.sweep_name(start, rates) for rates in experiments.SMOLLM2_RATES[start]}
-    losses = results.losses(names)
-    if losses:
-        assert experiments.SMOLLM2_CHOSEN[start] == min(losses, key=losses.get)
+    pairs = experiments.SMOLLM2_RATES[start]
+    best = tables.best_of_sweep(results, "smollm2-sweep", start, pairs)
+    assert best in (None, experiments.sweep_name("smollm2-sweep", start, pairs[0]))
+
+
+@pytest.mark.parametrize("tgt", experiments.SMALL_TARGETS)
+def test_runs_to_small_targets_have_the_best_rates_that_were_tried(tgt):
+    results = records.Results(RESULTS)
+    for start, pairs in experiments.small_rates(tgt).items():
+        best = tables.best_of_sweep(results, f"small-sweep-{tgt}", start, pairs)
+        assert best in (None, experiments.sweep_name(f"small-sweep-{tgt}", start, pairs[0])), start
 
 
 # --------------------------------------------------------------------------------------- the world
