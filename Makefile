@@ -49,7 +49,7 @@ study: .venv/run
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-# What trains nothing and starts no process, and the linter: an answer within a minute.
+# What trains nothing, starts no process and takes no seconds, and the linter: an answer within a minute.
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
 

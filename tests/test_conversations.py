@@ -220,6 +220,7 @@ def test_a_linear_reader_finds_what_stands_there_and_nothing_else():
     assert probe.read(both[0], both[1].roll(1, 0), answers[:300], answers[300:]) < 0.7
 
 
+@pytest.mark.slow
 def test_a_vpg_is_probed(capsys, monkeypatch):
     """The demo's source tells how many shapes there are by its queries."""
     monkeypatch.setattr("sys.argv", ["probe", str(ROOT / "demo" / "source"), "--scenes", "200"])

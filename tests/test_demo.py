@@ -91,6 +91,7 @@ def test_what_is_embedded_is_small_and_whole():
 
 
 @pytest.mark.parametrize("split", DEMO_PAIRS)
+@pytest.mark.slow
 def test_the_embedded_pairs_are_the_scenes_of_their_seed_in_their_order(split):
     """As study.make draws them: pixels, captions and truths; and train.py reads the same."""
     shard = PAIRS / f"{split}.tar"

@@ -45,6 +45,7 @@ def test_operations_are_those_of_the_formulas(stage):
     assert step.logits == 4 * 1000 * 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stage", ["warm-up", "fine-tune"])
 def test_what_is_kept_is_what_a_real_step_keeps(stage, family):

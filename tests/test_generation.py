@@ -18,7 +18,8 @@ def cut_at(ids, ends):
 
 @pytest.mark.parametrize("variant", ["opt", "llama-3.1", "qwen3", "flan-t5"])
 @pytest.mark.parametrize("num_beams, length_penalty, min_new_tokens", [
-    (1, 1.0, 0), (1, 1.0, 4), (3, 1.0, 0), (5, 1.0, 4), (5, -1.0, 0), (3, -1.0, 3)])
+    (1, 1.0, 0), (1, 1.0, 4), (3, 1.0, 0), (3, -1.0, 3),
+    pytest.param(5, 1.0, 4, marks=pytest.mark.slow), pytest.param(5, -1.0, 0, marks=pytest.mark.slow)])
 def test_generation_equals_transformers(tmp_path, variant, num_beams, length_penalty, min_new_tokens):
     """Rows side by side, with holes in their prefixes, against each row alone."""
     ours, theirs, _ = make_llm_pair(tmp_path, variant)
@@ -160,6 +161,7 @@ def test_sampling_follows_the_nucleus(llm_pair):
     assert len({tuple(ids) for ids in texts}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant, num_beams", [("opt", 1), ("opt", 3), ("llama-3.1", 3), ("flan-t5", 3)])
 def test_a_decoding_step_is_one_static_graph(tmp_path, monkeypatch, variant, num_beams):
     """As on GPUs, where a step looks at all columns of the cache."""

@@ -167,6 +167,7 @@ def test_memory_of_a_gated_ffn_passes_the_gate_open(tmp_path):
     assert relative_error(result, layer.feed_forward(x, None)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("variant", ["opt", "llama-3.1", "qwen3", "flan-t5", "t5 v1.0"])
 def test_generation_with_memory_equals_transformers(tmp_path, variant, num_beams):
