@@ -279,8 +279,8 @@ def count_tokens(tok, captions, vocab_size, max_tokens=32):
 
 # Pillow opens forty formats, and starts a program for some: Ghostscript for an EPS that calls
 # itself .jpg. These are what pictures of data sets are in.
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # MPO is opened as JPEG
-FORMATS += ["AVIF"] * features.check("avif")
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # MPO is opened as JPEG
+IMAGE_FORMATS += ["AVIF"] * features.check("avif")
 MOST_PIXELS = 100_000_000  # of a picture, so that none holds up a worker for long
 
 
@@ -294,13 +294,13 @@ def open_image(file):
             with open(shard[1], "rb") as tar:
                 tar.seek(int(shard[2]))
                 source = io.BytesIO(tar.read(int(shard[3])))
-        with Image.open(source, formats=FORMATS) as image:
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise OSError(f"{image.width:,} x {image.height:,} pixels are more than the "
                               f"{MOST_PIXELS:,} that are decoded")
             yield image
     except UnidentifiedImageError as error:
-        raise OSError(f"{file}: no picture in one of {', '.join(FORMATS)}") from error
+        raise OSError(f"{file}: no picture in one of {', '.join(IMAGE_FORMATS)}") from error
     # Pillow raises all kinds at damaged files: SyntaxError, struct.error, DecompressionBombError
     except Exception as error:
         raise OSError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error

@@ -693,7 +693,7 @@ def test_palettes_jpegs_in_cmyk_and_turned_ones_become_rgb(tmp_path):
     ("MPO", {"save_all": True, "append_images": [Image.new("RGB", (40, 30), "blue")]}),
     ("AVIF", {})])
 def test_formats_of_data_sets_are_read_whatever_the_file_is_called(tmp_path, format, options):
-    if format == "AVIF" and "AVIF" not in data.FORMATS:
+    if format == "AVIF" and "AVIF" not in data.IMAGE_FORMATS:
         pytest.skip("this Pillow has no AVIF")
     save_image(tmp_path / "any.jpg", colour="red", format=format, **options)
     red, green, blue = first_pixel(tmp_path / "any.jpg")
