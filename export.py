@@ -403,6 +403,10 @@ def export(run, folder, precision="bf16"):
         raise ValueError(f"{run}: a run of MemVP, whose images are in the memory of the LLM's FFNs; "
                          "transformers has no such model to export to")
     check_expressible(place.llm, qformer.read_vpg_config(place.folder).get("vision_config", {}))
+    template = transfer.choose_template(place) if "chat_template" in config else None
+    if template and data.load_tokenizer(place.tokenizer).encoder_decoder:
+        raise ValueError(f"{run}: a T5 that converses has no place for its template in transformers' "
+                         "processor; use it here")
     dtype = transfer.DTYPES[precision]
     if weights := transfer.trained_with(config):
         print(f"{run}: was trained beside an LLM in {weights}; written is the LLM of its checkpoint in "
@@ -412,7 +416,6 @@ def export(run, folder, precision="bf16"):
     moved = "src" in arguments and arguments.get("from_scratch") in (None, False)
     llm = Path(config["llm"]["name"]).name if "llm" in config else f"the language model of {Path(run).name}"
     origin = (MOVED if moved else AROUND).format(llm=llm)
-    template = transfer.choose_template(place) if "chat_template" in config else None
     return write_folder(folder, model, tok, place.llm, origin, dtype, template=template)
 
 
@@ -431,9 +434,6 @@ def write_folder(folder, model, tok, llm_folder, origin, dtype, text_config=(), 
     """Writes a model with its tokenizer, config and processor, and with the chat template of one that
     converses. -> bytes of its weights"""
     folder = folder.resolve()
-    if template and tok.encoder_decoder:
-        raise ValueError("a T5 that converses has no place for its template in transformers' processor; use "
-                         "it here")
     texts = chat_files(tok, template) if template else {}
     ends = chat_ends(tok, template) if template else None
     image_id = add_image_token(tok)

@@ -424,9 +424,9 @@ def write_t5(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write_target", [write_language_model, write_t5])
-def test_a_transfer_goes_on_to_stage_3(world, talk, tmp_path, write_target):
+def test_a_transfer_goes_on_to_stage_3(world, talk, tmp_path, write_target, monkeypatch):
     """train.py's run as it is, with a template of the command's for its LLM, which has none; and from there
-    to train.py again."""
+    to train.py again. A T5 is not exported, which is said before weights are read."""
     target = write_target(tmp_path / "target")
     short = ["--no-warm-up", "--steps", "1"]
     train.main(arguments((world[0], target, world[2]), tmp_path / "moved", *short))
@@ -440,6 +440,10 @@ def test_a_transfer_goes_on_to_stage_3(world, talk, tmp_path, write_target):
     moved, _ = transfer.load_model(str(tmp_path / "moved"), torch.float32)
     assert not torch.equal(model.projector.weight, moved.projector.weight)
     train.main(arguments((tmp_path / "chat", target, world[2]), tmp_path / "on", *short))
+    if write_target is write_t5:
+        monkeypatch.setattr(transfer, "load_model", None)
+        with pytest.raises(ValueError, match="chat: a T5 that converses has no place for its template"):
+            export.export(str(tmp_path / "chat"), tmp_path / "exported")
 
 
 def test_a_dry_run_needs_no_data_and_loads_no_weights(talk, tmp_path, capsys, monkeypatch):
