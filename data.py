@@ -26,6 +26,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -651,7 +652,11 @@ def fits_in_shared_memory(samples, micro_batch, per_step, world, workers):
     """Do the micro-batches that are on their way at once fit there, and their files into the limit
     on open ones? If not, torch's workers die or stand still."""
     ahead = 2 * workers + per_step + 2
-    size = micro_batch * 3 * samples.size**2
+    sizes = [3 * samples.size**2]  # bytes of an image, or of what a cache has of it
+    for some in samples.sets:
+        if some.cache:
+            sizes.append(math.prod(some.cache.shape) * some.cache.dtype.itemsize)
+    size = micro_batch * max(sizes)
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     tensors = 5  # of a micro-batch, each an open file
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import unicodedata
 import zlib
 from pathlib import Path
@@ -976,6 +977,9 @@ def test_shared_memory_is_counted_beforehand(samples, monkeypatch):
     assert data.fits_in_shared_memory(samples, 8, 2, 1, 2)
     assert not data.fits_in_shared_memory(samples, 36, 2, 1, 8)
     assert not data.fits_in_shared_memory(samples, 8, 2, 8, 2)
+    patches = types.SimpleNamespace(shape=(256, 1024), dtype=torch.float32)  # a megabyte an image
+    monkeypatch.setattr(samples, "sets", [dataclasses.replace(samples.sets[0], cache=patches)])
+    assert not data.fits_in_shared_memory(samples, 8, 2, 1, 2)
 
 
 SMALL = """
