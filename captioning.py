@@ -8,7 +8,9 @@ learns one way to say it. They are kept as JSON lines beside the data, so that t
 same source finds them, and one that was stopped goes on where it stood.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -27,6 +29,7 @@ from pairs import Pairs, Strings, clean_caption
 TEMPERATURE = 1.0
 TOP_P = 0.95
 LONGEST = 30  # tokens
+PLACEHOLDER = "a man on a red bicycle in front of a house"
 
 
 def file_beside(pairs, fingerprint, count):
@@ -35,7 +38,8 @@ def file_beside(pairs, fingerprint, count):
     name = f"{pairs.name}.captions-{fingerprint[:12]}-{count}.jsonl"
     folder = Path(pairs.root)
     if not os.access(folder, os.W_OK):
-        folder = Path(os.environ.get("VPGTRANS_CACHE", "~/.cache/vpgtrans")).expanduser()
+        place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]  # others have such a name
+        folder = Path(os.environ.get("VPGTRANS_CACHE", "~/.cache/vpgtrans")).expanduser() / place
         folder.mkdir(parents=True, exist_ok=True)
     return folder / name
 
@@ -83,26 +87,33 @@ def look_and_say(model, tok, files, count, processes):
 
 def draw_captions(model, tok, pairs, count, file, kept, args, processes):
     """Appends to `file` the captions of the images of a data set that `kept` has not, which grows by
-    them. All processes share the work, the first one writes. -> why images cannot be read: which"""
-    left = [i for i, image in enumerate(pairs.images) if image not in kept]
-    images = {os.path.join(pairs.root, pairs.images[i]): pairs.images[i] for i in left}
+    them. All processes share the work, the first one writes. -> why images cannot be read: which
+
+    A batch has a seed of its own, so that a run that was stopped goes on with the captions that it
+    would have drawn, given as many processes and --micro-batch."""
+    images = {os.path.join(pairs.root, image): image for image in pairs.images}
     files = list(images)
     share = max(1, args.micro_batch // count)
     problems = []
     starts = range(0, len(files), share * processes.world)
     hidden = None if processes.rank == 0 else True  # None: where there is no terminal
     bar = tqdm(starts, f"captions of {pairs.name}", unit="batch", disable=hidden)
-    with open(file, "a") as lines:
+    with open(file, "a") if processes.rank == 0 else contextlib.nullcontext() as lines:
         for start in bar:
-            first = start + share * processes.rank
-            torch.manual_seed(hash((args.seed, first)))  # as a resumed run would draw them
-            said, unreadable = look_and_say(model, tok, files[first : first + share], count, processes)
+            batch = files[start : start + share * processes.world]
+            if all(images[path] in kept for path in batch):
+                continue
+            first = share * processes.rank
+            mine = [path for path in batch[first : first + share] if images[path] not in kept]
+            torch.manual_seed(hash((args.seed, start + first)))
+            said, unreadable = look_and_say(model, tok, mine, count, processes)
             problems += processes.gather(list(unreadable.values()))
             for path, texts in processes.gather(list(said.items())):
                 kept[images[path]] = texts
-                if processes.rank == 0:
+                if lines:
                     lines.write(json.dumps({"image": images[path], "captions": texts}) + "\n")
-            lines.flush()
+            if lines:
+                lines.flush()
             if processes.sum(loop.must_stop())[0]:
                 processes.say("stopped while captions were drawn; the same command goes on with them")
                 sys.exit(130)
@@ -132,6 +143,11 @@ def with_captions(pairs, kept):
     return whole.subset(np.arange(len(texts)))
 
 
+def with_placeholders(pairs, count):
+    """A data set as with `count` captions an image, of a usual length: before they are drawn."""
+    return with_captions(pairs, {image: [PLACEHOLDER] * count for image in pairs.images})
+
+
 def caption_images(source, count, sets, args, processes):
     """The same data sets with `count` captions of `source`'s own an image, drawn now or kept from
     before. OSError and ValueError say what is wrong, and SystemExit (130) ends a run that was asked to
@@ -144,10 +160,9 @@ def caption_images(source, count, sets, args, processes):
     with loop.stopping_when_asked():
         for pairs in sets:
             file = file_beside(pairs, fingerprint, count)
-            if processes.rank == 0:
-                read_kept(file, made_with)  # makes it
-            processes.sum()
-            kept = read_kept(file, made_with)
+            with processes.first_goes_first():
+                kept = [read_kept(file, made_with)] if processes.rank == 0 else []
+            (kept,) = processes.gather(kept)  # others may have another disk
             before = sum(image in kept for image in pairs.images)
             problems = draw_captions(model, tok, pairs, count, file, kept, args, processes)
             there = sum(image in kept for image in pairs.images)

@@ -1,5 +1,6 @@
 """Facts about --caption-with source: a transfer from images, with captions that the source draws."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -56,11 +57,11 @@ def test_captions_are_drawn_and_not_the_likeliest(world, pairs, args):
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_stood(world, pairs, args, monkeypatch, capsys):
-    """With what it had, and a last line torn by a kill drawn anew."""
+    """With what it had, a last line torn by a kill drawn anew, and the captions that it would have drawn."""
     captioning.caption_images(str(world[0]), 1, [pairs], args, ALONE)
     file = kept_file(pairs)
     whole = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(whole[:10]) + whole[10][:8])
+    file.write_bytes(b"".join(whole[: 1 + args.micro_batch]) + whole[10][:8])
     asked = []
     look = captioning.look_and_say
 
@@ -70,10 +71,9 @@ def test_a_run_that_was_stopped_goes_on_where_it_stood(world, pairs, args, monke
 
     monkeypatch.setattr(captioning, "look_and_say", watched)
     captioning.caption_images(str(world[0]), 1, [pairs], args, ALONE)
-    assert len(asked) == len(pairs.images) - 9
-    assert file.read_bytes().splitlines(keepends=True)[:10] == whole[:10]
-    assert len({line["image"] for line in read_lines(file)[1:]}) == len(pairs.images)
-    assert "9 from before" in capsys.readouterr().out
+    assert len(asked) == len(pairs.images) - args.micro_batch
+    assert file.read_bytes().splitlines(keepends=True) == whole
+    assert f"{args.micro_batch} from before" in capsys.readouterr().out
 
 
 def test_it_stops_when_asked_and_nothing_is_lost(world, pairs, args, monkeypatch):
@@ -120,7 +120,11 @@ def test_where_nothing_can_be_written_beside_the_images_the_cache_is_taken(pairs
     assert captioning.file_beside(pairs, "f" * 20, 1).parent == Path(pairs.root)
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path / "cache"))
-    assert captioning.file_beside(pairs, "f" * 20, 1).parent == tmp_path / "cache"
+    file = captioning.file_beside(pairs, "f" * 20, 1)
+    assert file.parent.parent == tmp_path / "cache"
+    # another folder's images may have the same names
+    other = dataclasses.replace(pairs, root=str(tmp_path))
+    assert captioning.file_beside(other, "f" * 20, 1) != file
 
 
 @pytest.mark.parametrize("wrong", ["target", "source:0", "source:x", "source:-1"])
@@ -130,12 +134,20 @@ def test_what_is_not_the_source_does_not_caption(wrong, capsys):
     assert "source:N" in capsys.readouterr().err
 
 
+def on_a_disk_of_its_own(argv):
+    """train.py, whose second process cannot read what the first one keeps."""
+    if os.environ["RANK"] == "1":
+        captioning.read_kept = None
+    train.main(argv)
+
+
 @pytest.mark.slow
 def test_a_transfer_reads_the_captions_that_its_source_drew(world, pairs, tmp_path):
     """In two processes, which share the drawing: every image once, and both stages train."""
     source, target, _ = world
     own = source, target, Path(pairs.root) / "pairs.jsonl"
-    train_in(2, arguments(own, tmp_path / "run", "--caption-with", "source:2", "--micro-batch", "4"))
+    argv = arguments(own, tmp_path / "run", "--caption-with", "source:2", "--micro-batch", "4")
+    train_in(2, argv, main=on_a_disk_of_its_own)
     images = [line["image"] for line in read_lines(kept_file(pairs))[1:]]
     held_out = 2  # for validation, with people's captions
     assert len(images) == len(set(images)) == len(pairs.images) - held_out
@@ -151,6 +163,17 @@ def test_a_folder_of_images_alone_is_enough(world, pairs, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "22 images with 1 of" in said and "2 images with 1 of" in said
     assert {stage for stage, in rows(tmp_path / "run", "stage")} == {"warm-up", "fine-tune"}
+
+
+def test_a_dry_run_counts_the_captions_that_would_be_drawn(world, pairs, tmp_path, capsys):
+    """A text that is of no image does not make a folder of images one of pairs."""
+    source, target, _ = world
+    (Path(pairs.root) / "pairs.jsonl").unlink()
+    (Path(pairs.root) / "README.txt").write_text("My photos.")
+    argv = ["--src", str(source), "--tgt", str(target), "--data", pairs.root, "--batch-size", "2"]
+    train.main([*argv, "--caption-with", "source:5", "--dry-run", "a100", "--out", str(tmp_path / "run")])
+    images = 22  # and two for validation
+    assert f"stage warm-up: {5 * images // 2} steps of 2 = {5 * images} samples" in capsys.readouterr().out
 
 
 def test_without_captioning_a_folder_of_images_alone_is_refused(world, pairs, tmp_path, capsys):
