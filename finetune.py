@@ -746,9 +746,11 @@ def set_up(args, found, watch):
     processes, method, samples = found.processes, found.method, found.samples
     stage = method.stage(args)
     steps = count_steps(args, stage, int(samples.starts[-1]), processes.world)
+    read = train.describe_data({method.name: samples.sets})
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:
         check_same_run(args, resumed[0])
+        train.check_same_data(args, resumed[0], read)
     model = method.build(args, processes)
     if said := transfer.describe_weights(model.llm):
         processes.say(said)
@@ -759,7 +761,7 @@ def set_up(args, found, watch):
     elif processes.rank == 0:
         begin_log(args, found, model, log)
     log.report(processes.gather(validation.bad))
-    saved = {"arguments": transfer.arguments(args)}
+    saved = {"arguments": transfer.arguments(args), "data": read}
     run = loop.Run(args, saved, processes, model, validation, log, watch)
     run.remedy = "Start anew with a lower --lr, with --clip 1 or --precision fp32, in a new --out"
     if args.cache:
@@ -774,7 +776,7 @@ def main(argv=None, watch=None):
     line of the log."""
     sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
     args = parse_arguments(argv)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, loop.explaining_memory(args, "finetune.py"):
         try:
             found = find(args, held)
             if args.dry_run is not None:
@@ -787,15 +789,12 @@ def main(argv=None, watch=None):
                 loop.compile_layers(run.model)
             with loop.stopping_when_asked():
                 loop.train_stage(run, job, resumed)
-        except torch.OutOfMemoryError as error:
-            loop.end_with(f"GPU memory ran out with --micro-batch {args.micro_batch}: lower it, the result "
-                          "stays the same but for the draws of dropout; with --resume if a state was saved "
-                          f"already ({error})", "finetune.py")
         except (OSError, loop.Failure) as error:
             loop.end_with(error, "finetune.py")
         if run.processes.rank == 0:
             (args.out / runs.PREVIOUS).unlink(missing_ok=True)
-        matched, shuffled = run.last_validation
+        # a run that had ended before --resume has not been validated again
+        matched, shuffled = run.last_validation or run.validation.losses(run.model)
         command = f"chat.py {args.out} IMAGE" if args.instruct else f"sample.py IMAGE --model {args.out}"
         run.processes.say(f"\n{args.model or args.llm}, {job.name}: {job.steps:,} steps, "
                           f"{run.log.seconds:.0f} s of training; the validation loss is "

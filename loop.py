@@ -92,10 +92,11 @@ class Processes:
     def sum(self, *numbers):
         """The sums of some numbers over all processes, as floats; on the CPU, so that no GPU is
         waited for."""
-        total = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
+        # a number more, since gloo waits for nobody where there is none to add up
+        total = torch.tensor([0.0, *(float(n) for n in numbers)], dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(total)
-        return total.tolist()
+        return total[1:].tolist()
 
     def gather(self, things):
         """The lists of all processes, one behind the other."""
@@ -178,6 +179,18 @@ def must_stop():
 
 class Failure(Exception):
     """Ends the command with a message for people."""
+
+
+@contextlib.contextmanager
+def explaining_memory(args, command):
+    """Within this, a GPU whose memory runs out ends the command with what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        end_with(f"GPU memory ran out, with micro-batches of {args.micro_batch}: lower --micro-batch (the "
+                 "result stays the same but for the draws of dropout), quantise the LLM by --llm-weights, or "
+                 "share it over several GPUs by --shard; with --resume if a state was saved already; "
+                 f"--dry-run says what should fit ({error})", command)
 
 
 def end_with(message, command):
@@ -601,10 +614,17 @@ def next_batch(batches, least=0):
         return None, error
 
 
+def where_it_stands(run, at):
+    """Where a run ends before its end, and how it goes on, as a message does."""
+    place = f"at step {at['step']:,} of stage {at['stage']}"
+    if (run.args.out / runs.STATE).is_file():
+        return f"{place}; the same command with --resume goes on from there"
+    return f"{place}; no state is saved yet, so the same command begins anew"
+
+
 def end_stopped(run, at):
     """Says where a run that was asked to stop stands, and ends it."""
-    run.processes.say(f"stopped at step {at['step']:,} of stage {at['stage']}; the same command with "
-                      "--resume continues")
+    run.processes.say(f"stopped {where_it_stands(run, at)}")
     sys.exit(130)
 
 
@@ -618,8 +638,7 @@ def leave_between_steps(run, optimizer, since, at, error, bar):
         run.save(optimizer, at)
     for error in errors:
         if not isinstance(error, data.Stopped):
-            run.fail(f"{error}. The same command with --resume goes on from step {at['step']:,} of stage "
-                     f"{at['stage']}")
+            run.fail(f"{error}. The run ends {where_it_stands(run, at)}")
     end_stopped(run, at)
 
 

@@ -74,8 +74,8 @@ def add_method(parser):
                              "(default: %(default)s)")
     method.add_argument("--ridge", type=float, default=vpgtrans.RIDGE,
                         help="of the word converter, relative to the mean variance of the source's "
-                             "word embeddings (default: %(default)g; runs before November 2026 had "
-                             "0.001)")
+                             "word embeddings (default: %(default)g; 0.001 in runs before "
+                             "25 November 2026)")
     method.add_argument("--no-warm-up", action="store_true",
                         help="skip the training of stage 1; with --init random, this is the "
                              "paper's VPG inheritance")
@@ -255,7 +255,9 @@ def parse_arguments(argv=None):
     check_ranges(parser, args)
     if args.from_scratch and args.init != "converter":
         parser.error("--from-scratch has a random projector; --init is for the transfer of a VPG")
-    if args.ridge != vpgtrans.RIDGE and args.init != "converter":
+    if args.stage == "warm-up" and args.steps:
+        parser.error("--steps is the length of stage 2; with --stage warm-up, give --warm-up-steps")
+    if args.ridge != vpgtrans.RIDGE and (args.init != "converter" or args.from_scratch):
         parser.error("--ridge is for --init converter; --init auto tries a few of its own")
     if args.vit_layers and (args.q_former or not args.from_scratch):
         parser.error("--vit-layers is for --from-scratch with a random Q-Former: a Q-Former that "
@@ -397,8 +399,12 @@ def read_weights(specs):
 
 
 def holds_images_alone(source):
-    """Is it a folder of images without texts?"""
-    return source.is_dir() and not any(source.rglob("*.txt")) and not any(source.glob("*.tar"))
+    """Is it a folder of images of which none has a text beside it?"""
+    if not source.is_dir() or any(source.glob("*.tar")):
+        return False
+    texts = {file.with_suffix("") for file in source.rglob("*.txt")}
+    return not texts or not any(file.suffix != ".txt" and file.with_suffix("") in texts
+                                for file in source.rglob("*"))
 
 
 def find_data(args, stages, say):
@@ -495,8 +501,9 @@ def count_steps(args, name, stage, available, captions, world):
             samples = min(amount, 10 * available) if args.data else amount
         steps = samples // stage.batch_size
     if steps < 1:
-        raise ValueError(f"{available:,} samples do not fill one batch of {stage.batch_size:,}; "
-                         "lower --batch-size or set --steps")
+        length = "--warm-up-steps" if name == "warm-up" else "--steps"
+        raise ValueError(f"{available:,} samples do not fill one batch of {stage.batch_size:,}, the length "
+                         f"of stage {name}; lower --batch-size or set {length}")
     return steps
 
 
@@ -531,6 +538,23 @@ def check_same_arguments(args, then):
     if other:
         raise ValueError(f"{args.out}: --resume with other arguments would be another run: "
                          f"{'; '.join(other)}")
+
+
+def describe_data(of_stages):
+    """{stage: data sets} -> {stage: [[name, number of samples], ...]}, what a state keeps of them."""
+    return {stage: [[some.name, len(some)] for some in sets] for stage, sets in of_stages.items()}
+
+
+def check_same_data(args, state, now):
+    """ValueError if a state's run read other data than describe_data says `now`: their order would be
+    another, and with it the run."""
+    then = state.get("data", now)  # a state of before 1 December 2026 does not say
+    for stage, sets in now.items():
+        if then.get(stage) != sets:
+            was, are = (", ".join(f"{name} {count:,}" for name, count in some)
+                        for some in (then.get(stage, []), sets))
+            raise ValueError(f"{args.out}: --resume with other data would be another run: stage {stage} had "
+                             f"{was} samples, and now there are {are}")
 
 
 # ---------------------------------------------------------------------------------------- the cache
@@ -598,10 +622,17 @@ def fill_cache(features, see, image_size, args, processes):
 # ---------------------------------------------------------------------------------- without weights
 
 
+def captions_an_image(args):
+    """How many --caption-with draws."""
+    return int(args.caption_with.partition(":")[2] or 1)
+
+
 def longest_text(args, sets):
     """Tokens that a sample's captions may have: where they are packed, as many as the data set with
     most has on average."""
     most = max(data.captions_a_sample(pairs, args.captions) for pairs in sets)
+    if args.caption_with and args.captions == "packed":  # of which it has none yet
+        most = captions_an_image(args)
     return round(args.max_tokens * most)
 
 
@@ -637,6 +668,8 @@ def dry_run(args, stages, found):
     """Prints what the run would do and need. Without data, the paper's amounts are taken."""
     model = found.shapes
     world, shards, machine = find_cards(args, found.processes)
+    if args.caption_with and found.sets:
+        caption_data(args, found)
     for name, stage in stages.items():
         available, captions = what_there_is(args, found, name, stage)
         steps = count_steps(args, name, stage, available, captions, world)
@@ -735,12 +768,15 @@ def find(args, stages, held):
 
 def caption_data(args, found):
     """--caption-with: every training set with the source's own captions, drawn once for all stages;
-    and that of validation, if it has none."""
-    count = int(args.caption_with.partition(":")[2] or 1)
+    and that of validation, if it has none. A dry run has something as long in their place."""
+    count = captions_an_image(args)
     once = {id(pairs): pairs for sets, _ in found.sets.values() for pairs in sets}
     if not any(found.val.captions):
         once[id(found.val)] = found.val
-    captioned = captioning.caption_images(args.src, count, once.values(), args, found.processes)
+    if args.dry_run is not None:
+        captioned = [captioning.with_placeholders(pairs, count) for pairs in once.values()]
+    else:
+        captioned = captioning.caption_images(args.src, count, once.values(), args, found.processes)
     with_captions = dict(zip(once, captioned))
     for stage, (sets, weights) in found.sets.items():
         found.sets[stage] = [with_captions[id(pairs)] for pairs in sets], weights
@@ -808,6 +844,9 @@ def set_up(args, stages, found, watch):
         check_same_run(args, resumed[0])
     if args.caption_with:
         caption_data(args, found)
+    read = describe_data({name: sets for name, (sets, _) in found.sets.items()})
+    if resumed:
+        check_same_data(args, resumed[0], read)
     steps = {}
     for name, stage in stages.items():
         there = what_there_is(args, found, name, stage)
@@ -827,7 +866,7 @@ def set_up(args, stages, found, watch):
     elif processes.rank == 0:
         begin_log(args, found, model, log, start)
     log.report(processes.gather(validation.bad))
-    saved = {"arguments": transfer.arguments(args), "start": start}
+    saved = {"arguments": transfer.arguments(args), "start": start, "data": read}
     run = loop.Run(args, saved, processes, model, validation, log, watch, score=found.score)
     run.remedy = ("To go on from the weights last saved, with another rate or precision: --src "
                   f"{args.out} --no-warm-up --lr ... --precision ... and a new --out")
@@ -858,7 +897,7 @@ def main(argv=None, watch=None):
     sys.stdout.reconfigure(errors="replace")
     args = parse_arguments(argv)
     stages = choose_stages(args)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, loop.explaining_memory(args, "train.py"):
         try:
             found = find(args, stages, held)
             if args.dry_run is not None:
@@ -868,11 +907,6 @@ def main(argv=None, watch=None):
             loop.end_with(error, "train.py")
         try:
             train(run, jobs, resumed)
-        except torch.OutOfMemoryError as error:
-            loop.end_with(f"GPU memory ran out with --micro-batch {args.micro_batch}: lower it, "
-                          "the result stays the same but for the draws of dropout; with --resume "
-                          "if a state was saved already; --dry-run says what should fit "
-                          f"({error})", "train.py")
         except (OSError, loop.Failure) as error:
             loop.end_with(error, "train.py")
         if run.processes.rank == 0:

@@ -204,7 +204,9 @@ def arguments(world, out, *more):
     """Of a short run of train.py on the CPU: 3 steps of warm-up, 6 of fine-tuning, all of them logged."""
     source, target, pairs = world
     models = ["--src", str(source), "--tgt", str(target), "--data", str(pairs), "--out", str(out)]
-    length = ["--batch-size", "8", "--warm-up-steps", "3", "--steps", "6", "--lr", "1e-3"]
+    length = ["--batch-size", "8", "--warm-up-steps", "3", "--lr", "1e-3"]
+    if "warm-up" not in more:  # as the only stage
+        length += ["--steps", "6"]
     log = ["--log-every", "1", "--val-every", "3"]
     machine = ["--workers", "0", "--precision", "fp32", "--gate", "0"]
     return [*models, *length, *log, *machine, *map(str, more)]

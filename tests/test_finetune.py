@@ -304,6 +304,14 @@ def test_a_stopped_run_continues_with_the_same_losses(memvp_world, run, tmp_path
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
 
 
+@pytest.mark.slow
+def test_a_run_that_has_ended_says_so_once_more(memvp_world, run, tmp_path, capsys):
+    """As where a scheduler starts the same command with --resume again."""
+    shutil.copytree(run, tmp_path / "run")
+    finetune.main(arguments(memvp_world, tmp_path / "run", "--resume"))
+    assert "higher with shuffled images" in capsys.readouterr().out
+
+
 def test_a_state_that_does_not_know_an_option_resumes_with_its_default(memvp_world, tmp_path):
     args = finetune.parse_arguments(arguments(memvp_world, tmp_path))
     saved = transfer.arguments(args)

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     ROOT,
     arguments,
@@ -40,6 +42,7 @@ import loop
 import runs
 import sample
 import train
+import transfer
 import vpgtrans
 
 # ------------------------------------------------------------------------------------------- one step
@@ -199,8 +202,8 @@ def test_a_run_goes_on_with_another_number_of_processes(world, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error, code, says", [
-    (OSError("no batch has come"), 2, "no batch has come. The same command with --resume goes on from step"),
-    (data.Stopped(), 130, "stopped at step 2 of stage fine-tune")])
+    (OSError("no batch has come"), 2, "no batch has come. The run ends at step 2"),
+    (data.Stopped(), 130, "stopped at step 2 of stage fine-tune; the same command with --resume")])
 def test_a_run_to_which_no_batch_comes_saves_and_goes_on_with_the_same_losses(
         world, tmp_path, monkeypatch, capsys, error, code, says):
     """Storage that does not answer, a worker that was killed, a signal while it waits."""
@@ -304,6 +307,14 @@ def test_a_run_whose_storage_hangs_obeys_a_signal(world, tmp_path, start):
         os.killpg(run.pid, 0)
 
 
+def test_a_run_that_has_saved_nothing_yet_is_not_sent_to_resume(tmp_path):
+    run = loop.Run(types.SimpleNamespace(out=tmp_path), *[None] * 5)
+    at = {"stage": "warm-up", "step": 0}
+    assert loop.where_it_stands(run, at).endswith("no state is saved yet, so the same command begins anew")
+    (tmp_path / runs.STATE).touch()
+    assert loop.where_it_stands(run, at).endswith("the same command with --resume goes on from there")
+
+
 @pytest.mark.slow
 def test_processes_whose_launcher_was_killed_alone_save_and_stop(world, tmp_path, start):
     out = tmp_path / "run"
@@ -335,9 +346,26 @@ def test_an_error_in_one_process_ends_all_of_them(world, tmp_path):
 def test_a_process_to_which_no_batch_comes_lets_all_save(world, tmp_path):
     out = tmp_path / "run"
     said = train_failing("storage", world, out)
-    assert "no batch has come. The same command with --resume goes on from step 2 of stage fine-tune" in said
+    assert "The run ends at step 2 of stage fine-tune; the same command with --resume" in said
     state = read_state(out)
     assert (state["stage"], state["step"]) == ("fine-tune", 2)
+
+
+def wait_for_a_late_one(argv):
+    """What the first process does before `sum` is done when the second has passed it."""
+    processes = loop.Processes.start("fp32")
+    file = Path(argv[0])
+    if processes.rank == 0:
+        time.sleep(1)
+        file.touch()
+    assert processes.sum() == []
+    assert file.exists()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_wait_for_each_other_also_where_nothing_is_added_up(tmp_path):
+    train_in(2, [str(tmp_path / "written")], main=wait_for_a_late_one)
 
 
 ENDINGS = """
@@ -498,12 +526,15 @@ def test_a_gradient_that_is_nan_stops_the_run_too(world, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_says_what_to_change(world, tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize("room, function", [(loop, "optimizer_step"), (transfer, "build_model")])
+def test_memory_that_runs_out_says_what_to_change(world, tmp_path, monkeypatch, fails, room, function):
+    """In a step, and before the first, where weights are loaded and a start is looked for."""
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(loop, "optimizer_step", out_of_memory)
-    fails(train.main, arguments(world, tmp_path / "run", "--micro-batch", "7"), "--micro-batch 7")
+    monkeypatch.setattr(room, function, out_of_memory)
+    argv = arguments(world, tmp_path / "run", "--micro-batch", "7")
+    fails(train.main, argv, "micro-batches of 7", "--llm-weights", "--shard")
 
 
 @pytest.mark.slow

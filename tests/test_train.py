@@ -21,6 +21,7 @@ from conftest import (
     make_model,
     read_lines,
     rows,
+    stop_at,
     train_in,
     values,
     write_kind,
@@ -118,6 +119,8 @@ def test_the_papers_baselines_run(world, tmp_path, capsys, options, stages, says
     (["--init", "captions", "--ridge", "1"], "--ridge is for --init converter"),
     (["--no-warm-up", "--cache", "cache"], "--cache is for stage 1"),
     (["--data"], "--data: expected one argument"),
+    (["--stage", "warm-up", "--steps", "5"], "give --warm-up-steps"),
+    (["--from-scratch", "--ridge", "1"], "--ridge is for --init converter"),
 ])
 def test_arguments_out_of_range_are_refused(world, tmp_path, refused, options, says):
     refused(train.main, arguments(world, tmp_path / "run", *options), says)
@@ -128,6 +131,26 @@ def test_other_arguments_are_not_a_resume(finished, world, refused):
     out, _ = finished
     argv = arguments(world, out, "--resume", "--lr", "2e-3", "--precision", "bf16")
     refused(train.main, argv, "--lr was 0.001, is 0.002")
+
+
+@pytest.mark.slow
+def test_other_data_are_not_a_resume(world, tmp_path, refused):
+    """A folder that is still being filled, say: the order of the samples would be another."""
+    pairs = write_pairs(tmp_path / "pairs", 24)
+    argv = arguments((*world[:2], pairs), tmp_path / "run", "--val", world[2])
+    stop_at("fine-tune", 2, argv)
+    whole = pairs.read_text()
+    pairs.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    refused(train.main, [*argv, "--resume"], "stage warm-up had pairs 24 samples, and now there are pairs 23")
+    pairs.write_text(whole)
+    train.main([*argv, "--resume"])
+
+
+def test_a_state_that_does_not_know_its_data_resumes(world, tmp_path):
+    args = train.parse_arguments(arguments(world, tmp_path / "run"))
+    train.check_same_data(args, {}, {"warm-up": [["coco", 5]]})
+    with pytest.raises(ValueError, match="fine-tune had  samples, and now there are coco 5"):
+        train.check_same_data(args, {"data": {"warm-up": [["coco", 5]]}}, {"fine-tune": [["coco", 5]]})
 
 
 @pytest.mark.parametrize("then, same", [("absent", True), (None, True), ("", False), ("blip2", False)])
@@ -285,7 +308,7 @@ def test_data_that_do_not_fill_a_batch_are_refused(world, tmp_path, refused):
     argv = arguments(world, tmp_path / "run", "--stage", "warm-up", "--batch-size", "1000")
     at = argv.index("--warm-up-steps")
     del argv[at : at + 2]
-    refused(train.main, argv, "do not fill one batch of 1,000", "--batch-size")
+    refused(train.main, argv, "do not fill one batch of 1,000", "--batch-size", "--warm-up-steps")
 
 
 # ---------------------------------------------------------------------------- several captions an image
