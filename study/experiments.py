@@ -85,20 +85,27 @@ SMOLLM2_BUDGETS = {
     1000: ("scratch", "converter", "captions")}
 
 # The third study moves it to small targets of three families, 300 steps each: does one start win everywhere?
-# The first pair of rates of each is the best of those that are recorded.
+# The first pair of rates of each start is the best of those that are recorded.
 SMALL_TARGETS = {"opt-256": "demo/target", "llama-256": f"{WORLD}/llama-256", "t5-256": f"{WORLD}/t5-256"}
 SMALL_RATES = {
-    "scratch": [("", "2e-3"), ("", "1e-3"), ("", "4e-3")],
-    "auto": [("", "1e-3"), ("", "5e-4")],
-    "converter": [("5e-3", "1e-3"), ("2e-3", "1e-3")],
-    "captions": [("5e-4", "5e-4"), ("2e-3", "1e-3")],
-    "captions-no-warm-up": [("", "5e-4"), ("", "1e-3")]}
-T5_SMALL_RATES = {  # T5 forgets how to look at rates that suit the others
-    "scratch": [("", "5e-4"), ("", "2e-4"), ("", "1e-3")],
-    "auto": [("", "2e-4"), ("", "5e-4")],
-    "converter": [("5e-3", "2e-4"), ("2e-3", "2e-4")],
-    "captions": [("5e-4", "2e-4"), ("2e-3", "2e-4")],
-    "captions-no-warm-up": [("", "2e-4"), ("", "5e-4")]}
+    "opt-256": {
+        "scratch": [("", "2e-3"), ("", "1e-3"), ("", "4e-3")],
+        "auto": [("", "1e-3"), ("", "5e-4")],
+        "converter": [("2e-3", "1e-3"), ("5e-3", "1e-3")],
+        "captions": [("5e-4", "5e-4"), ("2e-3", "1e-3")],
+        "captions-no-warm-up": [("", "5e-4"), ("", "1e-3")]},
+    "llama-256": {
+        "scratch": [("", "1e-3"), ("", "2e-3"), ("", "4e-3"), ("", "5e-4")],
+        "auto": [("", "1e-3"), ("", "5e-4")],
+        "converter": [("2e-3", "1e-3"), ("5e-3", "1e-3")],
+        "captions": [("5e-4", "5e-4"), ("2e-3", "1e-3")],
+        "captions-no-warm-up": [("", "5e-4"), ("", "1e-3")]},
+    "t5-256": {  # T5 forgets how to look at rates that suit the others
+        "scratch": [("", "5e-4"), ("", "2e-4"), ("", "1e-3")],
+        "auto": [("", "2e-4"), ("", "5e-4")],
+        "converter": [("5e-3", "2e-4"), ("2e-3", "2e-4")],
+        "captions": [("5e-4", "2e-4"), ("2e-3", "2e-4")],
+        "captions-no-warm-up": [("", "2e-4"), ("", "5e-4")]}}
 
 # ------------------------------------------------------------------------------------------ one run
 
@@ -316,20 +323,15 @@ def smollm2_runs():
     return {run.name: run for run in runs}
 
 
-def small_rates(tgt):
-    """{start: pairs of rates} of a target of the third study."""
-    return T5_SMALL_RATES if tgt.startswith("t5") else SMALL_RATES
-
-
 def small_runs():
     """All runs of the third study: {name: Run}, target by target as those of the second."""
     runs = []
     for tgt, folder in SMALL_TARGETS.items():
-        for start, pairs in small_rates(tgt).items():
+        for start, pairs in SMALL_RATES[tgt].items():
             for rates in pairs:
                 name = sweep_name(f"small-sweep-{tgt}", start, rates)
                 runs.append(from_start(name, folder, start, 300, rates, "val", seed=0))
-        for start, pairs in small_rates(tgt).items():
+        for start, pairs in SMALL_RATES[tgt].items():
             for seed in SEEDS:
                 name = f"small-{tgt}-{start}-s{seed}"
                 runs.append(from_start(name, folder, start, 300, pairs[0], "test", seed))

@@ -15,6 +15,7 @@ from study.experiments import (
     LENGTHS,
     RATES,
     SEEDS,
+    SMALL_RATES,
     SMALL_TARGETS,
     SMOLLM2_BUDGETS,
     SMOLLM2_RATES,
@@ -25,7 +26,6 @@ from study.experiments import (
     TRANSFER_RATES,
     WARM_UP_RATES,
     all_runs,
-    small_rates,
     small_runs,
     smollm2_runs,
     sweep_name,
@@ -387,7 +387,7 @@ def small_sweep_table(results):
     """The third study's rates, target by target."""
     rows = []
     for tgt in SMALL_TARGETS:
-        of_target = sweep_rows(results, f"small-sweep-{tgt}", small_rates(tgt), ["scratch"])
+        of_target = sweep_rows(results, f"small-sweep-{tgt}", SMALL_RATES[tgt], ["scratch"])
         rows += [[tgt, *row] for row in of_target]
     return table(["target", *SWEPT_COLUMNS], rows)
 
@@ -396,7 +396,7 @@ def small_table(results):
     """The third study's chosen rates on test images."""
     rows = []
     for tgt in SMALL_TARGETS:
-        for start in small_rates(tgt):
+        for start in SMALL_RATES[tgt]:
             name = f"small-{tgt}-{start}"
             if not results.seeds(name):
                 continue

@@ -561,7 +561,7 @@ def test_runs_to_smollm2_have_the_best_rates_that_were_tried(start):
 @pytest.mark.parametrize("tgt", experiments.SMALL_TARGETS)
 def test_runs_to_small_targets_have_the_best_rates_that_were_tried(tgt):
     results = records.Results(RESULTS)
-    for start, pairs in experiments.small_rates(tgt).items():
+    for start, pairs in experiments.SMALL_RATES[tgt].items():
         best = tables.best_of_sweep(results, f"small-sweep-{tgt}", start, pairs)
         assert best in (None, experiments.sweep_name(f"small-sweep-{tgt}", start, pairs[0])), start
 
