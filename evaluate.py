@@ -815,7 +815,7 @@ def scorer(specs, limit, tok, batch_size, processes):
     """NAME=FILE[@IMAGES] each -> a function of a model, called by all processes: what it scores on at
     most `limit` items of each benchmark, {"COCO CIDEr": 71.3}, in papers' points.
 
-    Greedy answers of any length will do along the way of a training; the papers have five beams."""
+    Greedy answers, short ones too, will do along the way of a training; the papers have five beams."""
     tasks = find_tasks(specs, limit)
     if any(task.name == "scienceqa" for task in tasks):
         raise ValueError("scienceqa is for runs of MemVP, and not scored along the way")

@@ -539,7 +539,7 @@ def add_data(parser):
                       help="for validation, at most (default: %(default)s)")
     both.add_argument("--max-bad", type=float, default=0.01,
                       help="stop when more than this share of the data is unusable, or of the images cannot "
-                           "be read (default: %(default)s)")
+                           "be read, of 1,000 at least (default: %(default)s)")
 
 
 def add_length(parser):

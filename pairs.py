@@ -546,7 +546,7 @@ def messages_of(row):
             else:
                 raise Unusable(f"a part of the kind {part['type']}")
         said.append((role_of(message["role"]), "\n".join(texts)))
-    images = images or row.get("images") or []
+    images = images or row.get("images") or list(filter(None, [row.get("image")]))
     yield one_image(images, said), conversation(row.get("id"), said)
 
 
@@ -996,7 +996,7 @@ def looks_like_token_lines(source):
 
 LISTS = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", ".txt")
-COCO_FOLDERS = ("val2014", "train2014", "train2017", "val2017", "val", "coco/val2014")
+COCO_FOLDERS = ("val2014", "train2014", "train2017", "val2017", "val", "coco/val2014", "coco/train2014")
 FLICKR_FOLDERS = ("Images", "Flicker8k_Dataset", "flickr30k_images", "flickr30k-images")
 
 # The first that fits counts, and of its readers the first where no other is asked for.

@@ -110,12 +110,13 @@ def add_data(parser):
                             "(default: %(default)s)")
     pairs.add_argument("--caption-with", metavar="source[:N]",
                        help="in the place of the captions that the training images have, N of the "
-                            "source's own (default: 1), drawn at temperature 1 before the first "
-                            "step and kept as lines beside the images; a folder of images alone "
-                            "will do then; needs the source's own language model, too")
+                            "source's own (default: 1), drawn at temperature 1 and top-p 0.95 "
+                            "before the first step and kept as lines beside the images; a folder "
+                            "of images alone will do then; needs the source's own language model, "
+                            "too")
     pairs.add_argument("--val", metavar=SPEC,
-                       help="validation pairs (default: 5%% of the images, 500 at most, are held "
-                            "out)")
+                       help="validation pairs (default: 5%% of the images of the last stage's "
+                            "first set, --val-samples at most, are held out)")
     pairs.add_argument("--val-samples", type=int, default=500,
                        help="validation images at most (default: %(default)s)")
     pairs.add_argument("--augment", choices=("crop", "none"), default="crop",
@@ -125,7 +126,8 @@ def add_data(parser):
                        help="of a caption, its end mark included (default: %(default)s)")
     pairs.add_argument("--max-bad", type=float, default=0.01,
                        help="stop when more than this share of a set's annotations is unusable, or "
-                            "of the images cannot be read (default: %(default)s)")
+                            "of the images cannot be read; the share is of 1,000 at least, since a "
+                            "few are no harm (default: %(default)s)")
 
 
 def add_length(parser):
@@ -136,8 +138,8 @@ def add_length(parser):
                         help="optimizer steps of stage 1 (default: one epoch)")
     length.add_argument("--steps", type=int,
                         help="optimizer steps of stage 2, or from scratch (default: 13M samples "
-                             "with the paper's data, at most 10 epochs of --data; from scratch 10 "
-                             "epochs)")
+                             "with the paper's data, also where only some of it lies there; of --data "
+                             "13M, 10 epochs at most; from scratch 10 epochs)")
     length.add_argument("--lr", type=float,
                         help="peak rate of stage 2, or from scratch (default: 1e-4)")
     length.add_argument("--warm-up-lr", type=float, help="rate of stage 1 (default: 5 x --lr)")
@@ -313,7 +315,8 @@ def follow_start(args, stages, start):
 # The paper's data (section 4.1), by the names of their folders: where the annotations are, and how
 # to get them.
 PAPER = {
-    "coco": (["coco_karpathy_train.json", "annotations/captions_train2017.json",
+    "coco": (["coco_karpathy_train.json", "annotations/coco_karpathy_train.json",
+              "annotations/captions_train2017.json",
               "annotations/captions_train2014.json"],
              "of cocodataset.org: train2017.zip and annotations_trainval2017.zip, unpacked"),
     "sbu": (["sbu.json", "sbu.jsonl"],
@@ -324,7 +327,8 @@ PAPER = {
               "LAION-COCO, 13M pairs will do, as {image, caption} lines or the .tar shards of "
               "img2dataset"),
 }
-PAPER_VALIDATION = ["coco_karpathy_val.json", "annotations/captions_val2017.json",
+PAPER_VALIDATION = ["coco_karpathy_val.json", "annotations/coco_karpathy_val.json",
+                    "annotations/captions_val2017.json",
                     "annotations/captions_val2014.json"]
 WARM_UP = {"coco": 1.0, "sbu": 1.0}  # one epoch of both
 FINE_TUNE = {"coco": 0.1, "vg": 0.2, "laion": 0.7}  # shares of samples

@@ -544,6 +544,15 @@ MESSAGES = [
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello "}]}]
 
 
+@pytest.mark.parametrize("key, image", [("image", "1.png"), ("images", ["1.png"])])
+def test_a_picture_beside_messages_is_theirs_by_either_name(tmp_path, key, image):
+    show(tmp_path, "1.png")
+    said = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": said, key: image}) + "\n")
+    items = read_conversations(str(tmp_path / "a.jsonl"))
+    assert items.file(0) == str(tmp_path / "1.png")
+
+
 @pytest.mark.parametrize("name", ["messages.json", "messages.jsonl"])
 def test_messages_are_questions_and_answers(tmp_path, name):
     show(tmp_path, "1.png")
@@ -679,6 +688,10 @@ QUESTIONS = {
         "vqa_val_eval.json",
         [{"question_id": 1, "question": "What?", "answer": ["a"] * 10, "image": "val2014/1.jpg"}],
         "coco/val2014/1.jpg", None, {}),
+    "LAVIS, VQAv2, training": (
+        "vqa_train.json",
+        [{"question_id": 1, "question": "What?", "answer": ["a"] * 10, "image": "train2014/1.jpg"}],
+        "coco/train2014/1.jpg", None, {}),
     "LAVIS, COCO": (
         "coco_karpathy_test.json",
         [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["A man.", "A rider"]}],
