@@ -892,7 +892,9 @@ def scorer(specs, limit, tok, batch_size, processes):
 
 def draw_sheet(file, cells, columns=2, side=140, width=560):
     """A picture of images with what was asked, answered, and said by people: cells [(image file,
-    [(text, colour)])]."""
+    [(text, colour)])]. Without cells there is no picture."""
+    if not cells:
+        return
     from PIL import Image, ImageDraw, ImageOps
 
     import data
@@ -947,7 +949,7 @@ def score_task(task, rows, args, folder):
     draw_sheet(folder / f"{task.name}.png", show(task, answers, of_item))
     unread = {id: rows[id]["problem"] for id in answers if "problem" in rows[id]}
     strangers = len(rows.keys() - answers.keys())
-    counts = {"items": len(answers), "images": len({item["image"] for item in task.items}),
+    counts = {"items": len(answers), "images": len({item["image"] for item in task.items if item["image"]}),
               "empty answers": sum(not answer for answer in answers.values()) - len(unread)}
     notes = []
     if len(answers) != benchmark.size:
