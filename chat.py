@@ -82,13 +82,15 @@ class Conversation:
 
     @torch.inference_mode()
     def show(self, image):
-        """A picture (PIL), or None for none: with it a new conversation begins."""
-        self.clear()
+        """A picture (PIL), or None for none: with it a new conversation begins. If the model cannot see it,
+        all is as it was."""
         self.release()
-        self.picture = {}
+        picture = {}
         if image is not None:
             pixels = data.resize(image, self.model.image_size)[None]
-            self.picture = self.model.see(pixels.to(self.device))
+            picture = self.model.see(pixels.to(self.device))
+        self.clear()
+        self.picture = picture
 
     @property
     def device(self):
@@ -347,8 +349,8 @@ class Gone(Exception):
 
 class Request(BaseHTTPRequestHandler):
     """One request of the page. Answers are lines of JSON, sent as they come: {"text"}, {"waiting"},
-    {"forgotten"}, {"preview"}, {"error"}, at the end {"end": true}; the connection is closed behind
-    them."""
+    {"forgotten"}, {"preview"}, {"picture"}, {"error"}, at the end {"end": true}; the connection is closed
+    behind them."""
 
     timeout = 60  # seconds without a byte
 
@@ -459,11 +461,13 @@ class Request(BaseHTTPRequestHandler):
         self.tell(preview=preview(image))
 
     def clear(self, body):
-        """Forgets what was said, and the picture, too, if the body says so."""
+        """Forgets what was said, and the picture, too, if the body says so. Tells whether there is one."""
+        conversation = self.conversation()
         if body == b"picture":
-            self.conversation().show(None)
+            conversation.show(None)
         else:
-            self.conversation().clear()
+            conversation.clear()
+        self.tell(picture=bool(conversation.picture))
 
     def answer(self, body):
         asked = read_question(body)

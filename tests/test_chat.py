@@ -241,6 +241,20 @@ def test_a_question_longer_than_the_context_is_refused_and_the_conversation_goes
     assert len(record(conversation, QUESTIONS[2], max_new_tokens=1000)[1]) <= room
 
 
+def test_a_picture_that_the_model_cannot_see_leaves_the_one_before(monkeypatch, llama):
+    conversation = begin(llama)
+    "".join(conversation.ask(QUESTIONS[0], max_new_tokens=6))
+    expected, _ = read_anew(conversation, QUESTIONS[1], max_new_tokens=6)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(conversation.model, "see", fails)
+        conversation.show(BLUE)
+    assert record(conversation, QUESTIONS[1], max_new_tokens=6)[1] == expected
+
+
 @pytest.mark.parametrize("question", ["", "  \n\t "])
 def test_an_empty_question_is_refused(llama, question):
     conversation = begin(llama)

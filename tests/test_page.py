@@ -121,7 +121,7 @@ def test_a_conversation_over_the_page_is_the_one_of_the_terminal(page, talker):
         assert text_of(pieces) == expected
         assert len(pieces) > 3  # they came one by one
     assert page.conversations[ID].turns == conversation.turns
-    post(page, "/clear")
+    assert post(page, "/clear") == [{"picture": True}, {"end": True}]
     assert page.conversations[ID].turns == []
     assert page.conversations[ID].picture
     post(page, "/clear", b"picture")
@@ -190,7 +190,7 @@ def test_a_tab_that_waits_and_is_closed_is_not_answered(page):
     time.sleep(0.5)
     page.gate.free.set()
     first.read()
-    assert post(page, "/clear")[-1] == {"end": True}
+    assert post(page, "/clear") == [{"picture": False}, {"end": True}]
     assert ID[::-1] not in page.conversations
 
 
@@ -506,6 +506,21 @@ def test_a_picture_comes_by_button_drop_and_paste(tab, talker, tmp_path, how):
     tab.until("document.querySelector('#picture').hidden")
     (conversation,) = tab.page.conversations.values()
     assert not conversation.picture
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_picture_that_is_kept_no_more_goes_from_the_page_with_clear(tab, tmp_path):
+    """Where chat.py was started anew, or there were too many others: else one would be shown and not seen."""
+    tab.type(str(save_image(tmp_path / "blue.png", colour="blue")), "#file")
+    tab.until("!document.querySelector('#picture').hidden")
+    tab.page.conversations.clear()
+    tab.type("is it red" + ENTER, "#question")
+    assert "kept no more" in tab.until("document.querySelector('.error')?.innerText")
+    tab.click("#clear")
+    tab.until("!document.querySelector('.error')")
+    assert tab.run("return document.querySelector('#picture').hidden")
+    assert tab.text("figcaption") == "No picture yet"
 
 
 @needs_browser
