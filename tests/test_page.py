@@ -525,6 +525,31 @@ def test_a_picture_that_is_kept_no_more_goes_from_the_page_with_clear(tab, tmp_p
 
 @needs_browser
 @pytest.mark.slow
+def test_a_question_that_is_sent_while_a_picture_is_read_waits_for_it(tab, talker, tmp_path):
+    """And is not asked if none comes of it; two pictures come in their turn."""
+    with tab.page.busy:
+        tab.type(str(save_image(tmp_path / "red.png", colour="red")), "#file")
+        tab.type(str(save_image(tmp_path / "blue.png", colour="blue")), "#file")
+        tab.type("a red square?" + ENTER, "#question")
+        time.sleep(0.3)
+    tab.until(f"document.querySelector('.answer') && {ANSWERED}")
+    (expected,) = said_by(talker, "a red square?", colour="blue")
+    assert tab.texts(".question") == ["a red square?"]
+    assert shown(tab.text(".answer")) == shown(expected)
+    (tmp_path / "none.png").write_text("no picture")
+    with tab.page.busy:
+        tab.type(str(tmp_path / "none.png"), "#file")
+        tab.type("is it red" + ENTER, "#question")
+        time.sleep(0.3)
+    tab.until("document.querySelector('.error')")
+    assert len(tab.texts(".question")) == 1
+    assert tab.run("return question.value") == "is it red"
+    tab.type(ENTER, "#question")
+    tab.until(f"document.querySelectorAll('.answer').length == 2 && {ANSWERED}")
+
+
+@needs_browser
+@pytest.mark.slow
 def test_errors_are_shown_and_what_was_typed_is_not_lost(tab, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no picture")
