@@ -124,12 +124,14 @@ class Conversation:
 
     def prompt(self, question, max_new_tokens):
         """-> the ids that are read before the answer; the oldest turns are forgotten where they would
-        leave no room for it."""
+        leave no room for it. A quarter of the context is room enough for any: few answers are as long as
+        they may be."""
+        room = min(max_new_tokens, self.context // 4)
         places = self.model.num_query_tokens if self.picture else 0
         for forgotten in range(self.forgotten, len(self.turns) + 1):
             turns = [*self.turns[forgotten:], [question, None]]
             ids = data.chat_prompt_ids(self.tok, self.template, turns, places)
-            if len(ids) + max_new_tokens <= self.context:
+            if len(ids) + room <= self.context:
                 break
         if len(ids) >= self.context:
             raise ValueError(f"the question is too long: with what stands around it, it takes {len(ids):,} "

@@ -225,6 +225,20 @@ def test_what_exceeds_the_context_is_cut_by_whole_turns_and_never_the_picture(mo
     assert 2 < conversation.forgotten < len(conversation.turns)
 
 
+def test_answers_that_may_be_long_do_not_make_it_forget(monkeypatch, llama):
+    """A quarter of the context is kept free for one; what it may have beyond that is what is left."""
+    monkeypatch.setattr(chat, "CONTEXT", 240)
+    conversation = begin(llama)
+    for question in QUESTIONS:
+        "".join(conversation.ask(question, max_new_tokens=6))
+    ids = conversation.prompt(QUESTIONS[0], 10_000)
+    assert 120 < len(ids) <= 180 and conversation.forgotten == 0
+    _, said = record(conversation, QUESTIONS[0], max_new_tokens=10_000)
+    assert 0 < len(said) <= 240 - len(ids)
+    ids = conversation.prompt(QUESTIONS[0], 10_000)
+    assert len(ids) <= 180
+
+
 def test_a_question_longer_than_the_context_is_refused_and_the_conversation_goes_on(monkeypatch, llama):
     monkeypatch.setattr(chat, "CONTEXT", 110)
     conversation = begin(llama)
