@@ -276,6 +276,7 @@ def converse(conversation, options):
 
 MOST_BYTES = 32 * 2**20  # of a picture that is sent
 MOST_TEXT = 256 * 2**10  # bytes of a question, and what is said with it
+HOTTEST = 2  # temperature that a question may ask for
 MOST_CONVERSATIONS = 16  # that are kept, one a tab; of what was read, only the last one's
 PREVIEW = 640  # pixels of the longer side of the picture beside the conversation
 
@@ -494,8 +495,8 @@ def read_question(body):
         raise ValueError(f"a question must be an object of JSON: {error}") from error
     if asked.keys() != kinds.keys() or not all(isinstance(asked[key], kind) for key, kind in kinds.items()):
         raise ValueError(f"a question must have {', '.join(kinds)}, each of its kind")
-    if not 0 <= asked["temperature"] <= 2:  # NaN, too
-        raise ValueError("the temperature must be from 0 to 2")
+    if not 0 <= asked["temperature"] <= HOTTEST:  # NaN, too
+        raise ValueError(f"the temperature must be from 0 to {HOTTEST}")
     return asked
 
 
@@ -546,6 +547,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if args.page and args.image:
         parser.error("with --page, pictures are chosen on the page")
+    if args.page and not 0 <= args.temperature <= HOTTEST:
+        parser.error(f"with --page, --temperature must be from 0 to {HOTTEST}")
     if not 0 <= args.port < 2**16:
         parser.error("--port must be from 0 to 65535")
     return args

@@ -465,3 +465,4 @@ def test_bad_arguments_are_named(fails, chat_models, tmp_path):
     fails(chat.main, [folder, "--temperature", "-1"], "temperature = -1.0")
     fails(chat.main, [folder, "a.png", "--page"], "pictures are chosen on the page")
     fails(chat.main, [folder, "--page", "--port", "70000"], "from 0 to 65535")
+    fails(chat.main, [folder, "--page", "--temperature", "3"], "--temperature must be from 0 to 2")

@@ -623,6 +623,29 @@ def test_temperature_and_length_are_what_is_asked_with(tab, monkeypatch):
 
 @needs_browser
 @pytest.mark.slow
+@pytest.mark.parametrize("given", [
+    {"temperature": 0.75, "max_new_tokens": 3000}, {"temperature": 1.9, "max_new_tokens": 2049}])
+def test_what_the_command_says_is_asked_with_though_the_page_has_coarser_or_lower(tab, monkeypatch, given):
+    asked = []
+    ask = chat.Conversation.ask
+
+    def briefly(self, question, **options):
+        asked.append({name: options[name] for name in given})
+        return ask(self, question, **options | {"max_new_tokens": 3})
+
+    monkeypatch.setattr(chat.Conversation, "ask", briefly)
+    tab.page.options = OPTIONS | given
+    tab.tell("/refresh")
+    tab.until("document.querySelector('#length').value == arguments[0]", given["max_new_tokens"])
+    tab.type("is it red" + ENTER, "#question")
+    tab.until(f"document.querySelector('.answer') && {ANSWERED}")
+    tab.click("summary")
+    assert asked == [given]
+    assert tab.text("#degrees") == str(given["temperature"])
+
+
+@needs_browser
+@pytest.mark.slow
 def test_everything_is_reached_by_keyboard(tab):
     """From the question on, Tab goes round."""
     reached = []
