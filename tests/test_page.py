@@ -477,8 +477,9 @@ def test_an_answer_is_stopped_and_the_conversation_goes_on(tab, how):
 DROP = """const data = new DataTransfer();
 const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt(0));
 data.items.add(new File([bytes], "blue.png", {type: "image/png"}));
+if (arguments[2]) data.setData("text/plain", arguments[2]);
 const options = {bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data};
-document.querySelector("main").dispatchEvent(new (arguments[1] == "drop" ? DragEvent : ClipboardEvent)(
+return document.querySelector("main").dispatchEvent(new (arguments[1] == "drop" ? DragEvent : ClipboardEvent)(
   arguments[1], options));"""
 
 
@@ -506,6 +507,22 @@ def test_a_picture_comes_by_button_drop_and_paste(tab, talker, tmp_path, how):
     tab.until("document.querySelector('#picture').hidden")
     (conversation,) = tab.page.conversations.values()
     assert not conversation.picture
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("text, is_picture", [("red\t7\nblue\t8", False), ("/home/me/blue.png", True)])
+def test_text_that_is_copied_with_a_picture_of_itself_is_text(tab, text, is_picture):
+    """As a spreadsheet copies it; a file manager copies a file's name with the file."""
+    tab.type("is it red" + ENTER)
+    tab.until(f"document.querySelector('.answer') && {ANSWERED}")
+    is_left_to_the_browser = tab.run(DROP, base64.b64encode(png("blue")).decode(), "paste", text)
+    assert is_left_to_the_browser == (not is_picture)
+    if is_picture:
+        tab.until("document.querySelector('#picture').naturalWidth == 40")
+    time.sleep(0.3)
+    assert len(tab.texts(".answer")) == (0 if is_picture else 1)
+    assert tab.run("return document.querySelector('#picture').hidden") == (not is_picture)
 
 
 @needs_browser
