@@ -173,8 +173,8 @@ def read_encoder(folder):
                 there = " but tokenizer.model, a SentencePiece file that is not read here"
             raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and "
                                     f"merges.txt){there}; copy them there, or name a model that "
-                                    "has the same one: --tgt-tokenizer (of MemVP --llm-tokenizer), "
-                                    "huggyllama/llama-7b for Vicuna")
+                                    "has the same one: --tgt-tokenizer (of finetune.py and export.py "
+                                    "--llm-tokenizer), huggyllama/llama-7b for Vicuna")
     try:
         if file.name == "tokenizer.json":
             encoder = Encoder.from_file(str(file))
