@@ -82,13 +82,15 @@ class Conversation:
 
     @torch.inference_mode()
     def show(self, image):
-        """A picture (PIL), or None for none: with it a new conversation begins."""
-        self.clear()
+        """A picture (PIL), or None for none: with it a new conversation begins. If the model cannot see it,
+        all is as it was."""
         self.release()
-        self.picture = {}
+        picture = {}
         if image is not None:
             pixels = data.resize(image, self.model.image_size)[None]
-            self.picture = self.model.see(pixels.to(self.device))
+            picture = self.model.see(pixels.to(self.device))
+        self.clear()
+        self.picture = picture
 
     @property
     def device(self):
@@ -122,12 +124,14 @@ class Conversation:
 
     def prompt(self, question, max_new_tokens):
         """-> the ids that are read before the answer; the oldest turns are forgotten where they would
-        leave no room for it."""
+        leave no room for it. A quarter of the context is room enough for any: few answers are as long as
+        they may be."""
+        room = min(max_new_tokens, self.context // 4)
         places = self.model.num_query_tokens if self.picture else 0
         for forgotten in range(self.forgotten, len(self.turns) + 1):
             turns = [*self.turns[forgotten:], [question, None]]
             ids = data.chat_prompt_ids(self.tok, self.template, turns, places)
-            if len(ids) + max_new_tokens <= self.context:
+            if len(ids) + room <= self.context:
                 break
         if len(ids) >= self.context:
             raise ValueError(f"the question is too long: with what stands around it, it takes {len(ids):,} "
@@ -272,6 +276,7 @@ def converse(conversation, options):
 
 MOST_BYTES = 32 * 2**20  # of a picture that is sent
 MOST_TEXT = 256 * 2**10  # bytes of a question, and what is said with it
+HOTTEST = 2  # temperature that a question may ask for
 MOST_CONVERSATIONS = 16  # that are kept, one a tab; of what was read, only the last one's
 PREVIEW = 640  # pixels of the longer side of the picture beside the conversation
 
@@ -347,8 +352,8 @@ class Gone(Exception):
 
 class Request(BaseHTTPRequestHandler):
     """One request of the page. Answers are lines of JSON, sent as they come: {"text"}, {"waiting"},
-    {"forgotten"}, {"preview"}, {"error"}, at the end {"end": true}; the connection is closed behind
-    them."""
+    {"forgotten"}, {"preview"}, {"picture"}, {"error"}, at the end {"end": true}; the connection is closed
+    behind them."""
 
     timeout = 60  # seconds without a byte
 
@@ -459,11 +464,13 @@ class Request(BaseHTTPRequestHandler):
         self.tell(preview=preview(image))
 
     def clear(self, body):
-        """Forgets what was said, and the picture, too, if the body says so."""
+        """Forgets what was said, and the picture, too, if the body says so. Tells whether there is one."""
+        conversation = self.conversation()
         if body == b"picture":
-            self.conversation().show(None)
+            conversation.show(None)
         else:
-            self.conversation().clear()
+            conversation.clear()
+        self.tell(picture=bool(conversation.picture))
 
     def answer(self, body):
         asked = read_question(body)
@@ -488,8 +495,8 @@ def read_question(body):
         raise ValueError(f"a question must be an object of JSON: {error}") from error
     if asked.keys() != kinds.keys() or not all(isinstance(asked[key], kind) for key, kind in kinds.items()):
         raise ValueError(f"a question must have {', '.join(kinds)}, each of its kind")
-    if not 0 <= asked["temperature"] <= 2:  # NaN, too
-        raise ValueError("the temperature must be from 0 to 2")
+    if not 0 <= asked["temperature"] <= HOTTEST:  # NaN, too
+        raise ValueError(f"the temperature must be from 0 to {HOTTEST}")
     return asked
 
 
@@ -540,6 +547,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if args.page and args.image:
         parser.error("with --page, pictures are chosen on the page")
+    if args.page and not 0 <= args.temperature <= HOTTEST:
+        parser.error(f"with --page, --temperature must be from 0 to {HOTTEST}")
     if not 0 <= args.port < 2**16:
         parser.error("--port must be from 0 to 65535")
     return args

@@ -174,8 +174,8 @@ def read_encoder(folder):
                 there = " but tokenizer.model, a SentencePiece file that is not read here"
             raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and "
                                     f"merges.txt){there}; copy them there, or name a model that "
-                                    "has the same one: --tgt-tokenizer (of MemVP --llm-tokenizer), "
-                                    "huggyllama/llama-7b for Vicuna")
+                                    "has the same one: --tgt-tokenizer (of finetune.py and export.py "
+                                    "--llm-tokenizer), huggyllama/llama-7b for Vicuna")
     try:
         if file.name == "tokenizer.json":
             encoder = Encoder.from_file(str(file))
@@ -228,12 +228,14 @@ def prompt_ids(tok, num_query_tokens, text=""):
     """What the LLM reads before it answers: [IMAGE x Q, BOS, text], T5's encoder [IMAGE x Q, text,
     </s>].
 
-    BOS belongs to the prompt, so it is never scored."""
+    BOS belongs to the prompt, so it is never scored. Without a BOS, a text or an image there would be
+    nothing: then it is EOS, the end of a text before."""
     places = [IMAGE] * num_query_tokens
     ids = tok.encode(text) if text else []
     if tok.encoder_decoder:
         return places + ids + [tok.eos_id]
-    return places + ([] if tok.bos_id is None else [tok.bos_id]) + ids
+    ids = places + ([] if tok.bos_id is None else [tok.bos_id]) + ids
+    return ids or [tok.eos_id]
 
 
 class Text(NamedTuple):

@@ -510,15 +510,60 @@ def question_prompt(tok, template=None):
     return "Question: {} Short answer:" if tok.encoder_decoder else "Question: {} Answer:"
 
 
+def default_prompt(asks, tok, template, taught):
+    """What is asked of a model, with {} in the question's place, if it `asks` one: of a run of MemVP, as
+    the task that it was `taught`."""
+    import transfer
+
+    if taught:
+        import finetune
+
+        return finetune.blank_prompt(taught)
+    return question_prompt(tok, template) if asks else transfer.caption_prompt(template)
+
+
 def common_start(rows):
     """How many ids all rows begin with, at most all but the last of each."""
     least = min(map(len, rows)) - 1
     return next((n for n in range(least) if len({row[n] for row in rows}) > 1), least)
 
 
-def answer_prompts(model, tok, prompts, sees, index, batch_size, options, template=None):
+def taught_task(name):
+    """What a run of MemVP has learnt, a name of finetune.TASKS; None of any other model."""
+    import hub
+
+    config = hub.read_config(hub.resolve(name, "shapes").folder)
+    if config.get("model_type") != "memvp":
+        return None
+    return config.get("arguments", {}).get("memvp", "").partition("=")[0]
+
+
+def fitting_task(benchmark, taught):
+    """`taught`, what a run of MemVP has learnt, where that was questions and the benchmark asks some, or
+    captions and it wants some: then it is asked as it was taught. None: it is asked as any model.
+
+    A run of ScienceQA has read choices, which no other benchmark has."""
+    if taught not in BENCHMARKS or taught == "scienceqa":
+        return None
+    return taught if BENCHMARKS[taught].asks == BENCHMARKS[benchmark].asks else None
+
+
+def read_ids(tok, places, text, template=None, taught=None):
+    """The ids of a prompt: as transfer.ask_ids, or as a run of MemVP was `taught` to read them."""
+    import transfer
+
+    if taught:
+        import finetune
+
+        ids, _ = finetune.question_ids(tok, text, "", finetune.TASKS[taught].most)
+        return ids
+    return transfer.ask_ids(tok, places, text, template)
+
+
+def answer_prompts(model, tok, prompts, sees, index, batch_size, options, template=None, taught=None):
     """Prompts as texts, what the model saw of some images (of none: {}), and which of these each prompt is
-    about (a list) -> as many answers. A model that converses is asked in its template.
+    about (a list) -> as many answers. A model that converses is asked in its template, a run of MemVP as
+    the task that it was `taught`.
 
     Prompts of one length go together and shorter ones are padded on the left, so that no answer
     depends on its neighbours. Where an image has several questions, a decoder-only LLM reads what
@@ -529,7 +574,7 @@ def answer_prompts(model, tok, prompts, sees, index, batch_size, options, templa
     import transfer
 
     places = model.num_query_tokens if sees else 0
-    ids = [transfer.ask_ids(tok, places, text, template) for text in prompts]
+    ids = [read_ids(tok, places, text, template, taught) for text in prompts]
     options = options | {"stop": transfer.ends(model, tok, template)}
     images = len(next(iter(sees.values()))) if sees else 0
     shared = None
@@ -613,17 +658,19 @@ def see(model, pixels, blind):
     return sees
 
 
-def answer_items(model, tok, items, prompt, options, batch_size, template=None, blind=False):
+def answer_items(model, tok, items, prompt, options, batch_size, template=None, blind=False, taught=None):
     """Items -> one list for each `batch_size` images: [{id, answer, and the problem where the image
     cannot be read}]. Each image is seen once, whatever the number of its questions. `prompt` has {} in
-    the question's place; where the model is `blind`, it is asked without the image."""
+    the question's place; where the model is `blind`, it is asked without the image. `taught` is as of
+    answer_prompts."""
     import torch
 
     of_image = {}
     for item in items:
         of_image.setdefault(item["image"], []).append(item)
     files = list(of_image)
-    clean = str if template else clean_question  # who converses is asked as people write
+    # who converses is asked as people write, and so were the tasks of MemVP
+    clean = str if template or taught else clean_question
     with read_ahead(files, model.image_size, 2 * batch_size) as images:
         for first in range(0, len(files), batch_size):
             rows = []
@@ -641,7 +688,8 @@ def answer_items(model, tok, items, prompt, options, batch_size, template=None, 
             if pixels:
                 sees = see(model, torch.stack(pixels), blind)
                 prompts = [prompt.replace("{}", clean(item["question"] or "")) for item in asked]
-                answers = answer_prompts(model, tok, prompts, sees, index, batch_size, options, template)
+                answers = answer_prompts(model, tok, prompts, sees, index, batch_size, options, template,
+                                         taught)
                 rows += [{"id": item["id"], "answer": text} for item, text in zip(asked, answers)]
             yield rows
 
@@ -767,7 +815,8 @@ def answer_task(task, model, tok, template, header, args, folder, processes):
         answered = answer_choices(model, tok, mine, header["captions"], args.batch_size, blind)
     else:
         options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
-        answered = answer_items(model, tok, mine, header["prompt"], options, args.batch_size, template, blind)
+        answered = answer_items(model, tok, mine, header["prompt"], options, args.batch_size, template, blind,
+                                header.get("task"))
     hidden = None if processes.rank == 0 else True  # None: where nobody looks at a terminal
     bar = tqdm(total=len(mine), desc=task.name, unit="answer", leave=False, disable=hidden)
     stopped = False
@@ -843,7 +892,9 @@ def scorer(specs, limit, tok, batch_size, processes):
 
 def draw_sheet(file, cells, columns=2, side=140, width=560):
     """A picture of images with what was asked, answered, and said by people: cells [(image file,
-    [(text, colour)])]."""
+    [(text, colour)])]. Without cells there is no picture."""
+    if not cells:
+        return
     from PIL import Image, ImageDraw, ImageOps
 
     import data
@@ -898,7 +949,7 @@ def score_task(task, rows, args, folder):
     draw_sheet(folder / f"{task.name}.png", show(task, answers, of_item))
     unread = {id: rows[id]["problem"] for id in answers if "problem" in rows[id]}
     strangers = len(rows.keys() - answers.keys())
-    counts = {"items": len(answers), "images": len({item["image"] for item in task.items}),
+    counts = {"items": len(answers), "images": len({item["image"] for item in task.items if item["image"]}),
               "empty answers": sum(not answer for answer in answers.values()) - len(unread)}
     notes = []
     if len(answers) != benchmark.size:
@@ -987,11 +1038,13 @@ def add_asking(parser):
                         help="ask in this chat template, vicuna-v0 or vicuna-v1.1 (default: in the one that "
                              "stage 3 taught, if any; else the model continues the prompts)")
     asking.add_argument("--caption-prompt", default="",
-                        help="(default: none, as VPGTrans; in a chat template a request in one sentence)")
+                        help="(default: none, as VPGTrans; in a chat template a request in one sentence; "
+                             "for a run of MemVP that learnt captions, what it was taught)")
     asking.add_argument("--question-prompt", metavar="TEXT",
                         help="with {} for the question (default: \"Question: {} Answer:\", for T5 "
                              "\"Question: {} Short answer:\", as VPGTrans; in a chat template the question, "
-                             "and that the answer be short)")
+                             "and that the answer be short; for a run of MemVP that learnt VQAv2 or GQA, as "
+                             "it was taught)")
     asking.add_argument("--images", choices=("right", "shuffled", "none"), default="right",
                         help="ask about each image, or about another one of the file, or without any, which "
                              "shows what can be guessed (default: %(default)s)")
@@ -1042,19 +1095,18 @@ def find_tasks(named, limit):
     return tasks
 
 
-def describe_asking(task, args, tok, template):
+def describe_asking(task, args, tok, template, taught=None):
     """What the answers of a task depend on beside the model: in the first line of their file."""
-    import transfer
-
     items = json.dumps([[item["id"], item["question"]] for item in task.items]).encode()
     same = {"images": args.images, "items": len(task.items), "digest": short_hash(items)}
     if task.name == "scienceqa":
         return same | {"prompt": f"QCM-A, {FORCED}", "captions": args.captions}
     asks = task.items[0]["question"] is not None
-    if asks:
-        prompt = args.question_prompt or question_prompt(tok, template)
-    else:
-        prompt = args.caption_prompt or transfer.caption_prompt(template)
+    fits = fitting_task(task.name, taught)
+    if fits:
+        same["task"] = fits
+    own = args.question_prompt if asks else args.caption_prompt
+    prompt = own or default_prompt(asks, tok, template, fits)
     template_hash = template and short_hash(template.source.encode())
     return same | (QUESTION if asks else CAPTION) | {
         "prompt": prompt, "template": template_hash, "num_beams": args.num_beams,
@@ -1095,6 +1147,17 @@ def load(args, device):
     return model, tok, template
 
 
+def why_no_letters(args, model, taught):
+    """Why a model cannot be asked ScienceQA, or None."""
+    if model.num_query_tokens:
+        return (f"scienceqa is for runs of MemVP (finetune.py), and {args.model} is none: it cannot be asked "
+                "without an image")
+    if taught == "scienceqa-words":
+        return (f"scienceqa asks for a letter, and {args.model} has learnt to answer in words: python -m "
+                f"study.memory score {args.model} FOLDER scores it")
+    return None
+
+
 def evaluate(args, processes):
     """-> {benchmark: result} on the first process."""
     import hub
@@ -1108,10 +1171,11 @@ def evaluate(args, processes):
         folder = folder.with_name(f"{folder.name}-limit-{args.limit}")
     with processes.first_goes_first():
         model, tok, template = load(args, processes.device)
-    askable = [task for task in tasks if task.name != "scienceqa" or not model.num_query_tokens]
+        taught = taught_task(args.model)
+    wrong = why_no_letters(args, model, taught)
+    askable = [task for task in tasks if task.name != "scienceqa" or not wrong]
     if askable != tasks and (args.benchmarks or not askable):
-        raise ValueError(f"scienceqa is for runs of MemVP (finetune.py), and {args.model} is none: it cannot "
-                         "be asked without an image")
+        raise ValueError(wrong)
     asked = {"model": hub.lasting_name(args.model), "fingerprint": hub.fingerprint(model.saved()),
              "precision": args.precision, "llm_weights": model.llm.weights}
     lock = contextlib.nullcontext()
@@ -1121,7 +1185,7 @@ def evaluate(args, processes):
     with lock, loop.stopping_when_asked():
         for task in askable:
             task.items = with_images(task.items, args.images)
-            header = asked | describe_asking(task, args, tok, template)
+            header = asked | describe_asking(task, args, tok, template, taught)
             rows = answer_task(task, model, tok, template, header, args, folder / "answers", processes)
             if processes.rank == 0:
                 results[task.name] = score_task(task, rows, args, folder) | {"asked": header}

@@ -7,7 +7,8 @@ knowing of this project.
 
 The second form reads what LAVIS or the original VPGTrans saved: their names for query tokens,
 Q-Former, LayerNorm and projector, and the ViT where the file has it. Such files rarely do, since it
-is frozen, and all BLIP-2 checkpoints have the same one: --vit names one of them.
+is frozen, and all BLIP-2 checkpoints have the same one: --vit names one of them. For Vicuna, whose
+tokenizer is in a format that is not read here, add --llm-tokenizer llama-7b.
 
 DIR then holds the whole model, config, tokenizer and image processor:
 
@@ -19,6 +20,7 @@ width than its own (opt-350m), and a ViT other than EVA (CLIP).
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -96,18 +98,17 @@ AROUND = "A BLIP-2 model around {llm}."
 CONVERTED = "A BLIP-2 model around {llm}, converted from {file} as LAVIS or the original VPGTrans saved it."
 
 
-def check_expressible(llm_folder, vision_config):
+def check_expressible(llm_folder, vision_config, remedy="Use sample.py with this run"):
     """ValueError for a model that a BLIP-2 checkpoint cannot hold; from the configs, before
-    anything large is read."""
+    anything large is read. `remedy` says what else could be done."""
     llm_config = language_models.read_llm_config(llm_folder)[0]
     width = llm_config.get("hidden_size")
     if llm_config.get("word_embed_proj_dim", width) != width:
         raise ValueError(f"this LLM embeds words in {llm_config['word_embed_proj_dim']} numbers "
                          f"and works with {width} (opt-350m); soft prompts enter behind that step, "
-                         "for which BLIP-2's format has no place. Use sample.py with this run")
+                         f"for which BLIP-2's format has no place. {remedy}")
     if qformer.vit_options(vision_config)[0] is not qformer.EVA:
-        raise ValueError("this run's ViT is CLIP's, for which BLIP-2's format has no place. Use "
-                         "sample.py with this run")
+        raise ValueError(f"this ViT is CLIP's, for which BLIP-2's format has no place. {remedy}")
 
 
 def add_image_token(tok):
@@ -339,11 +340,11 @@ def lavis_config(tensors, vit):
     return config
 
 
-def load_lavis(file, llm, vit=None, projector=None, dtype=torch.bfloat16):
+def load_lavis(file, llm, vit=None, projector=None, dtype=torch.bfloat16, llm_tokenizer=None):
     """What LAVIS or the original VPGTrans saved, with the LLM it belongs to -> (VisualLLM in eval
     mode, its tokenizer, the LLM's folder). `vit` names a BLIP-2 checkpoint, for files without their
-    ViT; `projector` is another such file, whose projector counts. ValueError names a tensor that is
-    missing, misshapen or unknown."""
+    ViT; `projector` is another such file, whose projector counts; `llm_tokenizer` names where the LLM's
+    tokenizer is, if elsewhere. ValueError names a tensor that is missing, misshapen or unknown."""
     tensors = read_lavis(file)
     if projector:
         tensors = {name: x for name, x in tensors.items() if not name.startswith("language_projection.")}
@@ -356,14 +357,17 @@ def load_lavis(file, llm, vit=None, projector=None, dtype=torch.bfloat16):
                          "have: --vit opt-2.7b")
     vit_folder = None if has_vit else hub.resolve(vit, "vpg").folder
     config = lavis_config(tensors, vit_folder)
-    place = hub.resolve(llm, "target")
-    check_expressible(place.llm, config["vision_config"])
+    tokenizer, tok = transfer.find_tokenizer(llm, llm_tokenizer)  # before gigabytes are fetched and read
+    place = dataclasses.replace(hub.resolve(llm, "target"), tokenizer=tokenizer)
+    remedy = f"Name the --llm and --vit that {file} was made with"
+    check_expressible(place.llm, config["vision_config"], remedy)
     if vit_folder:
         tensors |= {name: x for name, x in qformer.read_vit(vit_folder) if qformer.is_frozen(name)}
     with torch.device("meta"):
         vpg = qformer.VPG(config)
-        dim = language_models.empty_llm(place.llm).dim
-        linear = torch.nn.Linear(vpg.dim, dim)
+        empty = language_models.empty_llm(place.llm)
+        linear = torch.nn.Linear(vpg.dim, empty.dim)
+    transfer.check_vocabulary(tok, empty, place)
     whole = torch.nn.ModuleDict({"vpg": vpg, "projector": linear})
     named = {}
     for name, tensor in tensors.items():
@@ -379,7 +383,7 @@ def load_lavis(file, llm, vit=None, projector=None, dtype=torch.bfloat16):
         if not same:
             raise ValueError(f"{file}: {name} is not what {place.llm} has; it belongs to another language "
                              "model")
-    return model.requires_grad_(False).eval(), data.load_tokenizer(place.tokenizer), place.llm
+    return model.requires_grad_(False).eval(), tok, place.llm
 
 
 # ---------------------------------------------------------------------------------------- the folder
@@ -419,11 +423,11 @@ def export(run, folder, precision="bf16"):
     return write_folder(folder, model, tok, place.llm, origin, dtype, template=template)
 
 
-def export_lavis(file, folder, llm, vit=None, projector=None, precision="bf16"):
+def export_lavis(file, folder, llm, vit=None, projector=None, precision="bf16", llm_tokenizer=None):
     """What LAVIS or the original VPGTrans saved -> a folder for transformers, as `export`."""
     check_new(folder)
     dtype = transfer.DTYPES[precision]
-    model, tok, llm_folder = load_lavis(file, llm, vit, projector, dtype)
+    model, tok, llm_folder = load_lavis(file, llm, vit, projector, dtype, llm_tokenizer)
     origin = CONVERTED.format(llm=Path(llm).name, file=Path(file).name)
     # theirs has the exact GELU in T5, whatever its own config.json says
     changes = {"dense_act_fn": "gelu"} if tok.encoder_decoder else {}
@@ -487,6 +491,8 @@ def main(argv=None):
     lavis.add_argument("--llm", metavar="NAME",
                        help="the language model that it belongs to: a folder, Hub id or short name "
                             "(opt-6.7b)")
+    lavis.add_argument("--llm-tokenizer", metavar="NAME",
+                       help="where its tokenizer is, if not with it (llama-7b for Vicuna)")
     lavis.add_argument("--vit", metavar="NAME",
                        help="a BLIP-2 checkpoint that has its ViT, where the file has none (opt-2.7b)")
     lavis.add_argument("--projector", metavar="FILE",
@@ -494,11 +500,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.from_lavis and args.llm is None:
         parser.error("--from-lavis needs --llm, the language model that the file belongs to")
-    if not args.from_lavis and (args.llm or args.vit or args.projector):
-        parser.error("--llm, --vit and --projector are for --from-lavis; a run names its own")
+    if not args.from_lavis and (args.llm or args.llm_tokenizer or args.vit or args.projector):
+        parser.error("--llm, --llm-tokenizer, --vit and --projector are for --from-lavis; a run names its "
+                     "own")
     try:
         if args.from_lavis:
-            size = export_lavis(args.run, args.folder, args.llm, args.vit, args.projector, args.precision)
+            size = export_lavis(args.run, args.folder, args.llm, args.vit, args.projector, args.precision,
+                                args.llm_tokenizer)
         else:
             size = export(args.run, args.folder, args.precision)
     except (OSError, ValueError, SafetensorError) as error:

@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -296,6 +297,20 @@ TASKS = {
     "coco": Task(("dataset_coco.json#train+restval",), ("dataset_coco.json#val",), COCO,
                  ask_caption, STAGES["coco"], draw_any, (20, 40)),
 }
+
+
+def blank_prompt(name):
+    """How a task without letters is asked, with {} in the question's place."""
+    prompt, _ = TASKS[name].ask({"question": "{}", "choices": [""], "answer": 0, "drawn": ""})
+    return prompt
+
+
+def way_to_ask(args):
+    """A command that asks a run as its task was asked."""
+    if args.task == "scienceqa":
+        return f"evaluate.py --model {args.out} scienceqa={args.source}"
+    prompt = blank_prompt(args.task).replace("{}", "What is it?")
+    return f"sample.py IMAGE --model {args.out} --prompt {shlex.quote(prompt)}"
 
 
 # ------------------------------------------------------------------------------ MemVP: what is read
@@ -795,7 +810,7 @@ def main(argv=None, watch=None):
             (args.out / runs.PREVIOUS).unlink(missing_ok=True)
         # a run that had ended before --resume has not been validated again
         matched, shuffled = run.last_validation or run.validation.losses(run.model)
-        command = f"chat.py {args.out} IMAGE" if args.instruct else f"sample.py IMAGE --model {args.out}"
+        command = f"chat.py {args.out} IMAGE" if args.instruct else way_to_ask(args)
         run.processes.say(f"\n{args.model or args.llm}, {job.name}: {job.steps:,} steps, "
                           f"{run.log.seconds:.0f} s of training; the validation loss is "
                           f"{shuffled - matched:.3f} higher with shuffled images.\nWeights, metrics and "

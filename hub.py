@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 BLIP2 = ("opt-2.7b", "opt-6.7b", "flan-t5-xl", "flan-t5-xxl")
 OPT = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
@@ -240,7 +241,11 @@ def fetch(repository, starts):
         folder = Path(paths[0]).parent
         for file in shards(folder / needed[-1], starts):
             hf_hub_download(repository, file)
-    except OSError as error:
+    except (OSError, HTTPError, RuntimeError) as error:  # the two are of what huggingface_hub fetches with
+        of_network = (ConnectionError, TimeoutError, LocalEntryNotFoundError)
+        if not isinstance(error, OSError) or isinstance(error, of_network):
+            raise OSError(f"{repository}: the network broke off ({error!r}); start again, what has come "
+                          f"stays in the cache {constants.HF_HUB_CACHE}") from error
         raise FileNotFoundError(f"{repository}: {error}; is the name right, and does it need `hf "
                                 "auth login`?") from error
     return folder

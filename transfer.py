@@ -388,7 +388,7 @@ def check_vocabulary(tok, llm, tgt):
     if last_id >= llm.vocab_size:
         raise ValueError(f"the tokenizer in {tgt.tokenizer} has ids up to {last_id}, the vocabulary of "
                          f"{tgt.llm} only up to {llm.vocab_size - 1}: it belongs to another LLM (see "
-                         "--tgt-tokenizer, of MemVP --llm-tokenizer)")
+                         "--tgt-tokenizer, of finetune.py and export.py --llm-tokenizer)")
 
 
 def build_model(args, src, tgt, tok, sets, processes, resumed=False):

@@ -209,6 +209,19 @@ def test_without_an_image_the_language_model_alone_answers(taught, questions, ki
         assert found[row["question_id"]] == transfer.read_answer(tok, said, template)
 
 
+def test_an_empty_prompt_and_no_image_leave_a_model_without_bos_something_to_read(chat_models, questions,
+                                                                                  tmp_path):
+    """Captions of no image, as Qwen would make them up."""
+    model = shutil.copytree(chat_models["llama"][0], tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["bos_token"] = None
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    tok = data.load_tokenizer(model)
+    assert tok.bos_id is None
+    found, _ = answers(model, f"coco={questions / 'coco'}", tmp_path / "out", "--images", "none")
+    assert len(found) == 4 and len(set(found.values())) == 1
+
+
 def test_answers_by_other_images_and_in_another_template_are_not_taken_for_these(taught, questions, tmp_path,
                                                                                  fails):
     spec = f"vqav2={questions / 'vqav2'}"

@@ -225,6 +225,20 @@ def test_what_exceeds_the_context_is_cut_by_whole_turns_and_never_the_picture(mo
     assert 2 < conversation.forgotten < len(conversation.turns)
 
 
+def test_answers_that_may_be_long_do_not_make_it_forget(monkeypatch, llama):
+    """A quarter of the context is kept free for one; what it may have beyond that is what is left."""
+    monkeypatch.setattr(chat, "CONTEXT", 240)
+    conversation = begin(llama)
+    for question in QUESTIONS:
+        "".join(conversation.ask(question, max_new_tokens=6))
+    ids = conversation.prompt(QUESTIONS[0], 10_000)
+    assert 120 < len(ids) <= 180 and conversation.forgotten == 0
+    _, said = record(conversation, QUESTIONS[0], max_new_tokens=10_000)
+    assert 0 < len(said) <= 240 - len(ids)
+    ids = conversation.prompt(QUESTIONS[0], 10_000)
+    assert len(ids) <= 180
+
+
 def test_a_question_longer_than_the_context_is_refused_and_the_conversation_goes_on(monkeypatch, llama):
     monkeypatch.setattr(chat, "CONTEXT", 110)
     conversation = begin(llama)
@@ -239,6 +253,20 @@ def test_a_question_longer_than_the_context_is_refused_and_the_conversation_goes
     # the answer of one that fits without room for a long one is shorter
     room = 110 - len(conversation.prompt(QUESTIONS[2], 1000))
     assert len(record(conversation, QUESTIONS[2], max_new_tokens=1000)[1]) <= room
+
+
+def test_a_picture_that_the_model_cannot_see_leaves_the_one_before(monkeypatch, llama):
+    conversation = begin(llama)
+    "".join(conversation.ask(QUESTIONS[0], max_new_tokens=6))
+    expected, _ = read_anew(conversation, QUESTIONS[1], max_new_tokens=6)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(conversation.model, "see", fails)
+        conversation.show(BLUE)
+    assert record(conversation, QUESTIONS[1], max_new_tokens=6)[1] == expected
 
 
 @pytest.mark.parametrize("question", ["", "  \n\t "])
@@ -437,3 +465,4 @@ def test_bad_arguments_are_named(fails, chat_models, tmp_path):
     fails(chat.main, [folder, "--temperature", "-1"], "temperature = -1.0")
     fails(chat.main, [folder, "a.png", "--page"], "pictures are chosen on the page")
     fails(chat.main, [folder, "--page", "--port", "70000"], "from 0 to 65535")
+    fails(chat.main, [folder, "--page", "--temperature", "3"], "--temperature must be from 0 to 2")

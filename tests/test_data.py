@@ -321,7 +321,9 @@ def test_t5s_prompt_ends_with_eos_and_others_begin_with_bos_if_there_is_one(kind
     assert data.prompt_ids(t5, 2, "a red") == [-1, -1, *t5.encode("a red"), 1]
     assert data.prompt_ids(qwen, 1) == [-1]
     assert data.prompt_ids(qwen, 1, "a red") == [-1, *qwen.encode("a red")]
+    assert data.prompt_ids(qwen, 0) == [qwen.eos_id]
     assert data.prompt_ids(llama, 1) == [-1, 1]
+    assert data.prompt_ids(llama, 0) == [1]
     assert data.prompt_ids(llama, 1, "a red") == [-1, 1, *llama.encode("a red")]
     assert data.caption_ids(t5, "a red") == [*t5.encode("a red"), 1]
 

@@ -489,6 +489,22 @@ def test_published_scores_stand_beside_those_of_as_many_items():
     assert not any("epoch" in row for row in rows)  # that one has captions alone
 
 
+def test_questions_without_any_image_are_scored_without_a_picture(tmp_path):
+    """None is no image, neither to count nor to draw."""
+    item = {"image": None, "question": "Which?", "answers": ["red"], "choices": ["red", "blue"], "answer": 0,
+            "hint": "", "grade": "grade2", "subject": "natural science"}
+    task = evaluate.Task("scienceqa", [item | {"id": id} for id in "12"])
+    rows = {"1": {"answer": "A", "letter": "A"}, "2": {"answer": "B", "letter": "A"}}
+    result = evaluate.score_task(task, rows, SimpleNamespace(normalise="official"), tmp_path)
+    assert result["scores"]["average"] == 50 and result["images"] == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["scienceqa.json"]
+    picture(tmp_path / "red.png")
+    task.items.append(item | {"id": "3", "image": str(tmp_path / "red.png")})
+    rows["3"] = rows["1"]
+    result = evaluate.score_task(task, rows, SimpleNamespace(normalise="official"), tmp_path)
+    assert result["images"] == 1 and (tmp_path / "scienceqa.png").exists()
+
+
 def test_the_result_file_is_what_pycocoevalcap_scores_alike(world, benchmarks, tmp_path):
     """The headline is CIDEr of the written captions beside the file's, whatever happened in between."""
     scores = score(world, tmp_path, f"coco={benchmarks / 'coco'}")["coco"]["scores"]

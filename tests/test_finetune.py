@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, curves, randomise, train_in
+from conftest import COLOURS, curves, edit_config, randomise, train_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -439,6 +439,49 @@ def test_other_benchmarks_ask_a_run_of_memvp_as_any_model(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task, benchmark", [
+    ("vqav2", "vqav2"), ("vqav2", "okvqa"), ("gqa", "gqa"), ("coco", "coco"), ("coco", "nocaps")])
+def test_a_run_of_memvp_is_asked_as_its_task_taught_it(run, tmp_path, monkeypatch, task, benchmark):
+    """The same ids as in training: its prompt, the question as it is written, cut at as many."""
+    write_benchmarks(tmp_path, scenes=4)
+    edit_config(shutil.copytree(run, tmp_path / "run"), arguments={"memvp": f"{task}=somewhere"})
+    asked = []
+
+    def generated(self, prompt_ids, **options):
+        asked.extend(tuple(id for id in row if id != data.PADDING) for row in prompt_ids.tolist())
+        return [[]] * len(prompt_ids)
+
+    monkeypatch.setattr(memvp.MemoryLLM, "generate", generated)
+    command = [f"{benchmark}={tmp_path / benchmark}", "--model", str(tmp_path / "run"), "--precision", "fp32"]
+    evaluate.main(command)
+    _, tok = transfer.load_model(tmp_path / "run", torch.float32)
+    learnt = finetune.TASKS[task]
+    expected = set()
+    for item in evaluate.read_task(benchmark, str(tmp_path / benchmark)).items:
+        ids, _ = finetune.question_ids(tok, *learnt.ask(item | {"drawn": "red"}), learnt.most)
+        expected.add(tuple(ids))
+    assert set(asked) == expected and (task == "coco" or max(map(len, expected)) == 20)
+
+
+@pytest.mark.slow
+def test_a_run_that_answers_in_words_is_not_asked_for_letters(memvp_world, run, tmp_path, capsys):
+    edit_config(shutil.copytree(run, tmp_path / "run"), arguments={"memvp": "scienceqa-words"})
+    with pytest.raises(SystemExit):
+        evaluate.main([f"scienceqa={memvp_world[2]}", "--model", str(tmp_path / "run")])
+    assert "study.memory score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task, says", [
+    ("scienceqa", "evaluate.py --model run scienceqa=somewhere"),
+    ("scienceqa-words", "sample.py IMAGE --model run --prompt 'Question: What is it?\nAnswer:'"),
+    ("gqa", "sample.py IMAGE --model run --prompt 'gpa: What is it?'"),
+    ("coco", "sample.py IMAGE --model run --prompt caption:")])
+def test_a_run_says_how_to_ask_it_as_it_was_taught(memvp_world, task, says):
+    more = ["--memvp", f"{task}=somewhere"]
+    assert finetune.way_to_ask(finetune.parse_arguments(arguments(memvp_world, "run", *more))) == says
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("images", ["right", "none"])
 def test_without_images_memvp_is_asked_as_where_none_is(memvp_world, run, tmp_path, monkeypatch, images):
     """Its memory has rows of its own for that; of ScienceQA, too, where some questions have none anyway."""
@@ -521,12 +564,15 @@ def test_features_kept_give_the_losses_of_features_computed(memvp_world, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_other_tasks_train(memvp_world, tmp_path):
+def test_the_other_tasks_train(memvp_world, tmp_path, capsys):
     folder = write_tasks(tmp_path)
     for task in ("vqav2", "gqa", "coco"):
         command = arguments(memvp_world, tmp_path / "runs" / task, "--steps", "2", "--clip", "5")
         finetune.main([*command, "--memvp", f"{task}={folder / task}"])
         assert (tmp_path / "runs" / task / "model.safetensors").exists()
+    said = capsys.readouterr().out
+    assert "--prompt 'vqa: What is it?'" in said and "--prompt 'gpa: What is it?'" in said
+    assert "--prompt caption:" in said
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@ VPGTrans save become the same BLIP-2 that transformers wrote."""
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
-from conftest import T5_CONFIG, make_model, write_kind
+from conftest import T5_CONFIG, edit_config, make_model, write_kind
 from safetensors.torch import load_file
 
 import export
@@ -161,7 +162,7 @@ def test_t5_has_the_exact_gelu_as_laviss_has(world, original, tmp_path):
     """google's config.json of Flan-T5 means the tanh form; LAVIS and the original set dense_act_fn."""
     write_kind(tmp_path / "t5", "Unigram")
     tokens = (tmp_path / "t5/tokenizer_config.json").read_text()
-    make_model(tmp_path / "t5", T5_CONFIG)
+    make_model(tmp_path / "t5", T5_CONFIG | {"vocab_size": 160})  # as many as the tokenizer has, or more
     (tmp_path / "t5/tokenizer_config.json").write_text(tokens)
     width = T5_CONFIG["d_model"]
     state = {name: x for name, x in without_vit(original).items() if "opt_proj" not in name}
@@ -207,6 +208,38 @@ def test_tied_copies_of_the_llms_words_are_recognised(world, original, tmp_path)
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+def test_a_tokenizer_is_missed_before_the_llm_is_read_and_may_lie_elsewhere(world, original, tmp_path,
+                                                                            monkeypatch, capsys):
+    """As Vicuna's, which is a tokenizer.model; another LLM's is refused."""
+    bare = shutil.copytree(world[1], tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    (bare / "tokenizer.model").write_bytes(b"sentencepiece")
+    file = save(tmp_path / "a.pth", without_vit(original))
+    command = ["--from-lavis", file, tmp_path / "out", "--llm", bare, "--vit", world[0]]
+    other = write_kind(tmp_path / "other", "LLaMA, pre-tokenizer")
+    with monkeypatch.context() as patch:
+        patch.setattr(export.language_models, "load_llm", None)
+        for more, says in (([], "export.py --llm-tokenizer"),
+                           (["--llm-tokenizer", other], "has ids up to")):
+            with pytest.raises(SystemExit):
+                run(*command, *more)
+            assert says in capsys.readouterr().err
+    run(*command, "--llm-tokenizer", world[1])
+    assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_an_llm_that_blip2s_format_cannot_hold_is_refused_and_the_file_is_named(world, original, tmp_path,
+                                                                                capsys):
+    """sample.py, which a run is told to use, takes no .pth."""
+    wide = shutil.copytree(world[1], tmp_path / "wide")
+    edit_config(wide, word_embed_proj_dim=16)
+    file = save(tmp_path / "a.pth", without_vit(original))
+    with pytest.raises(SystemExit):
+        run("--from-lavis", file, tmp_path / "out", "--llm", wide, "--vit", world[0])
+    said = capsys.readouterr().err
+    assert f"that {file} was made with" in said and "sample.py" not in said
+
+
 class Harmful:
     def __reduce__(self):
         return print, ("executed",)
@@ -234,6 +267,7 @@ def test_files_of_another_kind_are_refused_and_nothing_runs(world, tmp_path, cap
 @pytest.mark.parametrize("arguments, complaint", [
     (["--from-lavis", "a.pth", "out"], "--from-lavis needs --llm"),
     (["run", "out", "--vit", "opt-2.7b"], "are for --from-lavis"),
+    (["run", "out", "--llm-tokenizer", "llama-7b"], "are for --from-lavis"),
     (["--from-lavis", "nowhere.pth", "out", "--llm", "opt-6.7b"], "nowhere.pth: there is no such file"),
 ])
 def test_arguments_that_do_not_go_together_are_refused(tmp_path, monkeypatch, capsys, arguments, complaint):

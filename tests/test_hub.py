@@ -4,8 +4,10 @@ import json
 
 import huggingface_hub
 import pytest
+from conftest import save_image
 
 import hub
+import sample
 from hub import first_files, resolve
 
 
@@ -106,6 +108,25 @@ def test_without_network_and_cache_the_message_says_what_to_put_where(cache, nam
     way_out = ("hf download", "config.json", "merges.txt", "name the folder instead")
     for text in (says, str(cache), *way_out):
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize("error, says", [
+    (hub.HTTPError("half"), "the network broke off (HTTPError('half')); start again, what has come stays"),
+    (RuntimeError("xet"), "the network broke off"),
+    (ConnectionResetError("reset"), "the network broke off"),
+    (PermissionError("gated"), "is the name right, and does it need `hf auth login`?"),
+])
+@pytest.mark.parametrize("function", ["list_repo_files", "hf_hub_download"])
+def test_a_network_that_breaks_off_is_told_from_a_wrong_name(cache, monkeypatch, fails, function, error,
+                                                             says):
+    def breaks(*_):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *_, **__: None)
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_: ["config.json"])
+    monkeypatch.setattr(hub.HfApi if function == "list_repo_files" else hub, function, breaks)
+    fails(sample.main, [str(save_image(cache / "a.png")), "--model", "opt-2.7b"], says)
 
 
 def test_an_unknown_name_lists_the_known_ones(cache):

@@ -121,7 +121,7 @@ def test_a_conversation_over_the_page_is_the_one_of_the_terminal(page, talker):
         assert text_of(pieces) == expected
         assert len(pieces) > 3  # they came one by one
     assert page.conversations[ID].turns == conversation.turns
-    post(page, "/clear")
+    assert post(page, "/clear") == [{"picture": True}, {"end": True}]
     assert page.conversations[ID].turns == []
     assert page.conversations[ID].picture
     post(page, "/clear", b"picture")
@@ -190,7 +190,7 @@ def test_a_tab_that_waits_and_is_closed_is_not_answered(page):
     time.sleep(0.5)
     page.gate.free.set()
     first.read()
-    assert post(page, "/clear")[-1] == {"end": True}
+    assert post(page, "/clear") == [{"picture": False}, {"end": True}]
     assert ID[::-1] not in page.conversations
 
 
@@ -477,8 +477,9 @@ def test_an_answer_is_stopped_and_the_conversation_goes_on(tab, how):
 DROP = """const data = new DataTransfer();
 const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt(0));
 data.items.add(new File([bytes], "blue.png", {type: "image/png"}));
+if (arguments[2]) data.setData("text/plain", arguments[2]);
 const options = {bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data};
-document.querySelector("main").dispatchEvent(new (arguments[1] == "drop" ? DragEvent : ClipboardEvent)(
+return document.querySelector("main").dispatchEvent(new (arguments[1] == "drop" ? DragEvent : ClipboardEvent)(
   arguments[1], options));"""
 
 
@@ -506,6 +507,62 @@ def test_a_picture_comes_by_button_drop_and_paste(tab, talker, tmp_path, how):
     tab.until("document.querySelector('#picture').hidden")
     (conversation,) = tab.page.conversations.values()
     assert not conversation.picture
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("text, is_picture", [("red\t7\nblue\t8", False), ("/home/me/blue.png", True)])
+def test_text_that_is_copied_with_a_picture_of_itself_is_text(tab, text, is_picture):
+    """As a spreadsheet copies it; a file manager copies a file's name with the file."""
+    tab.type("is it red" + ENTER)
+    tab.until(f"document.querySelector('.answer') && {ANSWERED}")
+    is_left_to_the_browser = tab.run(DROP, base64.b64encode(png("blue")).decode(), "paste", text)
+    assert is_left_to_the_browser == (not is_picture)
+    if is_picture:
+        tab.until("document.querySelector('#picture').naturalWidth == 40")
+    time.sleep(0.3)
+    assert len(tab.texts(".answer")) == (0 if is_picture else 1)
+    assert tab.run("return document.querySelector('#picture').hidden") == (not is_picture)
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_picture_that_is_kept_no_more_goes_from_the_page_with_clear(tab, tmp_path):
+    """Where chat.py was started anew, or there were too many others: else one would be shown and not seen."""
+    tab.type(str(save_image(tmp_path / "blue.png", colour="blue")), "#file")
+    tab.until("!document.querySelector('#picture').hidden")
+    tab.page.conversations.clear()
+    tab.type("is it red" + ENTER, "#question")
+    assert "kept no more" in tab.until("document.querySelector('.error')?.innerText")
+    tab.click("#clear")
+    tab.until("!document.querySelector('.error')")
+    assert tab.run("return document.querySelector('#picture').hidden")
+    assert tab.text("figcaption") == "No picture yet"
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_question_that_is_sent_while_a_picture_is_read_waits_for_it(tab, talker, tmp_path):
+    """And is not asked if none comes of it; two pictures come in their turn."""
+    with tab.page.busy:
+        tab.type(str(save_image(tmp_path / "red.png", colour="red")), "#file")
+        tab.type(str(save_image(tmp_path / "blue.png", colour="blue")), "#file")
+        tab.type("a red square?" + ENTER, "#question")
+        time.sleep(0.3)
+    tab.until(f"document.querySelector('.answer') && {ANSWERED}")
+    (expected,) = said_by(talker, "a red square?", colour="blue")
+    assert tab.texts(".question") == ["a red square?"]
+    assert shown(tab.text(".answer")) == shown(expected)
+    (tmp_path / "none.png").write_text("no picture")
+    with tab.page.busy:
+        tab.type(str(tmp_path / "none.png"), "#file")
+        tab.type("is it red" + ENTER, "#question")
+        time.sleep(0.3)
+    tab.until("document.querySelector('.error')")
+    assert len(tab.texts(".question")) == 1
+    assert tab.run("return question.value") == "is it red"
+    tab.type(ENTER, "#question")
+    tab.until(f"document.querySelectorAll('.answer').length == 2 && {ANSWERED}")
 
 
 @needs_browser
@@ -579,6 +636,29 @@ def test_temperature_and_length_are_what_is_asked_with(tab, monkeypatch):
     tab.click("#send")
     time.sleep(0.2)
     assert len(asked) == 1
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [
+    {"temperature": 0.75, "max_new_tokens": 3000}, {"temperature": 1.9, "max_new_tokens": 2049}])
+def test_what_the_command_says_is_asked_with_though_the_page_has_coarser_or_lower(tab, monkeypatch, given):
+    asked = []
+    ask = chat.Conversation.ask
+
+    def briefly(self, question, **options):
+        asked.append({name: options[name] for name in given})
+        return ask(self, question, **options | {"max_new_tokens": 3})
+
+    monkeypatch.setattr(chat.Conversation, "ask", briefly)
+    tab.page.options = OPTIONS | given
+    tab.tell("/refresh")
+    tab.until("document.querySelector('#length').value == arguments[0]", given["max_new_tokens"])
+    tab.type("is it red" + ENTER, "#question")
+    tab.until(f"document.querySelector('.answer') && {ANSWERED}")
+    tab.click("summary")
+    assert asked == [given]
+    assert tab.text("#degrees") == str(given["temperature"])
 
 
 @needs_browser
