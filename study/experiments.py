@@ -90,18 +90,21 @@ SMALL_TARGETS = {"opt-256": "demo/target", "llama-256": f"{WORLD}/llama-256", "t
 SMALL_RATES = {
     "opt-256": {
         "scratch": [("", "2e-3"), ("", "1e-3"), ("", "4e-3")],
+        "scratch-stage1": [("", "2e-3"), ("", "1e-3")],
         "auto": [("", "1e-3"), ("", "5e-4")],
         "converter": [("2e-3", "1e-3"), ("5e-3", "1e-3")],
         "captions": [("5e-4", "5e-4"), ("2e-3", "1e-3")],
         "captions-no-warm-up": [("", "5e-4"), ("", "1e-3")]},
     "llama-256": {
         "scratch": [("", "1e-3"), ("", "2e-3"), ("", "4e-3"), ("", "5e-4")],
+        "scratch-stage1": [("", "1e-3"), ("", "2e-3")],
         "auto": [("", "1e-3"), ("", "5e-4")],
         "converter": [("2e-3", "1e-3"), ("5e-3", "1e-3")],
         "captions": [("5e-4", "5e-4"), ("2e-3", "1e-3")],
         "captions-no-warm-up": [("", "5e-4"), ("", "1e-3")]},
     "t5-256": {  # T5 forgets how to look at rates that suit the others
         "scratch": [("", "5e-4"), ("", "2e-4"), ("", "1e-3")],
+        "scratch-stage1": [("", "5e-4"), ("", "2e-4")],
         "auto": [("", "2e-4"), ("", "5e-4")],
         "converter": [("5e-3", "2e-4"), ("2e-3", "2e-4")],
         "captions": [("5e-4", "2e-4"), ("2e-3", "2e-4")],

@@ -363,7 +363,7 @@ def sweep_rows(results, prefix, rates, baselines):
             passed = []
             for run in best:
                 steps = results.first_below(name, results.final(run)) if run else "–"
-                passed.append(steps or "not in 300")
+                passed.append("not in 300" if steps is None else steps)
             yield [
                 STARTED_SMOLLM2[start], warm_up, rate, *at_steps(results, name, (0, 60, 120, 180, 300)),
                 f"{last_shuffled(results, name):.3f}", share([record["right"]]), *passed]
@@ -387,9 +387,10 @@ def small_sweep_table(results):
     """The third study's rates, target by target."""
     rows = []
     for tgt in SMALL_TARGETS:
-        of_target = sweep_rows(results, f"small-sweep-{tgt}", SMALL_RATES[tgt], ["scratch"])
+        baselines = "scratch", "scratch-stage1"
+        of_target = sweep_rows(results, f"small-sweep-{tgt}", SMALL_RATES[tgt], baselines)
         rows += [[tgt, *row] for row in of_target]
-    return table(["target", *SWEPT_COLUMNS], rows)
+    return table(["target", *SWEPT_COLUMNS, "from a pre-trained one"], rows)
 
 
 def small_table(results):
@@ -401,10 +402,13 @@ def small_table(results):
             if not results.seeds(name):
                 continue
             loss, right, found, _ = scores(results, name)
-            passed = "" if start == "scratch" else passes(results, name, f"small-{tgt}-scratch")
-            rows.append([tgt, STARTED_SMOLLM2[start], loss, right, found, passed])
+            passed = ["", ""]
+            if not start.startswith("scratch"):
+                baselines = f"small-{tgt}-scratch", f"small-{tgt}-scratch-stage1"
+                passed = [passes(results, name, baseline) for baseline in baselines]
+            rows.append([tgt, STARTED_SMOLLM2[start], loss, right, found, *passed])
     head = ["target", "start", "test loss", "coloured shapes right", "found",
-            "steps to where 300 from a random Q-Former end"]
+            "steps to where 300 from a random Q-Former end", "300 from a pre-trained one"]
     return table(head, rows)
 
 
