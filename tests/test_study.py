@@ -408,7 +408,7 @@ def write_run(folder, name, said=(), **stages):
         speed = 320.0 if stage == "warm-up" else 160.0
         for i, loss in enumerate(losses):
             at = dict(stage=stage, step=10 * i, samples=320 * i, seconds=0.0)
-            metrics.append(at | dict(val_loss=loss, samples_per_second=speed))
+            metrics.append(at | dict(val_loss=loss, val_loss_shuffled=3.0, samples_per_second=speed))
     shares = dict(right=0.5, claims=10, found=0.5, words_right=0.9)
     records.add(folder, name, dict(command=name, said=said, captions=[], metrics=metrics, **shares))
 
@@ -420,6 +420,15 @@ def test_steps_are_counted_through_both_stages(tmp_path):
     assert results.first_below("run-s0", 1.5) == 20
     assert results.first_below("run-s0", 0.9) is None
     assert results.final("run-s0") == 1.0
+
+
+def test_a_start_that_is_ahead_before_its_first_step_has_taken_none(tmp_path):
+    runs = {"scratch": [3.0, 2.0, 1.5], "auto": [1.4, 1.3], "captions": [1.7, 1.6], "converter": [2.0, 1.5]}
+    for start, losses in runs.items():
+        write_run(tmp_path, f"sweep-{start}-1e-3", **{"fine-tune": losses})
+    rates = {start: [("", "1e-3")] for start in runs}
+    rows = tables.sweep_rows(records.Results(tmp_path), "sweep", rates, ["scratch"])
+    assert [row[-1] for row in rows] == [20, 0, "not in 300", 10]
 
 
 # a run of two stages, and what it is compared with: (stage, step, loss, CIDEr or None), a step is 0.5 s
