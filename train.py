@@ -684,7 +684,8 @@ def dry_run(args, stages, found):
             typical_tokens = samples.measure().sum(1).mean() - len(samples.prompt)
             longest_tokens = longest_text(args, sets)
         if args.init == "auto" and name == "warm-up" and not args.warm_up_lr:
-            print(f"\n--init auto: the rate of the warm-up will be one of {transfer.RATES}")
+            rates = ", ".join(f"{lr:g}" for lr in sorted(transfer.LOWER_RATES + transfer.RATES))
+            print(f"\n--init auto: the rate of the warm-up will be one of {rates}")
         table = vpgtrans.enter_stage(model, stage)
         print(*loop.describe_stage(name, stage, steps, available, table), sep="\n")
         longest = transfer.example_batch(model, found.tok, longest_tokens)

@@ -37,12 +37,16 @@ def test_init_auto_takes_what_is_ahead_after_a_few_steps_and_its_rate(auto):
     start = json.loads((out / "config.json").read_text())["start"]
     kinds = {row["init"] for row in start["tried"]}
     assert kinds == {"converter, ridge 1", "converter, ridge 10", "captions", "random"}
-    for kind in kinds:  # rates rise until one does worse
-        trials = [row for row in start["tried"] if row["init"] == kind]
-        losses = [row["loss"] for row in trials]
-        assert [row["lr"] for row in trials] == list(transfer.RATES[: len(trials)])
-        assert losses[:-1] == sorted(losses[:-1], reverse=True)
-        assert len(trials) == len(transfer.RATES) or losses[-1] > losses[-2]
+    for kind in kinds:  # rates rise until one does worse, and fall where that is so at once
+        trials = [(row["lr"], row["loss"]) for row in start["tried"] if row["init"] == kind]
+        rising = [trial for trial in trials if trial[0] in transfer.RATES]
+        rates, losses = zip(*rising)
+        assert rates == transfer.RATES[: len(rising)]
+        assert list(losses[:-1]) == sorted(losses[:-1], reverse=True)
+        assert len(rising) == len(transfer.RATES) or losses[-1] > losses[-2]
+        lower = [lr for lr, _ in trials[len(rising) :]]
+        assert lower == list(transfer.LOWER_RATES[: len(lower)])
+        assert bool(lower) == (min(losses) == losses[0])
     best = min(start["tried"], key=lambda row: row["loss"])
     assert (start["init"], start["lr"]) == (best["init"], best["lr"])
     assert rows(out, "stage", "lr")[0] == ("warm-up", best["lr"])
@@ -106,7 +110,7 @@ def pick(monkeypatch, losses):
             load_state_dict = staticmethod(lambda name: now.append((name, None)))
 
     def tried(model, projector, lr, *_):
-        now.append((projector.state_dict(), transfer.RATES.index(lr)))
+        now.append((projector.state_dict(), (*transfer.RATES, *transfer.LOWER_RATES).index(lr)))
 
     class Start(str):
         state_dict = str.__str__
@@ -126,15 +130,32 @@ def test_rates_rise_until_one_does_worse(monkeypatch):
         ("random", 5.0), ("random", 4.0), ("random", 3.0), ("random", 2.5)]
 
 
+@pytest.mark.parametrize("lower, tried, best", [((4.0, 0.0), [3.0, 3.5, 4.0], 0), ((2.0, 2.5), None, 4),
+                                                ((2.0, 1.0), None, 5)])
+def test_rates_fall_where_the_second_does_worse_at_once(monkeypatch, lower, tried, best):
+    losses = [3.0, 3.5, 0.0, 0.0, *lower]
+    start = pick(monkeypatch, {"captions": losses, "random": [5.0, 6.0, 0.0, 0.0, 7.0, 0.0]})
+    rates = (*transfer.RATES, *transfer.LOWER_RATES)
+    assert (start["init"], start["lr"]) == ("captions", rates[best])
+    of_captions = [row["loss"] for row in start["tried"] if row["init"] == "captions"]
+    assert of_captions == (tried or [3.0, 3.5, *lower])
+
+
+def test_a_start_whose_loss_is_nan_at_first_is_tried_at_lower_rates(monkeypatch):
+    nan = float("nan")
+    start = pick(monkeypatch, {"captions": [nan, nan, 0.0, 0.0, 2.0, 3.0], "random": [5.0, 4.0, 4.5, 0.0]})
+    assert (start["init"], start["lr"]) == ("captions", transfer.LOWER_RATES[0])
+
+
 def test_a_loss_that_is_nan_is_never_taken(monkeypatch):
     nan = float("nan")
-    start = pick(monkeypatch, {"captions": [nan] * 4, "random": [5.0, 4.0, nan, 3.0]})
+    start = pick(monkeypatch, {"captions": [nan] * 6, "random": [5.0, 4.0, nan, 3.0]})
     assert (start["init"], start["lr"]) == ("random", transfer.RATES[1])
     lines = transfer.describe_start(start | {"seconds": 1.0})
     (taken,) = [line for line in lines if line.endswith("<- taken")]
     assert "random" in taken and "4.000" in taken
     with pytest.raises(ValueError, match="NaN or infinite"):
-        pick(monkeypatch, {"captions": [nan] * 4, "random": [float("inf")] * 4})
+        pick(monkeypatch, {"captions": [nan] * 6, "random": [float("inf")] * 6})
 
 
 def test_no_image_is_both_trained_on_and_judged_by(world):
