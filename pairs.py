@@ -461,6 +461,10 @@ def read_table(source):
                 continue
             if row is None:
                 return
+            if any(cell.strip() for cell in row.get(None, ())):
+                # a text with the delimiter in it, which would lose its end
+                yield f"{file}, line {start}", None, None, "more cells than columns"
+                continue
             row = {key: row[name] for key, name in columns.items()}
             yield from tried(f"{file}, line {start}", captions_of, row)
 
@@ -1131,7 +1135,7 @@ def kept_scan(sources, kind):
     # the texts in a folder may change without a trace in it; questions are in several files
     if first.path.is_dir() or kind != "captions":
         return scan(sources, kind), find_format(first, kind).folders
-    state = [3, first.split, str(first.images), [state_of(source.path) for source in sources]]
+    state = [4, first.split, str(first.images), [state_of(source.path) for source in sources]]
     name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("VPGTRANS_CACHE", "~/.cache/vpgtrans")).expanduser()
     file = folder / f"{name}.safetensors"

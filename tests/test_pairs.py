@@ -147,6 +147,9 @@ def two_images(tmp_path):
     # a quote that is never closed
     ("a.csv", 'image,caption\n1.png,a cow\n1.png,"a cat\n2.png,a dog\n2.png,a horse\n',
      [("1.png", "a cow")], {"damaged line": [3, 4, 5]}),
+    # commas outside of quotes would cut a caption; empty cells cut nothing
+    ("a.csv", "image,caption\n1.png,A man, smiling, in a park\n1.png,a cat,,\n2.png,a dog\n",
+     [("1.png", "a cat"), ("2.png", "a dog")], {"more cells than columns": [2]}),
     # as Excel writes them
     ("a.csv", "\ufeffimage,caption\r\n1.png,a cat\r\n,no image\r\n".encode(),
      [("1.png", "a cat")], {"no image": [3]})])
