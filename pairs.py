@@ -737,7 +737,9 @@ def read_scienceqa(source):
 
 # ------------------------------------------------------------------------------------------- folders
 
-IMAGE_TYPES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif"}
+IMAGE_TYPES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm",
+               "pnm", "avif"}
+UNREAD_TYPES = {"heic", "heif", "jxl", "jp2"}  # those that people have
 METADATA = ("metadata.jsonl", "metadata.csv")  # of Hugging Face's image folders
 
 
@@ -757,6 +759,10 @@ def walk(folder):
             yield os.path.join(place, name), None
     for error in unreadable:
         yield None, (str(error.filename), None, None, "unreadable folder")
+
+
+def unread(file):
+    return file, None, None, "a format that is not read; convert it to JPEG or PNG"
 
 
 def text_beside(stem):
@@ -801,6 +807,8 @@ def read_folder(source):
             else:
                 for caption in captions:
                     yield file, os.path.relpath(file, folder), caption, None
+        elif kind.lower() in UNREAD_TYPES:
+            yield unread(file)
 
 
 def read_images(source):
@@ -808,10 +816,13 @@ def read_images(source):
     for place, folders, names in os.walk(source.path):
         folders.sort()
         for name in sorted(names):
-            if name.rpartition(".")[2].lower() in IMAGE_TYPES:
-                file = os.path.join(place, name)
+            file = os.path.join(place, name)
+            kind = name.rpartition(".")[2].lower()
+            if kind in IMAGE_TYPES:
                 image = os.path.relpath(file, source.path)
                 yield file, image, {"id": image}, None
+            elif kind in UNREAD_TYPES:
+                yield unread(file)
 
 
 # ------------------------------------------------------------------------------------------- shards
@@ -1135,7 +1146,7 @@ def kept_scan(sources, kind):
     # the texts in a folder may change without a trace in it; questions are in several files
     if first.path.is_dir() or kind != "captions":
         return scan(sources, kind), find_format(first, kind).folders
-    state = [4, first.split, str(first.images), [state_of(source.path) for source in sources]]
+    state = [5, first.split, str(first.images), [state_of(source.path) for source in sources]]
     name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("VPGTRANS_CACHE", "~/.cache/vpgtrans")).expanduser()
     file = folder / f"{name}.safetensors"

@@ -228,6 +228,24 @@ def test_a_folder_of_images_with_texts_beside_them(tmp_path):
                      "no caption file": ["lonely.png"], "link to a folder": ["link"]}
 
 
+def test_pictures_of_a_folder_are_read_or_named_by_their_endings(tmp_path):
+    for name, format in (("a.jfif", "JPEG"), ("b.jpe", "JPEG"), ("c.pgm", "PPM"), ("d.PNM", "PPM")):
+        save_image(tmp_path / name, "L", 90, format=format)
+    for name in ("e.heic", "f.HEIF", "g.jxl", "h.jp2"):
+        write(tmp_path / name, "x")
+    for stem in "abcdefgh":
+        write(tmp_path / f"{stem}.txt", stem)
+    pairs = read_pairs(str(tmp_path))
+    items = read_pictures(str(tmp_path))
+    assert list(pairs.captions) == ["a", "b", "c", "d"]
+    assert items.files() == pairs.files()
+    assert all(pixels(file).shape == (30, 40, 3) for file in pairs.files())
+    for left_out in (pairs.left_out, items.left_out):
+        ((problem, places),) = left_out.items()
+        assert problem.endswith("convert it to JPEG or PNG")
+        assert [Path(place).name for place in places] == ["e.heic", "f.HEIF", "g.jxl", "h.jp2"]
+
+
 # ---------------------------------------------------------------------------- files as distributed
 
 
@@ -869,7 +887,8 @@ def test_kept_scans_of_links_to_one_file_are_told_apart(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------- shards
 
 
-@pytest.mark.parametrize("ending, format", [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
+@pytest.mark.parametrize("ending, format", [
+    ("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("jfif", "JPEG"), ("pnm", "PPM")])
 def test_shards_of_webdataset_are_read_without_unpacking(tmp_path, ending, format):
     """As img2dataset writes them with that package: image, .txt, and .json beside it; the same
     pictures come out."""
