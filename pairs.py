@@ -743,13 +743,13 @@ UNREAD_TYPES = {"heic", "heif", "jxl", "jp2"}  # those that people have
 METADATA = ("metadata.jsonl", "metadata.csv")  # of Hugging Face's image folders
 
 
-def walk(folder):
+def walk(folder, metadata=METADATA):
     """-> (file, None) for everything in a folder and those below it, in order, and (None, row) for
     what cannot be looked into."""
     unreadable = []
     for place, folders, names in os.walk(folder, onerror=unreadable.append):
         folders.sort()
-        described = [name for name in METADATA if name in names]
+        described = [name for name in metadata if name in names]
         if described:
             folders.clear()  # what is in them is named there, too
         for name in folders:
@@ -813,16 +813,15 @@ def read_folder(source):
 
 def read_images(source):
     """Images anywhere in a folder, for what needs no captions."""
-    for place, folders, names in os.walk(source.path):
-        folders.sort()
-        for name in sorted(names):
-            file = os.path.join(place, name)
-            kind = name.rpartition(".")[2].lower()
-            if kind in IMAGE_TYPES:
-                image = os.path.relpath(file, source.path)
-                yield file, image, {"id": image}, None
-            elif kind in UNREAD_TYPES:
-                yield unread(file)
+    for file, problem in walk(source.path, ()):
+        kind = (file or "").rpartition(".")[2].lower()
+        if problem:
+            yield problem
+        elif kind in IMAGE_TYPES:
+            image = os.path.relpath(file, source.path)
+            yield file, image, {"id": image}, None
+        elif kind in UNREAD_TYPES:
+            yield unread(file)
 
 
 # ------------------------------------------------------------------------------------------- shards

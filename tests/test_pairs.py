@@ -491,9 +491,13 @@ def test_hugging_faces_image_folders_say_what_their_images_show(tmp_path, name, 
 def test_a_folder_of_images_without_texts_is_a_data_set_of_images(tmp_path):
     show(tmp_path, "b/2.jpg", "a.png")
     write(tmp_path / "notes.md", "x")
+    write(tmp_path / "metadata.csv", "file_name,text\n")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
     items = read_pictures(str(tmp_path))
+    assert items.left_out == {"link to a folder": [str(tmp_path / "link")]}
     assert [items[i]["image"] for i in range(2)] == [str(tmp_path / "a.png"), str(tmp_path / "b/2.jpg")]
     assert len(items) == 2
+    (tmp_path / "metadata.csv").unlink()
     with pytest.raises(ValueError, match="not one image with a caption .*2 left out: no caption file"):
         read_pairs(str(tmp_path))
 
