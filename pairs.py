@@ -743,19 +743,23 @@ UNREAD_TYPES = {"heic", "heif", "jxl", "jp2"}  # those that people have
 METADATA = ("metadata.jsonl", "metadata.csv")  # of Hugging Face's image folders
 
 
+def is_shown(name):
+    return not name.startswith(".") and name != "__MACOSX"
+
+
 def walk(folder, metadata=METADATA):
     """-> (file, None) for everything in a folder and those below it, in order, and (None, row) for
-    what cannot be looked into."""
+    what cannot be looked into. Hidden names are passed over, and macOS's copies: ._1.jpg, __MACOSX/."""
     unreadable = []
     for place, folders, names in os.walk(folder, onerror=unreadable.append):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if is_shown(name))
         described = [name for name in metadata if name in names]
         if described:
             folders.clear()  # what is in them is named there, too
         for name in folders:
             if os.path.islink(os.path.join(place, name)):
                 yield None, (os.path.join(place, name), None, None, "link to a folder")
-        for name in described or sorted(names):
+        for name in described or sorted(filter(is_shown, names)):
             yield os.path.join(place, name), None
     for error in unreadable:
         yield None, (str(error.filename), None, None, "unreadable folder")

@@ -246,6 +246,15 @@ def test_pictures_of_a_folder_are_read_or_named_by_their_endings(tmp_path):
         assert [Path(place).name for place in places] == ["e.heic", "f.HEIF", "g.jxl", "h.jp2"]
 
 
+def test_what_is_hidden_in_a_folder_or_of_macos_is_passed_over(tmp_path):
+    for name in ("a/1", "a/._1", "__MACOSX/a/1", "__MACOSX/a/._1", ".thumbnails/1"):
+        save_image(tmp_path / f"{name}.jpg")
+        write(tmp_path / f"{name}.txt", "one")
+    for items in (read_pairs(str(tmp_path)), read_pictures(str(tmp_path))):
+        assert items.files() == [str(tmp_path / "a/1.jpg")]
+        assert not items.left_out
+
+
 # ---------------------------------------------------------------------------- files as distributed
 
 
