@@ -313,6 +313,10 @@ def upright_rgb(image):
     """An opened image of any mode -> decoded, RGB, turned as its EXIF orientation says (in place),
     transparency on white."""
     ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "I" and image.format == "PPM":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))  # Pillow gives 0 to 65535
+    elif image.mode in ("I", "F"):
+        raise OSError("pixels of more than 16 bits, or with a sign: convert it to 8 or 16 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):

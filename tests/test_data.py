@@ -671,11 +671,26 @@ def first_pixel(file):
     ("clear.png", "RGBA", (10, 20, 30, 0), (255, 255, 255)),  # transparency is white
     ("half.png", "LA", (0, 128), (127, 127, 127)),
     ("deep.png", "I;16", 256 * 90, (90, 90, 90)),
+    ("deep.tif", "I;16", 256 * 90, (90, 90, 90)),
+    ("deep.pgm", "I;16", 256 * 90, (90, 90, 90)),
     ("black.tif", "CMYK", (0, 0, 0, 255), (0, 0, 0)),
     ("plain.ppm", "RGB", (1, 2, 3), (1, 2, 3)),
     ("plain.bmp", "RGB", (1, 2, 3), (1, 2, 3))])
 def test_every_kind_of_image_becomes_rgb(tmp_path, name, mode, colour, seen):
     assert first_pixel(save_image(tmp_path / name, mode, colour)) == seen
+
+
+@pytest.mark.parametrize("name, mode", [("whole.tif", "I"), ("float.tif", "F"), ("float.pfm", "F")])
+def test_pixels_of_32_bits_are_refused_by_name(tmp_path, name, mode):
+    """What is white in them, nobody says."""
+    save_image(tmp_path / name, mode, 90)
+    with pytest.raises(OSError, match=f"{name}: pixels of more than 16 bits"):
+        data.load_image(tmp_path / name)
+
+
+def test_a_pgm_of_12_bits_is_as_bright_as_it_says(tmp_path):
+    write(tmp_path / "deep.pgm", b"P5 1 1 4095\n" + struct.pack(">H", 2048))
+    assert first_pixel(tmp_path / "deep.pgm") == (128, 128, 128)
 
 
 def test_palettes_jpegs_in_cmyk_and_turned_ones_become_rgb(tmp_path):
