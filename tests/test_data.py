@@ -844,6 +844,21 @@ def test_turned_images_are_cropped_as_upright_ones(tmp_path, upright, kind, orie
     assert (crops - expected[kind]).abs().mean((1, 2, 3)).max() < 4
 
 
+SIX = b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"  # an entry of EXIF: turned by a quarter
+
+
+@pytest.mark.parametrize("kind, exif, size", [
+    ("png", b"junk", (40, 30)),
+    # beside the orientation an entry of a wrong type, which Pillow reads and cannot write
+    ("jpg", b"II*\0\x08\0\0\0\x02\0" + SIX + b"\0\x01\x02\0\x03\0\0\0AB\0\0" + bytes(4), (30, 40))])
+def test_a_picture_with_damaged_exif_is_read(tmp_path, kind, exif, size):
+    file = save_image(tmp_path / f"odd.{kind}", exif=b"Exif\0\0" + exif)
+    assert data.load_image(file).size == size
+    assert data.read_image(file, 8).shape == (3, 8, 8)
+    with data.open_image(file) as image:
+        assert data.random_crop(image, 8, np.random.default_rng(0)).shape == (3, 8, 8)
+
+
 def test_random_crops_are_half_to_all_of_the_area_and_half_are_flipped():
     """On a picture of its own coordinates, a crop shows where it comes from."""
     ramp = np.zeros((100, 100, 3), np.uint8)
