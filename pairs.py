@@ -1214,7 +1214,7 @@ def parse_spec(spec):
 
 def expand(source):
     """The shards that SHARDS/{00000..00200}.tar, SHARDS/*.tar or a folder of them name; of another
-    source [source]."""
+    source [source]. ValueError if a folder holds shards and pairs: which are meant?"""
     if numbers := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(source)):
         before, first, last, behind = numbers.groups()
         digits = len(first)
@@ -1223,8 +1223,24 @@ def expand(source):
     if "*" in source.name or "?" in source.name:
         return sorted(source.parent.glob(source.name))
     if source.is_dir():
-        return sorted(source.glob("*.tar")) or [source]
+        shards = sorted(source.glob("*.tar"))
+        pair = shards and pair_in(source)
+        if pair:
+            raise ValueError(f"{source}: holds shards, {shards[0].name}, and pictures with texts beside "
+                             f"them, {pair}; for the shards say {source}/*.tar, for the pictures move "
+                             "the shards elsewhere")
+        return shards or [source]
     return [source]
+
+
+def pair_in(folder):
+    """The name of a picture in a folder that has a text beside it, or "" if there is none."""
+    names = set(os.listdir(folder))
+    for name in sorted(names):
+        stem, _, kind = name.rpartition(".")
+        if kind.lower() in IMAGE_TYPES and is_shown(name) and names & {f"{stem}.txt", f"{stem}.json"}:
+            return name
+    return ""
 
 
 def image_root(file, images, names, folders=()):

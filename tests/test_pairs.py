@@ -942,6 +942,19 @@ def test_many_shards_are_scanned_by_several_processes(tmp_path):
     assert pairs.left_out == {"no caption next to it": lonely}
 
 
+def test_a_shard_in_a_folder_of_pairs_hides_nothing(tmp_path):
+    write_shard(tmp_path / "backup.tar", {"1.jpg": encoded(1), "1.txt": b"one"})
+    save_image(tmp_path / "contact_sheet.png")  # as pairs.py draws it
+    assert list(read_pairs(str(tmp_path)).captions) == ["one"]
+    save_image(tmp_path / "2.png")
+    write(tmp_path / "2.txt", "two")
+    with pytest.raises(ValueError, match=r"backup.tar.*2.png; .*\*.tar, .* move the shards"):
+        read_pairs(str(tmp_path))
+    assert list(read_pairs(f"{tmp_path}/*.tar").captions) == ["one"]
+    (tmp_path / "backup.tar").rename(tmp_path / "backup.tar.old")
+    assert of(read_pairs(str(tmp_path)))[-1] == ("2.png", "two")
+
+
 def test_captions_of_shards_come_from_txt_or_json(tmp_path):
     scored = {"all_captions": ["x", "best"], "all_similarities": [0.1, 0.2], "caption": "y"}
     shard = write_shard(tmp_path / "00000.tar", {
