@@ -1192,18 +1192,43 @@ class Spec(NamedTuple):
 
 
 SPEC = r"(?:([\w-]+)=)?([^@]+?)(?:#([\w+-]+))?(?:@(.+?))?(?::(\d+(?:\.\d+)?))?"
+AROUND = r"(?s)(?:([\w-]+)=)?(.+?)(?::(\d+(?:\.\d+)?))?"  # of a spec: name, what is between, weight
+
+
+def is_there(source):
+    """Does it exist, or one of the shards that it names?"""
+    if not source or os.path.exists(source):
+        return bool(source)
+    return any(path.exists() for path in expand(Path(source)))
+
+
+def what_is_there(text):
+    """`SOURCE[#SPLIT][@IMAGES]` of a SOURCE that is there, and may have signs in it -> (source, split,
+    images), with the longest that fits; None if none does."""
+    for at in [len(text), *(found.start() for found in reversed([*re.finditer("@", text)]))]:
+        before, images = text[:at], text[at + 1 :] or None
+        if text[at:] == "@":  # and nothing behind it
+            continue
+        source, split = re.fullmatch(r"(?s)(.*?)(?:#([\w+-]+))?", before).groups()
+        if is_there(before):
+            return before, None, images
+        if is_there(source):
+            return source, split, images
+    return None
 
 
 def parse_spec(spec):
     """`[NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]` -> Spec; what exists is a SOURCE as a whole,
     whatever signs are in it. Without NAME, a folder has its own name, a file that of its folder."""
     name = split = images = weight = None
+    around = re.fullmatch(AROUND, spec)
     if os.path.exists(spec):
         source = spec
+    elif found := around and what_is_there(around[2]):
+        name, _, weight = around.groups()
+        source, split, images = found
     elif parts := re.fullmatch(SPEC, spec):
         name, source, split, images, weight = parts.groups()
-        if split and os.path.exists(f"{source}#{split}"):  # a sign in its name
-            source, split = f"{source}#{split}", None
     else:
         raise ValueError(f"{spec!r} does not read [NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]")
     source = Path(source)

@@ -849,6 +849,15 @@ def test_paths_with_signs_in_them_are_read_as_they_are(tmp_path):
     assert parse_spec(str(file)) == ("a:5", file, None, None, None)
     assert len(read_pairs(str(file))) == 4
     assert parse_spec(str(folder)) == ("a:5", folder, None, None, None)
+    assert parse_spec(f"n={file}:0.5") == ("n", file, None, 0.5, None)
+    assert parse_spec(f"{file}#val@{tmp_path}/i@m:2") == ("a:5", file, tmp_path / "i@m", 2, "val")
+    (folder / "x#val").write_text("")
+    assert parse_spec(f"n={folder}/x#val@c") == ("n", folder / "x#val", Path("c"), None, None)
+    write_shard(folder / "00.tar", {"1.jpg": encoded(1), "1.txt": b"one"})
+    for shards in ("{00..00}.tar", "*.tar"):
+        assert list(read_pairs(f"n={folder}/{shards}:2").captions) == ["one"]
+    with pytest.raises(ValueError, match="does not read"):
+        parse_spec(f"{write_pairs(tmp_path, 1)}@")
 
 
 def test_the_papers_data_is_found_where_it_lies(tmp_path):
