@@ -382,12 +382,14 @@ def read_karpathy(source):
         yield from tried(where, read_row, row)
 
 
+REGIONS_FOLDERS = ("VG_100K", "VG_100K_2")  # of their images
+
+
 def regions_of(row, folder):
     """Visual Genome's regions: each phrase is a caption of the whole image, as VPGTrans has it.
     Images are in two folders."""
     name = f"{row['id'] if 'id' in row else row['image_id']}.jpg"
-    parts = ("VG_100K", "VG_100K_2")
-    image = next((f"{part}/{name}" for part in parts if (folder / part / name).exists()), name)
+    image = next((f"{part}/{name}" for part in REGIONS_FOLDERS if (folder / part / name).exists()), name)
     for region in row["regions"]:
         yield image, region["phrase"]
 
@@ -1141,6 +1143,13 @@ def state_of(path):
     return [str(path.absolute()), str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
+def regions_folders_of(source):
+    """What changes when images come to the folders that regions_of looks into; None for one that is
+    not there."""
+    folders = [(source.images or source.path.parent) / name for name in REGIONS_FOLDERS]
+    return [folder.stat().st_mtime_ns if folder.is_dir() else None for folder in folders]
+
+
 def kept_scan(sources, kind):
     """scan(), a large one of captions (but of a folder) kept in $VPGTRANS_CACHE
     (~/.cache/vpgtrans) until a source changes, and then mapped into memory. -> (images, texts,
@@ -1149,7 +1158,8 @@ def kept_scan(sources, kind):
     # the texts in a folder may change without a trace in it; questions are in several files
     if first.path.is_dir() or kind != "captions":
         return scan(sources, kind), find_format(first, kind).folders
-    state = [5, first.split, str(first.images), [state_of(source.path) for source in sources]]
+    state = [6, first.split, str(first.images), [state_of(source.path) for source in sources],
+             regions_folders_of(first)]
     name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("VPGTRANS_CACHE", "~/.cache/vpgtrans")).expanduser()
     file = folder / f"{name}.safetensors"

@@ -906,6 +906,20 @@ def test_kept_scans_of_links_to_one_file_are_told_apart(tmp_path, monkeypatch):
         assert pixels(read_pairs(str(tmp_path / name)).file(0)).shape == (30, 40, 3)
 
 
+def test_a_kept_scan_of_regions_ends_when_their_images_are_unpacked(tmp_path, monkeypatch):
+    """It knows in which of two folders each lies."""
+    monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path / "scans"))
+    monkeypatch.setattr(pairs_module, "KEPT_FROM", 1)
+    rows = [{"id": i, "regions": [{"phrase": f"number {i}"}]} for i in (1, 2)]
+    file = write_object(tmp_path / "region_descriptions.json", rows)
+    with pytest.raises(FileNotFoundError):
+        read_pairs(str(file))
+    places = [tmp_path / "VG_100K" / "1.jpg", tmp_path / "VG_100K_2" / "2.jpg"]
+    for n, place in enumerate(places, 1):
+        save_image(place)
+        assert read_pairs(str(file)).files()[:n] == [str(place) for place in places[:n]]
+
+
 # -------------------------------------------------------------------------------------------- shards
 
 
