@@ -66,12 +66,22 @@ class Tokenizer:
         self.end_id = eos_id if encoder_decoder else self.vocab().get(b"\n", eos_id)
 
     def encode(self, text):
-        """text -> ids, without BOS, EOS or other specials."""
+        """text -> ids, without BOS, EOS or other specials than it spells, as prompts may."""
         return self.encoder.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts):
         """As encode, for many texts at once and on all cores."""
         return [e.ids for e in self.encoder.encode_batch(texts, add_special_tokens=False)]
+
+    @contextlib.contextmanager
+    def specials_as_texts(self):
+        """Within it, a special token that a text spells is a text like any other. (Not T5's </s>, which
+        its tokenizer has among its words.)"""
+        self.encoder.encode_special_tokens = True
+        try:
+            yield
+        finally:
+            self.encoder.encode_special_tokens = False
 
     def decode(self, ids):
         """ids -> text, without specials."""
@@ -221,7 +231,9 @@ def caption_ids(tok, caption, max_tokens=32):
 
     The end mark's id is appended: newer BPEs would merge a "\\n" in the text with what stands
     before it."""
-    return tok.encode(caption)[: max_tokens - 1] + [tok.end_id]
+    with tok.specials_as_texts():
+        ids = tok.encode(caption)
+    return ids[: max_tokens - 1] + [tok.end_id]
 
 
 def prompt_ids(tok, num_query_tokens, text=""):
@@ -273,7 +285,9 @@ def count_tokens(tok, captions, vocab_size, max_tokens=32):
     counts = torch.zeros(vocab_size, dtype=torch.long)
     captions = iter(captions)
     while some := list(itertools.islice(captions, 10_000)):
-        ids = [i for row in tok.encode_all(some) for i in row[: max_tokens - 1] + [tok.end_id]]
+        with tok.specials_as_texts():
+            rows = tok.encode_all(some)
+        ids = [i for row in rows for i in row[: max_tokens - 1] + [tok.end_id]]
         counts += torch.bincount(torch.tensor(ids), minlength=vocab_size)
     return counts
 

@@ -310,6 +310,21 @@ def test_a_long_caption_keeps_its_end_mark(tok):
     assert data.caption_ids(tok, "a red square") == [*tok.encode("a red square"), tok.end_id]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("Unigram")])
+def test_a_special_token_spelled_in_a_caption_is_a_text(kinds, kind):
+    """And no end of it. A prompt may spell one."""
+    tok = kinds[kind][0]
+    specials = {tok.encoder.token_to_id(special) for special in tok.specials}
+    caption = "was <s>50</s> now 20 <unk>"
+    ids = data.caption_ids(tok, caption)
+    assert not specials & {*ids[:-1]}
+    assert tok.decode(ids[:-1]).strip() == caption
+    counts = data.count_tokens(tok, [caption], 600)
+    assert counts.sum() == len(ids) and all(counts[id] == ids.count(id) for id in ids)
+    assert tok.encoder.token_to_id("</s>") in data.prompt_ids(tok, 0, "a </s>")[1:]
+    assert data.caption_ids(tok, "a red square")[:-1] == tok.encode("a red square")
+
+
 def test_the_prompt_is_soft_prompts_then_bos(tok):
     assert data.prompt_ids(tok, 3) == [-1, -1, -1, 2]
     assert data.prompt_ids(tok, 1, "a red") == [-1, 2, *tok.encode("a red")]
