@@ -1228,7 +1228,7 @@ def what_is_there(text):
 
 
 def parse_spec(spec):
-    """`[NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]` -> Spec; what exists is a SOURCE as a whole,
+    """`[NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]` -> Spec; what exists is a SOURCE,
     whatever signs are in it. Without NAME, a folder has its own name, a file that of its folder."""
     name = split = images = weight = None
     around = re.fullmatch(AROUND, spec)
