@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -66,12 +66,22 @@ class Tokenizer:
         self.end_id = eos_id if encoder_decoder else self.vocab().get(b"\n", eos_id)
 
     def encode(self, text):
-        """text -> ids, without BOS, EOS or other specials."""
+        """text -> ids, without BOS, EOS or other specials than it spells, as prompts may."""
         return self.encoder.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts):
         """As encode, for many texts at once and on all cores."""
         return [e.ids for e in self.encoder.encode_batch(texts, add_special_tokens=False)]
+
+    @contextlib.contextmanager
+    def specials_as_texts(self):
+        """Within it, a special token that a text spells is a text like any other. (Not T5's </s>, which
+        its tokenizer has among its words.)"""
+        self.encoder.encode_special_tokens = True
+        try:
+            yield
+        finally:
+            self.encoder.encode_special_tokens = False
 
     def decode(self, ids):
         """ids -> text, without specials."""
@@ -221,7 +231,9 @@ def caption_ids(tok, caption, max_tokens=32):
 
     The end mark's id is appended: newer BPEs would merge a "\\n" in the text with what stands
     before it."""
-    return tok.encode(caption)[: max_tokens - 1] + [tok.end_id]
+    with tok.specials_as_texts():
+        ids = tok.encode(caption)
+    return ids[: max_tokens - 1] + [tok.end_id]
 
 
 def prompt_ids(tok, num_query_tokens, text=""):
@@ -273,7 +285,9 @@ def count_tokens(tok, captions, vocab_size, max_tokens=32):
     counts = torch.zeros(vocab_size, dtype=torch.long)
     captions = iter(captions)
     while some := list(itertools.islice(captions, 10_000)):
-        ids = [i for row in tok.encode_all(some) for i in row[: max_tokens - 1] + [tok.end_id]]
+        with tok.specials_as_texts():
+            rows = tok.encode_all(some)
+        ids = [i for row in rows for i in row[: max_tokens - 1] + [tok.end_id]]
         counts += torch.bincount(torch.tensor(ids), minlength=vocab_size)
     return counts
 
@@ -309,17 +323,37 @@ def open_image(file):
         raise OSError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
 
 
+TURN = Image.Transpose
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF's orientation
+
+
+def turn_of(image):
+    """What turns an image upright, as its EXIF says; None if nothing does, or EXIF is damaged: the
+    pixels are whole."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises all kinds
+        return None
+
+
 def upright_rgb(image):
-    """An opened image of any mode -> decoded, RGB, turned as its EXIF orientation says (in place),
+    """An opened image of any mode -> decoded (in place), RGB, turned as its EXIF orientation says,
     transparency on white."""
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # which turns a TIFF
+    turn = turn_of(image)
+    if image.mode == "I" and image.format == "PPM":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))  # Pillow gives 0 to 65535
+    elif image.mode in ("I", "F"):
+        raise OSError("pixels of more than 16 bits, or with a sign: convert it to 8 or 16 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if turn is not None:
+        image = image.transpose(turn)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -375,7 +409,8 @@ def random_crop(image, size, rng, least=0.75):
     less work, where its crop still has `least` of the pixels that are wanted, along either side;
     with least=inf it is always decoded whole."""
     # turned by a quarter, when upright; of a TIFF, Pillow says the size that it then has
-    turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    quarters = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
+    turned = image.format != "TIFF" and turn_of(image) in quarters
     width, height = image.size[::-1] if turned else image.size
     left, top, right, bottom = draw_crop(width, height, rng)
     smaller_side = min(right - left, bottom - top)

@@ -382,12 +382,14 @@ def read_karpathy(source):
         yield from tried(where, read_row, row)
 
 
+REGIONS_FOLDERS = ("VG_100K", "VG_100K_2")  # of their images
+
+
 def regions_of(row, folder):
     """Visual Genome's regions: each phrase is a caption of the whole image, as VPGTrans has it.
     Images are in two folders."""
     name = f"{row['id'] if 'id' in row else row['image_id']}.jpg"
-    parts = ("VG_100K", "VG_100K_2")
-    image = next((f"{part}/{name}" for part in parts if (folder / part / name).exists()), name)
+    image = next((f"{part}/{name}" for part in REGIONS_FOLDERS if (folder / part / name).exists()), name)
     for region in row["regions"]:
         yield image, region["phrase"]
 
@@ -461,6 +463,10 @@ def read_table(source):
                 continue
             if row is None:
                 return
+            if any(cell.strip() for cell in row.get(None, ())):
+                # a text with the delimiter in it, which would lose its end
+                yield f"{file}, line {start}", None, None, "more cells than columns"
+                continue
             row = {key: row[name] for key, name in columns.items()}
             yield from tried(f"{file}, line {start}", captions_of, row)
 
@@ -733,26 +739,36 @@ def read_scienceqa(source):
 
 # ------------------------------------------------------------------------------------------- folders
 
-IMAGE_TYPES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif"}
+IMAGE_TYPES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm",
+               "pnm", "avif"}
+UNREAD_TYPES = {"heic", "heif", "jxl", "jp2"}  # those that people have
 METADATA = ("metadata.jsonl", "metadata.csv")  # of Hugging Face's image folders
 
 
-def walk(folder):
+def is_shown(name):
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def walk(folder, metadata=METADATA):
     """-> (file, None) for everything in a folder and those below it, in order, and (None, row) for
-    what cannot be looked into."""
+    what cannot be looked into. Hidden names are passed over, and macOS's copies: ._1.jpg, __MACOSX/."""
     unreadable = []
     for place, folders, names in os.walk(folder, onerror=unreadable.append):
-        folders.sort()
-        described = [name for name in METADATA if name in names]
+        folders[:] = sorted(name for name in folders if is_shown(name))
+        described = [name for name in metadata if name in names]
         if described:
             folders.clear()  # what is in them is named there, too
         for name in folders:
             if os.path.islink(os.path.join(place, name)):
                 yield None, (os.path.join(place, name), None, None, "link to a folder")
-        for name in described or sorted(names):
+        for name in described or sorted(filter(is_shown, names)):
             yield os.path.join(place, name), None
     for error in unreadable:
         yield None, (str(error.filename), None, None, "unreadable folder")
+
+
+def unread(file):
+    return file, None, None, "a format that is not read; convert it to JPEG or PNG"
 
 
 def text_beside(stem):
@@ -797,17 +813,21 @@ def read_folder(source):
             else:
                 for caption in captions:
                     yield file, os.path.relpath(file, folder), caption, None
+        elif kind.lower() in UNREAD_TYPES:
+            yield unread(file)
 
 
 def read_images(source):
     """Images anywhere in a folder, for what needs no captions."""
-    for place, folders, names in os.walk(source.path):
-        folders.sort()
-        for name in sorted(names):
-            if name.rpartition(".")[2].lower() in IMAGE_TYPES:
-                file = os.path.join(place, name)
-                image = os.path.relpath(file, source.path)
-                yield file, image, {"id": image}, None
+    for file, problem in walk(source.path, ()):
+        kind = (file or "").rpartition(".")[2].lower()
+        if problem:
+            yield problem
+        elif kind in IMAGE_TYPES:
+            image = os.path.relpath(file, source.path)
+            yield file, image, {"id": image}, None
+        elif kind in UNREAD_TYPES:
+            yield unread(file)
 
 
 # ------------------------------------------------------------------------------------------- shards
@@ -1123,6 +1143,13 @@ def state_of(path):
     return [str(path.absolute()), str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
+def regions_folders_of(source):
+    """What changes when images come to the folders that regions_of looks into; None for one that is
+    not there."""
+    folders = [(source.images or source.path.parent) / name for name in REGIONS_FOLDERS]
+    return [folder.stat().st_mtime_ns if folder.is_dir() else None for folder in folders]
+
+
 def kept_scan(sources, kind):
     """scan(), a large one of captions (but of a folder) kept in $VPGTRANS_CACHE
     (~/.cache/vpgtrans) until a source changes, and then mapped into memory. -> (images, texts,
@@ -1131,7 +1158,8 @@ def kept_scan(sources, kind):
     # the texts in a folder may change without a trace in it; questions are in several files
     if first.path.is_dir() or kind != "captions":
         return scan(sources, kind), find_format(first, kind).folders
-    state = [3, first.split, str(first.images), [state_of(source.path) for source in sources]]
+    state = [6, first.split, str(first.images), [state_of(source.path) for source in sources],
+             regions_folders_of(first)]
     name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("VPGTRANS_CACHE", "~/.cache/vpgtrans")).expanduser()
     file = folder / f"{name}.safetensors"
@@ -1174,18 +1202,43 @@ class Spec(NamedTuple):
 
 
 SPEC = r"(?:([\w-]+)=)?([^@]+?)(?:#([\w+-]+))?(?:@(.+?))?(?::(\d+(?:\.\d+)?))?"
+AROUND = r"(?s)(?:([\w-]+)=)?(.+?)(?::(\d+(?:\.\d+)?))?"  # of a spec: name, what is between, weight
+
+
+def is_there(source):
+    """Does it exist, or one of the shards that it names?"""
+    if not source or os.path.exists(source):
+        return bool(source)
+    return any(path.exists() for path in expand(Path(source)))
+
+
+def what_is_there(text):
+    """`SOURCE[#SPLIT][@IMAGES]` of a SOURCE that is there, and may have signs in it -> (source, split,
+    images), with the longest that fits; None if none does."""
+    for at in [len(text), *(found.start() for found in reversed([*re.finditer("@", text)]))]:
+        before, images = text[:at], text[at + 1 :] or None
+        if text[at:] == "@":  # and nothing behind it
+            continue
+        source, split = re.fullmatch(r"(?s)(.*?)(?:#([\w+-]+))?", before).groups()
+        if is_there(before):
+            return before, None, images
+        if is_there(source):
+            return source, split, images
+    return None
 
 
 def parse_spec(spec):
-    """`[NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]` -> Spec; what exists is a SOURCE as a whole,
+    """`[NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]` -> Spec; what exists is a SOURCE,
     whatever signs are in it. Without NAME, a folder has its own name, a file that of its folder."""
     name = split = images = weight = None
+    around = re.fullmatch(AROUND, spec)
     if os.path.exists(spec):
         source = spec
+    elif found := around and what_is_there(around[2]):
+        name, _, weight = around.groups()
+        source, split, images = found
     elif parts := re.fullmatch(SPEC, spec):
         name, source, split, images, weight = parts.groups()
-        if split and os.path.exists(f"{source}#{split}"):  # a sign in its name
-            source, split = f"{source}#{split}", None
     else:
         raise ValueError(f"{spec!r} does not read [NAME=]SOURCE[#SPLIT][@IMAGES][:WEIGHT]")
     source = Path(source)
@@ -1196,7 +1249,7 @@ def parse_spec(spec):
 
 def expand(source):
     """The shards that SHARDS/{00000..00200}.tar, SHARDS/*.tar or a folder of them name; of another
-    source [source]."""
+    source [source]. ValueError if a folder holds shards and pairs: which are meant?"""
     if numbers := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(source)):
         before, first, last, behind = numbers.groups()
         digits = len(first)
@@ -1205,8 +1258,24 @@ def expand(source):
     if "*" in source.name or "?" in source.name:
         return sorted(source.parent.glob(source.name))
     if source.is_dir():
-        return sorted(source.glob("*.tar")) or [source]
+        shards = sorted(source.glob("*.tar"))
+        pair = shards and pair_in(source)
+        if pair:
+            raise ValueError(f"{source}: holds shards, {shards[0].name}, and pictures with texts beside "
+                             f"them, {pair}; for the shards say {source}/*.tar, for the pictures move "
+                             "the shards elsewhere")
+        return shards or [source]
     return [source]
+
+
+def pair_in(folder):
+    """The name of a picture in a folder that has a text beside it, or "" if there is none."""
+    names = set(os.listdir(folder))
+    for name in sorted(names):
+        stem, _, kind = name.rpartition(".")
+        if kind.lower() in IMAGE_TYPES and is_shown(name) and names & {f"{stem}.txt", f"{stem}.json"}:
+            return name
+    return ""
 
 
 def image_root(file, images, names, folders=()):

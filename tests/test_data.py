@@ -310,6 +310,21 @@ def test_a_long_caption_keeps_its_end_mark(tok):
     assert data.caption_ids(tok, "a red square") == [*tok.encode("a red square"), tok.end_id]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("Unigram")])
+def test_a_special_token_spelled_in_a_caption_is_a_text(kinds, kind):
+    """And no end of it. A prompt may spell one."""
+    tok = kinds[kind][0]
+    specials = {tok.encoder.token_to_id(special) for special in tok.specials}
+    caption = "was <s>50</s> now 20 <unk>"
+    ids = data.caption_ids(tok, caption)
+    assert not specials & {*ids[:-1]}
+    assert tok.decode(ids[:-1]).strip() == caption
+    counts = data.count_tokens(tok, [caption], 600)
+    assert counts.sum() == len(ids) and all(counts[id] == ids.count(id) for id in ids)
+    assert tok.encoder.token_to_id("</s>") in data.prompt_ids(tok, 0, "a </s>")[1:]
+    assert data.caption_ids(tok, "a red square")[:-1] == tok.encode("a red square")
+
+
 def test_the_prompt_is_soft_prompts_then_bos(tok):
     assert data.prompt_ids(tok, 3) == [-1, -1, -1, 2]
     assert data.prompt_ids(tok, 1, "a red") == [-1, 2, *tok.encode("a red")]
@@ -671,11 +686,26 @@ def first_pixel(file):
     ("clear.png", "RGBA", (10, 20, 30, 0), (255, 255, 255)),  # transparency is white
     ("half.png", "LA", (0, 128), (127, 127, 127)),
     ("deep.png", "I;16", 256 * 90, (90, 90, 90)),
+    ("deep.tif", "I;16", 256 * 90, (90, 90, 90)),
+    ("deep.pgm", "I;16", 256 * 90, (90, 90, 90)),
     ("black.tif", "CMYK", (0, 0, 0, 255), (0, 0, 0)),
     ("plain.ppm", "RGB", (1, 2, 3), (1, 2, 3)),
     ("plain.bmp", "RGB", (1, 2, 3), (1, 2, 3))])
 def test_every_kind_of_image_becomes_rgb(tmp_path, name, mode, colour, seen):
     assert first_pixel(save_image(tmp_path / name, mode, colour)) == seen
+
+
+@pytest.mark.parametrize("name, mode", [("whole.tif", "I"), ("float.tif", "F"), ("float.pfm", "F")])
+def test_pixels_of_32_bits_are_refused_by_name(tmp_path, name, mode):
+    """What is white in them, nobody says."""
+    save_image(tmp_path / name, mode, 90)
+    with pytest.raises(OSError, match=f"{name}: pixels of more than 16 bits"):
+        data.load_image(tmp_path / name)
+
+
+def test_a_pgm_of_12_bits_is_as_bright_as_it_says(tmp_path):
+    write(tmp_path / "deep.pgm", b"P5 1 1 4095\n" + struct.pack(">H", 2048))
+    assert first_pixel(tmp_path / "deep.pgm") == (128, 128, 128)
 
 
 def test_palettes_jpegs_in_cmyk_and_turned_ones_become_rgb(tmp_path):
@@ -827,6 +857,21 @@ def test_turned_images_are_cropped_as_upright_ones(tmp_path, upright, kind, orie
     stored.save(tmp_path / f"turned.{kind}", exif=exif, quality=95)
     crops, _ = random_crops(tmp_path / f"turned.{kind}", seeds=3)
     assert (crops - expected[kind]).abs().mean((1, 2, 3)).max() < 4
+
+
+SIX = b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"  # an entry of EXIF: turned by a quarter
+
+
+@pytest.mark.parametrize("kind, exif, size", [
+    ("png", b"junk", (40, 30)),
+    # beside the orientation an entry of a wrong type, which Pillow reads and cannot write
+    ("jpg", b"II*\0\x08\0\0\0\x02\0" + SIX + b"\0\x01\x02\0\x03\0\0\0AB\0\0" + bytes(4), (30, 40))])
+def test_a_picture_with_damaged_exif_is_read(tmp_path, kind, exif, size):
+    file = save_image(tmp_path / f"odd.{kind}", exif=b"Exif\0\0" + exif)
+    assert data.load_image(file).size == size
+    assert data.read_image(file, 8).shape == (3, 8, 8)
+    with data.open_image(file) as image:
+        assert data.random_crop(image, 8, np.random.default_rng(0)).shape == (3, 8, 8)
 
 
 def test_random_crops_are_half_to_all_of_the_area_and_half_are_flipped():

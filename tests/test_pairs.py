@@ -147,6 +147,9 @@ def two_images(tmp_path):
     # a quote that is never closed
     ("a.csv", 'image,caption\n1.png,a cow\n1.png,"a cat\n2.png,a dog\n2.png,a horse\n',
      [("1.png", "a cow")], {"damaged line": [3, 4, 5]}),
+    # commas outside of quotes would cut a caption; empty cells cut nothing
+    ("a.csv", "image,caption\n1.png,A man, smiling, in a park\n1.png,a cat,,\n2.png,a dog\n",
+     [("1.png", "a cat"), ("2.png", "a dog")], {"more cells than columns": [2]}),
     # as Excel writes them
     ("a.csv", "\ufeffimage,caption\r\n1.png,a cat\r\n,no image\r\n".encode(),
      [("1.png", "a cat")], {"no image": [3]})])
@@ -223,6 +226,33 @@ def test_a_folder_of_images_with_texts_beside_them(tmp_path):
     names = {kind: [Path(place).name for place in places] for kind, places in pairs.left_out.items()}
     assert names == {"damaged caption file": ["broken.txt"], "empty caption": ["empty.png"],
                      "no caption file": ["lonely.png"], "link to a folder": ["link"]}
+
+
+def test_pictures_of_a_folder_are_read_or_named_by_their_endings(tmp_path):
+    for name, format in (("a.jfif", "JPEG"), ("b.jpe", "JPEG"), ("c.pgm", "PPM"), ("d.PNM", "PPM")):
+        save_image(tmp_path / name, "L", 90, format=format)
+    for name in ("e.heic", "f.HEIF", "g.jxl", "h.jp2"):
+        write(tmp_path / name, "x")
+    for stem in "abcdefgh":
+        write(tmp_path / f"{stem}.txt", stem)
+    pairs = read_pairs(str(tmp_path))
+    items = read_pictures(str(tmp_path))
+    assert list(pairs.captions) == ["a", "b", "c", "d"]
+    assert items.files() == pairs.files()
+    assert all(pixels(file).shape == (30, 40, 3) for file in pairs.files())
+    for left_out in (pairs.left_out, items.left_out):
+        ((problem, places),) = left_out.items()
+        assert problem.endswith("convert it to JPEG or PNG")
+        assert [Path(place).name for place in places] == ["e.heic", "f.HEIF", "g.jxl", "h.jp2"]
+
+
+def test_what_is_hidden_in_a_folder_or_of_macos_is_passed_over(tmp_path):
+    for name in ("a/1", "a/._1", "__MACOSX/a/1", "__MACOSX/a/._1", ".thumbnails/1"):
+        save_image(tmp_path / f"{name}.jpg")
+        write(tmp_path / f"{name}.txt", "one")
+    for items in (read_pairs(str(tmp_path)), read_pictures(str(tmp_path))):
+        assert items.files() == [str(tmp_path / "a/1.jpg")]
+        assert not items.left_out
 
 
 # ---------------------------------------------------------------------------- files as distributed
@@ -470,9 +500,13 @@ def test_hugging_faces_image_folders_say_what_their_images_show(tmp_path, name, 
 def test_a_folder_of_images_without_texts_is_a_data_set_of_images(tmp_path):
     show(tmp_path, "b/2.jpg", "a.png")
     write(tmp_path / "notes.md", "x")
+    write(tmp_path / "metadata.csv", "file_name,text\n")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
     items = read_pictures(str(tmp_path))
+    assert items.left_out == {"link to a folder": [str(tmp_path / "link")]}
     assert [items[i]["image"] for i in range(2)] == [str(tmp_path / "a.png"), str(tmp_path / "b/2.jpg")]
     assert len(items) == 2
+    (tmp_path / "metadata.csv").unlink()
     with pytest.raises(ValueError, match="not one image with a caption .*2 left out: no caption file"):
         read_pairs(str(tmp_path))
 
@@ -815,6 +849,15 @@ def test_paths_with_signs_in_them_are_read_as_they_are(tmp_path):
     assert parse_spec(str(file)) == ("a:5", file, None, None, None)
     assert len(read_pairs(str(file))) == 4
     assert parse_spec(str(folder)) == ("a:5", folder, None, None, None)
+    assert parse_spec(f"n={file}:0.5") == ("n", file, None, 0.5, None)
+    assert parse_spec(f"{file}#val@{tmp_path}/i@m:2") == ("a:5", file, tmp_path / "i@m", 2, "val")
+    (folder / "x#val").write_text("")
+    assert parse_spec(f"n={folder}/x#val@c") == ("n", folder / "x#val", Path("c"), None, None)
+    write_shard(folder / "00.tar", {"1.jpg": encoded(1), "1.txt": b"one"})
+    for shards in ("{00..00}.tar", "*.tar"):
+        assert list(read_pairs(f"n={folder}/{shards}:2").captions) == ["one"]
+    with pytest.raises(ValueError, match="does not read"):
+        parse_spec(f"{write_pairs(tmp_path, 1)}@")
 
 
 def test_the_papers_data_is_found_where_it_lies(tmp_path):
@@ -863,10 +906,25 @@ def test_kept_scans_of_links_to_one_file_are_told_apart(tmp_path, monkeypatch):
         assert pixels(read_pairs(str(tmp_path / name)).file(0)).shape == (30, 40, 3)
 
 
+def test_a_kept_scan_of_regions_ends_when_their_images_are_unpacked(tmp_path, monkeypatch):
+    """It knows in which of two folders each lies."""
+    monkeypatch.setenv("VPGTRANS_CACHE", str(tmp_path / "scans"))
+    monkeypatch.setattr(pairs_module, "KEPT_FROM", 1)
+    rows = [{"id": i, "regions": [{"phrase": f"number {i}"}]} for i in (1, 2)]
+    file = write_object(tmp_path / "region_descriptions.json", rows)
+    with pytest.raises(FileNotFoundError):
+        read_pairs(str(file))
+    places = [tmp_path / "VG_100K" / "1.jpg", tmp_path / "VG_100K_2" / "2.jpg"]
+    for n, place in enumerate(places, 1):
+        save_image(place)
+        assert read_pairs(str(file)).files()[:n] == [str(place) for place in places[:n]]
+
+
 # -------------------------------------------------------------------------------------------- shards
 
 
-@pytest.mark.parametrize("ending, format", [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
+@pytest.mark.parametrize("ending, format", [
+    ("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("jfif", "JPEG"), ("pnm", "PPM")])
 def test_shards_of_webdataset_are_read_without_unpacking(tmp_path, ending, format):
     """As img2dataset writes them with that package: image, .txt, and .json beside it; the same
     pictures come out."""
@@ -905,6 +963,19 @@ def test_many_shards_are_scanned_by_several_processes(tmp_path):
         assert np.array_equal(pixels(pairs.file(i)), decoded(encoded(i)))
     lonely = [f"{tmp_path}/{i:05d}.tar: bad" for i in (0, 4, 8)]
     assert pairs.left_out == {"no caption next to it": lonely}
+
+
+def test_a_shard_in_a_folder_of_pairs_hides_nothing(tmp_path):
+    write_shard(tmp_path / "backup.tar", {"1.jpg": encoded(1), "1.txt": b"one"})
+    save_image(tmp_path / "contact_sheet.png")  # as pairs.py draws it
+    assert list(read_pairs(str(tmp_path)).captions) == ["one"]
+    save_image(tmp_path / "2.png")
+    write(tmp_path / "2.txt", "two")
+    with pytest.raises(ValueError, match=r"backup.tar.*2.png; .*\*.tar, .* move the shards"):
+        read_pairs(str(tmp_path))
+    assert list(read_pairs(f"{tmp_path}/*.tar").captions) == ["one"]
+    (tmp_path / "backup.tar").rename(tmp_path / "backup.tar.old")
+    assert of(read_pairs(str(tmp_path)))[-1] == ("2.png", "two")
 
 
 def test_captions_of_shards_come_from_txt_or_json(tmp_path):
