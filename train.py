@@ -406,7 +406,7 @@ def holds_images_alone(source):
     """Is it a folder of images of which none has a text beside it?"""
     if not source.is_dir() or any(source.glob("*.tar")):
         return False
-    texts = {file.with_suffix("") for file in source.rglob("*.txt")}
+    texts = {file.with_suffix("") for file in source.rglob("*.txt") if not file.name.startswith(".")}
     return not texts or not any(file.suffix != ".txt" and file.with_suffix("") in texts
                                 for file in source.rglob("*"))
 

@@ -166,10 +166,12 @@ def test_a_folder_of_images_alone_is_enough(world, pairs, tmp_path, capsys):
 
 
 def test_a_dry_run_counts_the_captions_that_would_be_drawn(world, pairs, tmp_path, capsys):
-    """A text that is of no image does not make a folder of images one of pairs."""
+    """A text that is of no image, or macOS's copy of one, does not make a folder of images one of pairs."""
     source, target, _ = world
     (Path(pairs.root) / "pairs.jsonl").unlink()
     (Path(pairs.root) / "README.txt").write_text("My photos.")
+    for copy in ("._0.txt", "._0.png"):
+        (Path(pairs.root) / copy).write_bytes(b"\0")
     argv = ["--src", str(source), "--tgt", str(target), "--data", pairs.root, "--batch-size", "2"]
     train.main([*argv, "--caption-with", "source:5", "--dry-run", "a100", "--out", str(tmp_path / "run")])
     images = 22  # and two for validation
