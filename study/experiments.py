@@ -101,7 +101,7 @@ SMALL_RATES = {
         "auto": [("", "1e-3"), ("", "5e-4")],
         "converter": [("2e-3", "1e-3"), ("5e-3", "1e-3")],
         "captions": [("5e-4", "5e-4"), ("2e-3", "1e-3")],
-        "captions-no-warm-up": [("", "5e-4"), ("", "1e-3")]},
+        "captions-no-warm-up": [("", "1e-3"), ("", "5e-4")]},
     "t5-256": {  # T5 forgets how to look at rates that suit the others
         "scratch": [("", "1e-3"), ("", "5e-4"), ("", "2e-4")],
         "scratch-stage1": [("", "5e-4"), ("", "2e-4")],
