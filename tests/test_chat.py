@@ -90,6 +90,7 @@ class Readings:
         monkeypatch.setattr(llm, "read", watched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_image, penalty", [(True, 1.0), (False, 1.3)])
 def test_answers_are_those_behind_the_whole_conversation_read_anew(talker, device_kind, has_image, penalty):
     """To the id in float32, turn after turn."""

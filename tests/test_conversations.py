@@ -149,6 +149,7 @@ def talker(world, tmp_path_factory):
     return model.eval(), data.load_tokenizer(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_picture", [True, False])
 def test_questions_are_asked_behind_the_models_own_answers(talker, written, has_picture):
     """Of several conversations at a time as of each alone, turn by turn."""

@@ -1563,6 +1563,7 @@ def test_lengths_of_prompts_and_targets_are_measured_without_images(tok, talk, s
 # -------------------------------------------------------------- pictures that must not be trained on
 
 
+@pytest.mark.slow
 def test_a_picture_is_known_in_another_size_quality_and_name(tmp_path, samples):
     for i in range(12):
         photograph(seed=i).save(tmp_path / f"{i}.jpg", quality=90)

@@ -142,6 +142,7 @@ def test_a_dry_run_without_data_takes_the_papers_amounts(world, tmp_path, capsys
     assert "7,500 steps of 1,728 = 12,960,000 samples" in said
 
 
+@pytest.mark.slow
 def test_on_a_gpu_the_micro_batch_follows_from_its_memory(world, monkeypatch):
     args = train.parse_arguments(["--src", str(world[0]), "--tgt", str(world[1]), "--data", str(world[2])])
     stages = train.choose_stages(args)

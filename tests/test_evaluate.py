@@ -254,6 +254,7 @@ def normalise_once_more(text):
     return " ".join(words)
 
 
+@pytest.mark.slow
 def test_ten_thousand_random_strings_are_normalised_alike():
     rng = random.Random(0)
     pieces = [*';/[]"{}()=+\\_-><@`,?!', *" .'10aA:\t\n" * 3, *RIGHT, " a ", " The ", "1,0", "t-shirt"]
@@ -665,6 +666,7 @@ def test_an_image_is_seen_once_whatever_the_number_of_its_questions(world, bench
     assert seen["positions"] <= seen["prompts"] * longest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", [b"", b'{"id": 300', b'{"id": 3001, "answer": "re'])
 def test_a_killed_run_goes_on_and_asks_nothing_twice(world, benchmarks, tmp_path, seen, torn):
     spec = f"vqav2={benchmarks / 'vqav2'}"

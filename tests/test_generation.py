@@ -38,6 +38,7 @@ def test_generation_equals_transformers(tmp_path, variant, num_beams, length_pen
             assert captions[row] == cut_at(their_ids[started:], ends)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")
 @pytest.mark.parametrize("variant", ["opt", "llama-3.1", "flan-t5"])
 @pytest.mark.parametrize("num_beams, min_new_tokens, penalty", [(1, 0, 1.3), (1, 4, 0.05), (3, 4, 1.3)])
@@ -119,6 +120,7 @@ def test_beams_end_at_stop_sequences_as_transformers_do(tmp_path, variant, num_b
     assert early
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_no_stop_sequence_is_completed_before_min_new_tokens(llm_pair, num_beams):
     ours, _, _ = llm_pair
@@ -151,6 +153,7 @@ def test_it_generates_under_autocast(llm_pair, dtype):
         assert len(low.generate(random_prefix(1, 5), max_new_tokens=4, num_beams=2, stop=())[0]) == 4
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_nucleus(llm_pair):
     """At a tiny top_p only the most probable token is left; at a high temperature the draws differ."""
     ours, _, _ = llm_pair
@@ -240,6 +243,7 @@ def decoder_only(request, tmp_path_factory):
     return ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_behind_a_cache_it_generates_as_behind_the_whole_prefix(decoder_only, device_kind, num_beams, holes):
@@ -283,6 +287,7 @@ def test_a_cache_is_extended_piece_by_piece_and_cut(decoder_only, device_kind):
     assert cache.used == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_stream_yields_what_generate_gives(llm_pair, temperature):
     ours, _, _ = llm_pair

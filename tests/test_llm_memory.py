@@ -71,6 +71,7 @@ def exact_pair(llm_pair):
     return copy.deepcopy(llm_pair[0]).double(), copy.deepcopy(llm_pair[1]).double()
 
 
+@pytest.mark.slow
 def test_logits_and_gradients_equal_transformers_with_the_sum_put_in(exact_pair):
     """Rows side by side, with holes, against each row alone; frozen weights get no gradient."""
     ours, theirs = exact_pair
