@@ -103,6 +103,7 @@ def test_the_ids_are_those_of_transformers_template(taught, read):
     assert read == [before + [data.IMAGE] * 5 + behind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "opt", "t5"])
 def test_evaluation_asks_as_people_write_and_for_a_short_answer(taught, questions, kind, read, tmp_path):
     """The whole of each prompt, its beginning read once for all questions of an image; and captions."""

@@ -685,6 +685,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(world, benchmarks, tmp_path
     assert score(world, tmp_path / "killed", spec)["vqav2"] == whole and not seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"num_beams": 2}, {"length_penalty_counts": "new"}, {"precision": "bf16"},
                                     {"question_prompt": "Q: {} A:"}])
 def test_answers_to_something_else_are_refused(world, benchmarks, tmp_path, capsys, change):

@@ -100,6 +100,7 @@ class EndsWith(StoppingCriteria):
         return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["opt", "llama-1", "flan-t5"])
 @pytest.mark.parametrize("num_beams, length_penalty", [(2, 1.0), (5, -1.0)])
 def test_beams_end_at_stop_sequences_as_transformers_do(tmp_path, variant, num_beams, length_penalty):

@@ -446,6 +446,7 @@ def test_a_transfer_goes_on_to_stage_3(world, talk, tmp_path, write_target, monk
             export.export(str(tmp_path / "chat"), tmp_path / "exported")
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_data_and_loads_no_weights(talk, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(language_models, "load_llm", None)
     nothing = command((talk[0], tmp_path / "nothing.json"), tmp_path / "run", "--dry-run", "a100")

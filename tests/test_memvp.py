@@ -470,6 +470,7 @@ def count_operations(llm, T, memory=None):
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_formulas_at_7b():
     """N (2cT + 4T^2d + 4mTd) with the memory, N (2c(T+n) + 4(T+n)^2 d) with n soft prompts in the input; a
     layer has c = 4d^2 + 3dD parameters. Half the work at 256 positions of text."""

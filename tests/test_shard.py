@@ -295,6 +295,7 @@ def test_a_process_alone_and_options_that_do_not_go_together_are_refused(world, 
 # ------------------------------------------------------------------------------------------ dry runs
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_cards_and_what_they_share(world, tmp_path, capsys):
     argv = arguments(world, tmp_path / "run", "--shard", "--dry-run")
     train.main([*argv, "4xa100"])
