@@ -552,7 +552,7 @@ def describe_data(of_stages):
 def check_same_data(args, state, now):
     """ValueError if a state's run read other data than describe_data says `now`: their order would be
     another, and with it the run."""
-    then = state.get("data", now)  # a state of before 1 December 2026 does not say
+    then = state.get("data", now)  # a state of before December 2026 does not say
     for stage, sets in now.items():
         if then.get(stage) != sets:
             was, are = (", ".join(f"{name} {count:,}" for name, count in some)

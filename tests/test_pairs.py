@@ -688,6 +688,18 @@ def test_vqas_questions_find_their_answers(tmp_path, questions, notes):
         read_questions(str(file))
 
 
+@pytest.mark.parametrize("split", ["train2014", "val2014"])
+def test_vqas_images_are_found_where_coco_lies_beside_it(tmp_path, split):
+    image = f"coco/{split}/COCO_{split}_000000262148.jpg"
+    show(tmp_path, image)
+    folder = tmp_path / "vqav2"
+    folder.mkdir()
+    content = VQA_QUESTIONS | {"data_subtype": split}
+    file = write_object(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", content)
+    write_object(folder / f"v2_mscoco_{split}_annotations.json", VQA_NOTES)
+    assert read_questions(str(file)).file(0) == str(tmp_path / image)
+
+
 def test_questions_of_test_splits_have_no_answers(tmp_path):
     show(tmp_path, "test2015/COCO_test2015_000000262148.jpg")
     content = VQA_QUESTIONS | {"data_subtype": "test2015"}
@@ -722,10 +734,6 @@ QUESTIONS = {
         "vqa_val_eval.json",
         [{"question_id": 1, "question": "What?", "answer": ["a"] * 10, "image": "val2014/1.jpg"}],
         "coco/val2014/1.jpg", None, {}),
-    "LAVIS, VQAv2, training": (
-        "vqa_train.json",
-        [{"question_id": 1, "question": "What?", "answer": ["a"] * 10, "image": "train2014/1.jpg"}],
-        "coco/train2014/1.jpg", None, {}),
     "LAVIS, COCO": (
         "coco_karpathy_test.json",
         [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["A man.", "A rider"]}],
