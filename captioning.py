@@ -79,15 +79,16 @@ def look_and_say(model, tok, files, count, processes):
         sees = model.see(torch.stack(list(pixels.values())).to(processes.device))
         rows = {name: x.repeat_interleave(count, 0) for name, x in sees.items()}
         answers = model.generate(prompt.expand(len(pixels) * count, -1), **rows, max_new_tokens=LONGEST,
-                                 temperature=TEMPERATURE, top_p=TOP_P, stop=((tok.end_id,), (tok.eos_id,)))
+                                 temperature=TEMPERATURE, top_p=TOP_P, stop=transfer.ends(model, tok))
     texts = [tok.decode(answer).strip() for answer in answers]
     captions = [texts[i : i + count] for i in range(0, len(texts), count)]
     return dict(zip(pixels, captions)), unreadable
 
 
 def draw_captions(model, tok, pairs, count, file, kept, args, processes):
-    """Appends to `file` the captions of the images of a data set that `kept` has not, which grows by
-    them. All processes share the work, the first one writes. -> why images cannot be read: which
+    """Draws captions for the images of a data set that `kept` lacks; appends them to `file` and adds
+    them to `kept`. All processes share the work, the first one writes. -> a message for each image
+    that cannot be read
 
     A batch has a seed of its own, so that a run that was stopped goes on with the captions that it
     would have drawn, given as many processes and --micro-batch."""
@@ -96,8 +97,7 @@ def draw_captions(model, tok, pairs, count, file, kept, args, processes):
     share = max(1, args.micro_batch // count)
     problems = []
     starts = range(0, len(files), share * processes.world)
-    hidden = None if processes.rank == 0 else True  # None: where there is no terminal
-    bar = tqdm(starts, f"captions of {pairs.name}", unit="batch", disable=hidden)
+    bar = tqdm(starts, f"captions of {pairs.name}", unit="batch", disable=processes.hides_bars)
     with open(file, "a") if processes.rank == 0 else contextlib.nullcontext() as lines:
         for start in bar:
             batch = files[start : start + share * processes.world]

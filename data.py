@@ -459,7 +459,7 @@ def plan(sizes, samples, seed, weights=None):
 MOST_PACKED = 16  # captions of one image; of more (Visual Genome has 50), so many are drawn anew
 
 
-def captions_a_sample(pairs, captions):
+def captions_per_sample(pairs, captions):
     """How many captions a sample of a data set has on average."""
     if captions != "packed":
         return 1.0
@@ -473,8 +473,8 @@ def sizes(sets, captions="each"):
 
 
 class Samples(torch.utils.data.Dataset):
-    """Samples by (position in the plan, which): an image as the ViT wants it (or what a cache has
-    of it), a prompt and targets.
+    """samples[position, index] is sample `index` as it comes at `position` of the plan: an image as the
+    ViT wants it (or what a cache has of it), a prompt and targets.
 
     A sample is a caption ("each"), or an image with "one" of its captions, drawn anew each time, or
     with all of them ("packed"). Where `text` is given, a sample is an item of the sets, and
@@ -561,11 +561,11 @@ class Samples(torch.utils.data.Dataset):
         are those of its prompt and of its target."""
         lengths = []
         for pairs in self.sets:
-            letters = np.diff(pairs.texts.ends, prepend=0)
+            of_texts = np.diff(pairs.texts.ends, prepend=0)
             if self.captions != "each":
-                of_images = np.bincount(pairs.image, letters, len(pairs.images))
-                letters = of_images.astype(np.int64)
-            lengths.append(letters)
+                of_images = np.bincount(pairs.image, of_texts, len(pairs.images))
+                of_texts = of_images.astype(np.int64)
+            lengths.append(of_texts)
         return np.concatenate(lengths)
 
     def choose(self, index, position):
@@ -732,8 +732,9 @@ def wait_for(loader, stop):
 
 def start_workers(samples, batches, collate, workers):
     """-> what gives the micro-batches, and its processes."""
-    # workers end with the process that they read for, and leave it to that one what to do when all
-    # are told to stop; and what becomes of them is seen while it waits, not in the middle of a step
+    # signals go to all processes: workers ignore them, and end with the one that they read for. And
+    # torch's handler of SIGCHLD, which would raise in the middle of a step, is taken off: wait_for
+    # finds out
     before = block_signals()
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_child = signal.getsignal(signal.SIGCHLD)
@@ -934,8 +935,8 @@ def load_chat_template(folder):
     return template
 
 
-# Where contents stand in a rendered template: characters of nobody's, and tabs, which are gone
-# where the template strips contents
+# Where contents stand in a rendered template: private-use characters, which no text has, and tabs,
+# which vanish where the template strips contents
 MARK = re.compile("(\t?)\ue000(\\d+)\ue001(\t?)")
 
 
@@ -990,7 +991,7 @@ def why_not_written(tok, template, turns, has_system=False):
 
 
 def end_of_answer(tok, template, text):
-    """How many letters of what the template writes behind an answer end it: a special token, or the
+    """How many characters of what the template writes behind an answer end it: a special token, or the
     template's stop."""
     specials = [re.escape(token) for token in tok.specials]
     ends = "|".join([re.escape(template.stop)] if template.stop else specials)
@@ -1090,7 +1091,7 @@ def stop_ids(tok, template):
 
 
 def ends_early(text, stop):
-    """How many letters at the end of a text may be half a character, or the beginning of `stop`."""
+    """How many characters at the end of a text may be half a character, or the beginning of `stop`."""
     whole = text.rstrip("\ufffd")  # what a byte is written as until the rest of its character comes
     for n in range(len(stop or "") - 1, 0, -1):
         if whole.endswith(stop[:n]):

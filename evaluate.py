@@ -817,8 +817,8 @@ def answer_task(task, model, tok, template, header, args, folder, processes):
         options = {name: header[name] for name in (*CAPTION, "length_penalty_counts")}
         answered = answer_items(model, tok, mine, header["prompt"], options, args.batch_size, template, blind,
                                 header.get("task"))
-    hidden = None if processes.rank == 0 else True  # None: where nobody looks at a terminal
-    bar = tqdm(total=len(mine), desc=task.name, unit="answer", leave=False, disable=hidden)
+    bar = tqdm(total=len(mine), desc=task.name, unit="answer", leave=False,
+               disable=processes.hides_bars)
     stopped = False
     with bar, open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
         try:

@@ -159,7 +159,7 @@ class InstructionTuning:
                 raise ValueError(f"{items.name}: no conversation is left to train on; name --val, or use "
                                  "more")
         # neighbours lend each other their images, so that each has one of its own
-        val = pairs.one_caption_an_image(val, args.val_samples)
+        val = pairs.one_caption_per_image(val, args.val_samples)
         Q = self.shapes.num_query_tokens
         text = data.Conversations(self.tok, self.template, Q, args.max_tokens, INSTRUCTIONS)
         what = self.tok, self.shapes.image_size, Q

@@ -19,6 +19,10 @@ A *memory*, where one is given, is a function that every FFN calls with its own 
 activation; the result (B,S,D) is added to the FFN's output, before residual and norm. MemVP shows
 images so; nothing here knows more of it.
 
+The file goes: attention and masks, loss, generation, what models share, OPT, LLaMA, T5; then what
+not every run needs, quantised and sharded weights; loading. To learn how soft prompts are read, read
+`OPT`, `DecoderOnly.hidden_states` and `target_loss`; pass over `Cache` and beams at first.
+
 B batch, P prefix length, T target length, S positions read, D LLM width, V vocabulary, H heads, G
 key-value heads, hd width of a head, K beams.
 """
@@ -136,239 +140,6 @@ def causal_mask(keep):
 def real_positions(keep):
     """(B,S) bool -> (B,S): the number of each real position in its row, from 0."""
     return (keep.cumsum(1) - 1).clamp(min=0)
-
-
-class Ends:
-    """Stands for a tensor where only its shape and its first and last eight numbers are asked for, as
-    a fingerprint does."""
-
-    def __init__(self, tensor):
-        self.shape = tensor.shape
-        self.numbers = torch.cat([tensor.flatten()[:8], tensor.flatten()[-8:]])
-
-    def flatten(self):
-        return self.numbers
-
-
-def as_read(module):
-    """{name: tensor} of a module's parameters as they were read, for a fingerprint: of a matrix that was
-    quantised or sharded its Ends."""
-    tensors = dict(module.named_parameters())
-    for name, child in module.named_modules():
-        ends = getattr(child, "ends", None)
-        if isinstance(ends, Ends):
-            tensors[f"{name}.weight"] = ends
-    return tensors
-
-
-# ------------------------------------------------------------------------------ quantised frozen weights
-
-BLOCK = 64  # numbers of nf4 that share a scale
-
-
-def to_int8(rows):
-    """(out,in) float32 -> codes (out,in) int8, scales (out,1) float32: each row in steps of 1/127.5 of
-    its largest number, as torchao's int8 weights."""
-    scale = rows.abs().amax(1, keepdim=True) / 127.5
-    scale = scale.clamp(min=torch.finfo(torch.float32).eps)
-    codes = (rows * (1 / scale)).round().clamp(-128, 127)
-    return codes.to(torch.int8), scale
-
-
-def nf4_numbers():
-    """The 16 numbers of NF4, from -1 to 1: quantiles of a normal distribution, 7 below zero and 8 above
-    (Dettmers et al. 2023, "QLoRA"). So the weights of a block, each divided by the largest, use them
-    about equally often."""
-    quantile = NormalDist().inv_cdf
-    last = 0.9677083  # bitsandbytes' choice: halfway between 1 - 1/30 and 1 - 1/32
-    below = [-quantile(last + (0.5 - last) * i / 7) for i in range(7)]
-    above = [quantile(last + (0.5 - last) * i / 8) for i in range(8)]
-    return torch.tensor([*below, 0.0, *reversed(above)], device="cpu") / above[0]
-
-
-def to_nf4(rows):
-    """(out,in) float32 -> codes (out,in/2) uint8, two numbers a byte, the first in its high bits; scales
-    (out * in/64,1) float32, as bitsandbytes' nf4 without its double quantisation."""
-    blocks = rows.reshape(-1, BLOCK)
-    scale = blocks.abs().amax(1, keepdim=True)
-    shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)
-    numbers = nf4_numbers().to(rows.device)
-    codes = torch.bucketize(shares, (numbers[1:] + numbers[:-1]) / 2, out_int32=True)
-    first, second = codes.to(torch.uint8).view(len(rows), -1, 2).unbind(-1)
-    return first << 4 | second, scale
-
-
-def empty_codes(weights, out, width):
-    """Codes and scales of a matrix (out,in), on the meta device. torch.empty alone makes them: to encode
-    a matrix there torch would import its compiler, which takes seconds."""
-    if weights == "nf4" and (width % 2 or out * width % BLOCK):
-        raise ValueError(f"nf4 has blocks of {BLOCK} numbers, into which a matrix of {out} x {width} cannot "
-                         "be cut; use int8")
-    with torch.device("meta"):
-        if weights == "int8":
-            return torch.empty(out, width, dtype=torch.int8), torch.empty(out, 1)
-        return torch.empty(out, width // 2, dtype=torch.uint8), torch.empty(out * width // BLOCK, 1)
-
-
-@lru_cache
-def nf4_pairs(dtype, device):
-    """The two numbers that each byte stands for, as the bits of one: looked up so, they are several
-    times faster on CPUs. (256,)"""
-    numbers = nf4_numbers().to(device, dtype)
-    pairs = torch.stack([numbers.repeat_interleave(16), numbers.repeat(16)], dim=1)
-    as_wide = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
-    return pairs.view(as_wide[dtype.itemsize])[:, 0]
-
-
-def decode(codes, scale, dtype):
-    """What to_int8 or to_nf4 has made -> the matrix (out,in)."""
-    if codes.dtype == torch.int8:
-        return codes.to(dtype) * scale.to(dtype)
-    numbers = nf4_pairs(dtype, codes.device).index_select(0, codes.flatten().int()).view(dtype)
-    return (numbers.view(-1, BLOCK) * scale.to(dtype)).view(len(codes), -1)
-
-
-# One operation, into which torch.compile does not look: else it would keep every decoded matrix for
-# the backward pass, which is the memory that was to be saved.
-@torch.library.custom_op("vpgtrans::decode_multiply", mutates_args=())
-def decode_multiply(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, back: bool) -> torch.Tensor:
-    """x (...,in) times the matrix (out,in) of these codes -> (...,out); back: (...,out) -> (...,in)."""
-    matrix = decode(codes, scale, x.dtype)
-    return x @ matrix if back else F.linear(x, matrix)
-
-
-def product_width(codes, back):
-    """The last dimension of what decode_multiply returns."""
-    out, width = codes.shape
-    if not back:
-        return out
-    return width if codes.dtype == torch.int8 else 2 * width
-
-
-@decode_multiply.register_fake
-def _(x, codes, scale, back):
-    return x.new_empty(*x.shape[:-1], product_width(codes, back))
-
-
-@register_flop_formula(torch.ops.vpgtrans.decode_multiply, get_raw=True)
-def _(x, codes, scale, back, out_val=None):
-    return 2 * x.numel() * product_width(codes, back)
-
-
-def keep_codes(ctx, inputs, output):
-    _, codes, scale, ctx.back = inputs
-    ctx.save_for_backward(codes, scale)
-
-
-def multiply_back(ctx, gradient):
-    codes, scale = ctx.saved_tensors
-    return decode_multiply(gradient, codes, scale, not ctx.back), None, None, None
-
-
-decode_multiply.register_autograd(multiply_back, setup_context=keep_codes)
-
-
-class QuantisedLinear(nn.Module):
-    """A frozen nn.Linear whose matrix is kept as codes and scales. Made of one on the meta device;
-    `take` makes of the checkpoint's matrix what it then loads."""
-
-    ENCODE = {"int8": to_int8, "nf4": to_nf4}
-    ROWS = 1024  # that are encoded at a time: what is made on the way stays small
-
-    def __init__(self, linear, weights):
-        super().__init__()
-        self.encode = self.ENCODE[weights]
-        self.shape = linear.weight.shape  # (out, in)
-        codes, scale = empty_codes(weights, *self.shape)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = linear.bias
-
-    def take(self, matrix):
-        """(out,in) -> {"weight": codes, "weight_scale": scales}"""
-        self.ends = Ends(matrix)
-        codes, scales = zip(*(self.encode(rows.float()) for rows in matrix.split(self.ROWS)))
-        return {"weight": torch.cat(codes), "weight_scale": torch.cat(scales)}
-
-    def forward(self, x):
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        y = decode_multiply(x, self.weight, self.weight_scale, False)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-def check_outliers(name, matrix, codes):
-    """ValueError where a few numbers are so much larger than the others that int8 makes zeros of more
-    than a quarter of these: from there on nf4 is nearer to the matrix (docs/beyond-one-card.md)."""
-    if codes.dtype != torch.int8:
-        return
-    lost = ((codes == 0).sum() - (matrix == 0).sum()).item() / matrix.numel()
-    if lost > 0.25:
-        raise ValueError(f"{name}: int8 would make zeros of {lost:.0%} of its numbers, since some are so "
-                         f"much larger; take nf4, which has a scale for each {BLOCK}")
-
-
-def quantise_blocks(llm, weights):
-    """Puts a QuantisedLinear, "int8" or "nf4", in the place of each matrix of the repeated blocks of an
-    LLM on the meta device; word embeddings, head and norms stay as they are. -> {name of a matrix in
-    the checkpoint: its module}"""
-    for block in llm.layers:
-        for module in list(block.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    module.register_module(name, QuantisedLinear(child, weights))
-    return {f"{name}.weight": module for name, module in quantised(llm)}
-
-
-def quantised(llm):
-    """(name, QuantisedLinear) of all that an LLM has."""
-    return [(name, module) for name, module in llm.named_modules() if isinstance(module, QuantisedLinear)]
-
-
-# -------------------------------------------------------------------------------- sharded frozen weights
-
-
-def shard_blocks(model, blocks, mesh, methods=()):
-    """Spreads the matrices of a model's repeated blocks, on the meta device, over the processes of a mesh
-    (FSDP, Zhao et al. 2023): each keeps some rows of each matrix, and all rows are gathered for a block while
-    it is at work, those of the next meanwhile. What else there is stays whole, in every process.
-
-    A block must be entered by its forward, the model by its forward or one of the `methods`, by all processes
-    equally often. -> {name of a matrix: its linear layer}"""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes two seconds
-
-    inside = {module for block in blocks for module in block.modules()}
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    sharded = {f"{name}.weight": module for name, module in linear.items() if module in inside}
-    model.requires_grad_(False)
-    whole = set(model.parameters()) - {module.weight for module in sharded.values()}
-    for block in blocks:
-        fully_shard(block, mesh=mesh, ignored_params=whole)
-    # shards nothing more; but under one root, the next block is gathered while one is at work
-    fully_shard(model, mesh=mesh, ignored_params=whole)
-    for method in methods:
-        register_fsdp_forward_method(model, method)
-    return sharded
-
-
-def own_rows(matrix, mesh, dtype, device):
-    """A matrix (out,in) as read -> the DTensor of which this process keeps its rows. Of a file that is
-    mapped into memory, as read_file's are, no others are read."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    rows = -(-len(matrix) // mesh.size())
-    own = matrix[mesh.get_local_rank() * rows :][:rows].to(device, dtype)
-    how = dict(run_check=False, shape=matrix.shape, stride=matrix.stride())
-    return DTensor.from_local(own, mesh, [Shard(0)], **how)
-
-
-def gather_once(blocks):
-    """FSDP makes the tensors of a gathered block once, and only frees and fills them later. Made in the
-    inference mode of `generate` they could not be trained through: so they are made here."""
-    for block in blocks:
-        block.unshard()
-        block.reshard()
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -673,14 +444,14 @@ def sample_next(logits, temperature, top_p):
     return ids.gather(1, p.multinomial(1))[:, 0]
 
 
-def decode_tokens(llm, logits, cache, steps, min_new_tokens, penalty, temperature, top_p, stop):
+def decode_tokens(llm, logits, cache, steps, min_new_tokens, repetition_penalty, temperature, top_p, stop):
     """Greedy decoding or sampling, all rows side by side, until every row has ended. Yields the ids
     so far, (B,n)."""
     ids = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for n in range(1, steps + 1):
         scores = logits[:, 0].float()  # (B, V)
-        scores = penalise_repetition(scores, ids, penalty, llm.start_id)
+        scores = penalise_repetition(scores, ids, repetition_penalty, llm.start_id)
         if n <= min_new_tokens:
             scores = forbid_end(scores, ids, stop)
         next_ids = sample_next(scores, temperature, top_p)
@@ -699,7 +470,7 @@ def pick(x, index):
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
-def beam_search(llm, logits, cache, steps, min_new_tokens, penalty, K, length_penalty, stop,
+def beam_search(llm, logits, cache, steps, min_new_tokens, repetition_penalty, K, length_penalty, stop,
                 prompt_lengths=None):
     """Beam search with transformers' rules: a hypothesis scores log-probability / length **
     length_penalty (its end mark counts), and a row is done when no running beam, at its present
@@ -721,7 +492,7 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, penalty, K, length_pe
     is_among_best = torch.arange(width, device=device) < K
     for n in range(1, steps + 1):
         log_p = logits.log_softmax(-1, dtype=torch.float32)
-        log_p = penalise_repetition(log_p, beams, penalty, llm.start_id)
+        log_p = penalise_repetition(log_p, beams, repetition_penalty, llm.start_id)
         if n <= min_new_tokens:
             log_p = forbid_end(log_p, beams, stop)
         top, index = log_p.add_(scores[..., None]).flatten(1).topk(width)  # (B, width)
@@ -845,13 +616,14 @@ class LanguageModel(nn.Module):
         check_generation(max_new_tokens, num_beams, temperature, top_p, stop, repetition_penalty)
         cache = self.new_cache(prefix, max_new_tokens, num_beams, memory, cache)
         logits = self.start(prefix, prefix_mask, cache)
-        begun = self, logits, cache, max_new_tokens, min_new_tokens, repetition_penalty
         if prompt_lengths is not None and not isinstance(self, DecoderOnly):
             prompt_lengths = torch.ones_like(prompt_lengths)  # T5's decoder reads its start token alone
         if num_beams > 1:
-            ids = beam_search(*begun, num_beams, length_penalty, stop, prompt_lengths)
+            ids = beam_search(self, logits, cache, max_new_tokens, min_new_tokens, repetition_penalty,
+                              num_beams, length_penalty, stop, prompt_lengths)
         else:
-            *_, ids = decode_tokens(*begun, temperature, top_p, stop)
+            *_, ids = decode_tokens(self, logits, cache, max_new_tokens, min_new_tokens,
+                                    repetition_penalty, temperature, top_p, stop)
         rows = [[i for i in row if i >= 0] for row in ids.tolist()]  # -1 is behind a beam's end
         return [without_end(row, stop) for row in rows]
 
@@ -1192,12 +964,12 @@ def rotary_frequencies(config, hd):
     rope |= config.get("rope_scaling") or {}
     rope |= config.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    rotary_share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_type = {kind!r} is not implemented; only 'default', 'linear' and "
                          "'llama3' are")
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor = {partial} is not implemented; only 1.0 is")
+    if rotary_share != 1.0:
+        raise ValueError(f"partial_rotary_factor = {rotary_share} is not implemented; only 1.0 is")
     frequencies = rope["rope_theta"] ** -(torch.arange(0, hd, 2, device="cpu").float() / hd)
     if kind == "linear":
         return frequencies / rope["factor"]
@@ -1301,7 +1073,7 @@ class LLaMA(DecoderOnly):
         config.setdefault("qkv_bias", config["attention_bias"])
         self.dim = config["hidden_size"]
         self.vocab_size = config["vocab_size"]
-        # up to the width of its window, a sliding window is all of the text
+        # sliding windows are not implemented; a text no longer than the window does not notice
         self.longest = config["sliding_window"] if config.get("use_sliding_window", True) else None
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(self.vocab_size, self.dim),
@@ -1582,7 +1354,241 @@ class T5(LanguageModel):
         return "shared.weight" if name.endswith("coder.embed_tokens.weight") else name
 
 
+# ------------------------------------------------------------------------------ quantised frozen weights
+
+BLOCK = 64  # numbers of nf4 that share a scale
+
+
+def to_int8(rows):
+    """(out,in) float32 -> codes (out,in) int8, scales (out,1) float32: each row in steps of 1/127.5 of
+    its largest number, as torchao's int8 weights."""
+    scale = rows.abs().amax(1, keepdim=True) / 127.5
+    scale = scale.clamp(min=torch.finfo(torch.float32).eps)
+    codes = (rows * (1 / scale)).round().clamp(-128, 127)
+    return codes.to(torch.int8), scale
+
+
+def nf4_numbers():
+    """The 16 numbers of NF4, from -1 to 1: quantiles of a normal distribution, 7 below zero and 8 above
+    (Dettmers et al. 2023, "QLoRA"). So the weights of a block, each divided by the largest, use them
+    about equally often."""
+    quantile = NormalDist().inv_cdf
+    last = 0.9677083  # bitsandbytes' choice: halfway between 1 - 1/30 and 1 - 1/32
+    below = [-quantile(last + (0.5 - last) * i / 7) for i in range(7)]
+    above = [quantile(last + (0.5 - last) * i / 8) for i in range(8)]
+    return torch.tensor([*below, 0.0, *reversed(above)], device="cpu") / above[0]
+
+
+def to_nf4(rows):
+    """(out,in) float32 -> codes (out,in/2) uint8, two numbers a byte, the first in its high bits; scales
+    (out * in/64,1) float32, as bitsandbytes' nf4 without its double quantisation."""
+    blocks = rows.reshape(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True)
+    shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)
+    numbers = nf4_numbers().to(rows.device)
+    codes = torch.bucketize(shares, (numbers[1:] + numbers[:-1]) / 2, out_int32=True)
+    first, second = codes.to(torch.uint8).view(len(rows), -1, 2).unbind(-1)
+    return first << 4 | second, scale
+
+
+def empty_codes(weights, out, width):
+    """Codes and scales of a matrix (out,in), on the meta device. torch.empty alone makes them: to encode
+    a matrix there torch would import its compiler, which takes seconds."""
+    if weights == "nf4" and (width % 2 or out * width % BLOCK):
+        raise ValueError(f"nf4 has blocks of {BLOCK} numbers, into which a matrix of {out} x {width} cannot "
+                         "be cut; use int8")
+    with torch.device("meta"):
+        if weights == "int8":
+            return torch.empty(out, width, dtype=torch.int8), torch.empty(out, 1)
+        return torch.empty(out, width // 2, dtype=torch.uint8), torch.empty(out * width // BLOCK, 1)
+
+
+@lru_cache
+def nf4_pairs(dtype, device):
+    """The two numbers that each byte stands for, as the bits of one: looked up so, they are several
+    times faster on CPUs. (256,)"""
+    numbers = nf4_numbers().to(device, dtype)
+    pairs = torch.stack([numbers.repeat_interleave(16), numbers.repeat(16)], dim=1)
+    as_wide = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
+    return pairs.view(as_wide[dtype.itemsize])[:, 0]
+
+
+def decode(codes, scale, dtype):
+    """What to_int8 or to_nf4 has made -> the matrix (out,in)."""
+    if codes.dtype == torch.int8:
+        return codes.to(dtype) * scale.to(dtype)
+    numbers = nf4_pairs(dtype, codes.device).index_select(0, codes.flatten().int()).view(dtype)
+    return (numbers.view(-1, BLOCK) * scale.to(dtype)).view(len(codes), -1)
+
+
+# One operation, into which torch.compile does not look: else it would keep every decoded matrix for
+# the backward pass, which is the memory that was to be saved.
+@torch.library.custom_op("vpgtrans::decode_multiply", mutates_args=())
+def decode_multiply(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, back: bool) -> torch.Tensor:
+    """x (...,in) times the matrix (out,in) of these codes -> (...,out); back: (...,out) -> (...,in)."""
+    matrix = decode(codes, scale, x.dtype)
+    return x @ matrix if back else F.linear(x, matrix)
+
+
+def product_width(codes, back):
+    """The last dimension of what decode_multiply returns."""
+    out, width = codes.shape
+    if not back:
+        return out
+    return width if codes.dtype == torch.int8 else 2 * width
+
+
+@decode_multiply.register_fake
+def _(x, codes, scale, back):
+    return x.new_empty(*x.shape[:-1], product_width(codes, back))
+
+
+@register_flop_formula(torch.ops.vpgtrans.decode_multiply, get_raw=True)
+def _(x, codes, scale, back, out_val=None):
+    return 2 * x.numel() * product_width(codes, back)
+
+
+def keep_codes(ctx, inputs, output):
+    _, codes, scale, ctx.back = inputs
+    ctx.save_for_backward(codes, scale)
+
+
+def multiply_back(ctx, gradient):
+    codes, scale = ctx.saved_tensors
+    return decode_multiply(gradient, codes, scale, not ctx.back), None, None, None
+
+
+decode_multiply.register_autograd(multiply_back, setup_context=keep_codes)
+
+
+class QuantisedLinear(nn.Module):
+    """A frozen nn.Linear whose matrix is kept as codes and scales. Made of one on the meta device;
+    `take` makes of the checkpoint's matrix what it then loads."""
+
+    ENCODE = {"int8": to_int8, "nf4": to_nf4}
+    ROWS = 1024  # that are encoded at a time: what is made on the way stays small
+
+    def __init__(self, linear, weights):
+        super().__init__()
+        self.encode = self.ENCODE[weights]
+        self.shape = linear.weight.shape  # (out, in)
+        codes, scale = empty_codes(weights, *self.shape)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def take(self, matrix):
+        """(out,in) -> {"weight": codes, "weight_scale": scales}"""
+        self.ends = Ends(matrix)
+        codes, scales = zip(*(self.encode(rows.float()) for rows in matrix.split(self.ROWS)))
+        return {"weight": torch.cat(codes), "weight_scale": torch.cat(scales)}
+
+    def forward(self, x):
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        y = decode_multiply(x, self.weight, self.weight_scale, False)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def check_outliers(name, matrix, codes):
+    """ValueError where a few numbers are so much larger than the others that int8 makes zeros of more
+    than a quarter of these: from there on nf4 is nearer to the matrix (docs/beyond-one-card.md)."""
+    if codes.dtype != torch.int8:
+        return
+    lost = ((codes == 0).sum() - (matrix == 0).sum()).item() / matrix.numel()
+    if lost > 0.25:
+        raise ValueError(f"{name}: int8 would make zeros of {lost:.0%} of its numbers, since some are so "
+                         f"much larger; take nf4, which has a scale for each {BLOCK}")
+
+
+def quantise_blocks(llm, weights):
+    """Puts a QuantisedLinear, "int8" or "nf4", in the place of each matrix of the repeated blocks of an
+    LLM on the meta device; word embeddings, head and norms stay as they are. -> {name of a matrix in
+    the checkpoint: its module}"""
+    for block in llm.layers:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    module.register_module(name, QuantisedLinear(child, weights))
+    return {f"{name}.weight": module for name, module in quantised(llm)}
+
+
+def quantised(llm):
+    """(name, QuantisedLinear) of all that an LLM has."""
+    return [(name, module) for name, module in llm.named_modules() if isinstance(module, QuantisedLinear)]
+
+
+# -------------------------------------------------------------------------------- sharded frozen weights
+
+
+def shard_blocks(model, blocks, mesh, methods=()):
+    """Spreads the matrices of a model's repeated blocks, on the meta device, over the processes of a mesh
+    (FSDP, Zhao et al. 2023): each keeps some rows of each matrix, and all rows are gathered for a block while
+    it is at work, those of the next meanwhile. What else there is stays whole, in every process.
+
+    A block must be entered by its forward, the model by its forward or one of the `methods`, by all processes
+    equally often. -> {name of a matrix: its linear layer}"""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes two seconds
+
+    inside = {module for block in blocks for module in block.modules()}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    sharded = {f"{name}.weight": module for name, module in linear.items() if module in inside}
+    model.requires_grad_(False)
+    whole = set(model.parameters()) - {module.weight for module in sharded.values()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    # shards nothing more; but under one root, the next block is gathered while one is at work
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+    return sharded
+
+
+def own_rows(matrix, mesh, dtype, device):
+    """A matrix (out,in) as read -> the DTensor of which this process keeps its rows. Of a file that is
+    mapped into memory, as read_file's are, no others are read."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    rows = -(-len(matrix) // mesh.size())
+    own = matrix[mesh.get_local_rank() * rows :][:rows].to(device, dtype)
+    how = dict(run_check=False, shape=matrix.shape, stride=matrix.stride())
+    return DTensor.from_local(own, mesh, [Shard(0)], **how)
+
+
+def gather_once(blocks):
+    """FSDP makes the tensors of a gathered block once, and only frees and fills them later. Made in the
+    inference mode of `generate` they could not be trained through: so they are made here."""
+    for block in blocks:
+        block.unshard()
+        block.reshard()
+
+
 # ------------------------------------------------------------------------------------------ loading
+
+
+class Ends:
+    """Stands for a tensor where only its shape and its first and last eight numbers are asked for, as
+    a fingerprint does."""
+
+    def __init__(self, tensor):
+        self.shape = tensor.shape
+        self.numbers = torch.cat([tensor.flatten()[:8], tensor.flatten()[-8:]])
+
+    def flatten(self):
+        return self.numbers
+
+
+def as_read(module):
+    """{name: tensor} of a module's parameters as they were read, for a fingerprint: of a matrix that was
+    quantised or sharded its Ends."""
+    tensors = dict(module.named_parameters())
+    for name, child in module.named_modules():
+        ends = getattr(child, "ends", None)
+        if isinstance(ends, Ends):
+            tensors[f"{name}.weight"] = ends
+    return tensors
+
 
 HEAD = "lm_head.weight"
 ARCHITECTURES = {"opt": OPT, "llama": LLaMA, "mistral": LLaMA, "qwen2": LLaMA, "qwen3": LLaMA, "t5": T5}

@@ -1,13 +1,13 @@
-"""The training loop: any model and its samples, to optimizer steps and a folder from which a killed
-run goes on.
+"""The training loop: takes any model and its samples, makes optimizer steps, and keeps a folder from
+which a killed run goes on.
 
     processes = Processes.start("bf16")                      # one a GPU under torchrun
     run = Run(args, saved, processes, model, Validation(...), log)
     for job in jobs:
         train_stage(run, job)
 
-What trains, on which samples, for how long is a `Job`. Of a model the loop asks this much, and
-VisualLLM of vpgtrans.py has it:
+What trains, on which samples, for how long is a `Job`. Of a model the loop asks this much; VisualLLM
+(vpgtrans.py) and MemoryLLM (memvp.py) have it:
 
     model(prompt_ids, target_ids, scored=None, **sees)
                                               -> (loss sum, tokens); sees: images=..., features=... or
@@ -122,6 +122,12 @@ class Processes:
             if failed:
                 end_silently()
             yield
+
+    @property
+    def hides_bars(self):
+        """`disable` of tqdm: True but on the first process; there None, which hides bars where no
+        terminal is."""
+        return None if self.rank == 0 else True
 
     def autocast(self):
         """bf16 arithmetic around float32 trained weights; torch keeps losses and norms in
@@ -447,7 +453,7 @@ class Run:
     """What the stages of a run share: what is logged, saved and checked along the way."""
 
     args: argparse.Namespace  # of the command: out, micro_batch, workers, clip, gate, ..._every
-    saved: dict  # what is saved with the state: all arguments, as JSON has them, and the start
+    saved: dict  # with the state: arguments as JSON has them, the data sets' sizes, --init auto's start
     processes: Processes
     model: nn.Module
     validation: Validation
@@ -660,8 +666,8 @@ def train_stage(run, job, resumed=None):
     batches = data.load_batches(job.samples, job.order, stage.batch_size, args.micro_batch,
                                 processes.rank, processes.world, first, args.workers,
                                 must_stop)
-    hidden = None if processes.rank == 0 else True  # None: where there is no terminal
-    bar = tqdm(total=job.steps, initial=first, desc=job.name, unit="step", disable=hidden)
+    bar = tqdm(total=job.steps, initial=first, desc=job.name, unit="step",
+               disable=processes.hides_bars)
     with contextlib.closing(batches), bar:
         for step in range(first, job.steps):
             micro_batches, error = next_batch(batches, least)

@@ -159,7 +159,7 @@ def hold_out(pairs, most=500, share=0.05):
     return set(np.random.default_rng(0).permutation(images)[:count].tolist())
 
 
-def one_caption_an_image(pairs, most):
+def one_caption_per_image(pairs, most):
     """The first caption of each of the first `most` images, for validation."""
     return pairs.subset(np.sort(np.unique(pairs.image, return_index=True)[1])[:most])
 

@@ -147,6 +147,7 @@ def normalise(images):
     quarter of the traffic."""
     mean = torch.tensor(MEAN).view(3, 1, 1).to(images.device, non_blocking=True)  # else a GPU is waited for
     std = torch.tensor(STD).view(3, 1, 1).to(images.device, non_blocking=True)
+    # (images / 255 - mean) / std, in one pass over the images
     return torch.addcmul(-mean / std, images, 1 / (255 * std))
 
 
@@ -162,7 +163,8 @@ def run_blocks(layers, x, beside):
 
 
 class EVA(nn.Module):
-    """The ViT of BLIP-2. `post_layernorm` belongs to it by name but to the Q-Former by training:
+    """The ViT of BLIP-2: EVA-g without its last block, since the last but one serves language models
+    better (Li et al. 2023). `post_layernorm` belongs to it by name but to the Q-Former by training:
     VPGTrans fine-tunes it."""
 
     DEFAULTS = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16,
@@ -312,10 +314,10 @@ class VPG(nn.Module):
     """ViT + Q-Former. `config` is a BLIP-2 config.json as a dict; fields left out have BLIP-2's
     values.
 
-    `image_size` and `vit_layers` (features are read after this block of the ViT) beside its
-    `vision_config`, as our runs have them, say how the ViT is used; the default is as its
-    checkpoint is. Dropout (0.1 in the checkpoints) is the Q-Former's alone, and active in train
-    mode: in stage 2, not in stage 1 and not in generation."""
+    Our runs add two fields: `image_size`, of the images to be read, and `vit_layers`, the block of
+    the ViT behind which features are read. Without them both are the ViT's own. Dropout (0.1 in the
+    checkpoints) is the Q-Former's alone, and active in train mode: in stage 2, not in stage 1 and not
+    in generation."""
 
     QFORMER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                    hidden_act="gelu", layer_norm_eps=1e-12, hidden_dropout_prob=0.1,

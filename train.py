@@ -38,7 +38,7 @@ import loop
 import runs
 import transfer
 import vpgtrans
-from pairs import Pairs, hold_out, one_caption_an_image, parse_spec, read_pairs, read_pictures
+from pairs import Pairs, hold_out, one_caption_per_image, parse_spec, read_pairs, read_pictures
 from vpgtrans import STAGES
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -66,12 +66,12 @@ def add_method(parser):
     method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
     method.add_argument("--init", choices=("converter", "captions", "random", "auto"),
                         default="converter",
-                        help="start of the projector: the source's, merged with the word "
-                             "converter, as in the paper; or fitted to what its soft prompts mean "
-                             f"in the captions of {transfer.LOOKS} images; or random; or of these "
-                             f"the one that is ahead after {transfer.TRIAL_STEPS} steps, each at a "
-                             "few rates, of which --warm-up-lr becomes the best unless it is given "
-                             "(default: %(default)s)")
+                        help="start of the projector. converter: the source's, merged with the word "
+                             "converter, as in the paper; captions: fitted to what its soft prompts "
+                             f"mean in the captions of {transfer.LOOKS} images; random; auto: the one "
+                             f"of these whose loss is lowest after {transfer.TRIAL_STEPS} steps, each "
+                             "at the best of a few rates, which the warm-up then takes unless "
+                             "--warm-up-lr is given (default: %(default)s)")
     method.add_argument("--ridge", type=float, default=vpgtrans.RIDGE,
                         help="of the word converter, relative to the mean variance of the source's "
                              "word embeddings (default: %(default)g; 0.001 in runs before "
@@ -137,9 +137,9 @@ def add_length(parser):
     length.add_argument("--warm-up-steps", type=int,
                         help="optimizer steps of stage 1 (default: one epoch)")
     length.add_argument("--steps", type=int,
-                        help="optimizer steps of stage 2, or from scratch (default: 13M samples "
-                             "with the paper's data, also where only some of it lies there; of --data "
-                             "13M, 10 epochs at most; from scratch 10 epochs)")
+                        help="optimizer steps of stage 2, or from scratch (default: 13M samples, "
+                             "however much of the paper's data is there; with --data 10 epochs at "
+                             "most; from scratch 10 epochs)")
     length.add_argument("--lr", type=float,
                         help="peak rate of stage 2, or from scratch (default: 1e-4)")
     length.add_argument("--warm-up-lr", type=float, help="rate of stage 1 (default: 5 x --lr)")
@@ -442,7 +442,7 @@ def find_data(args, stages, say):
     for name in stages:
         of_stage = [sets[source_key(spec)] for spec in specs[name]]
         of_stages[name] = of_stage, read_weights(specs[name])
-    return of_stages, one_caption_an_image(val, args.val_samples)
+    return of_stages, one_caption_per_image(val, args.val_samples)
 
 
 def check_left_out(pairs, max_bad, say):
@@ -471,12 +471,12 @@ def mixture(captions, sets, weights):
 
     -> (weights of the data sets as shares of samples, or None; captions a sample on average). The
     weights given are shares of captions."""
-    each = [data.captions_a_sample(pairs, captions) for pairs in sets]
-    shares = data.sizes(sets, captions)
+    per_sample = [data.captions_per_sample(pairs, captions) for pairs in sets]
     if weights:
-        shares = [weight / n for weight, n in zip(weights, each)]
-    average = sum(share * n for share, n in zip(shares, each)) / sum(shares)
-    return shares if weights else None, average
+        weights = [weight / n for weight, n in zip(weights, per_sample)]
+    shares = weights or data.sizes(sets, captions)
+    average = sum(share * n for share, n in zip(shares, per_sample)) / sum(shares)
+    return weights, average
 
 
 def what_there_is(args, found, name, stage):
@@ -626,7 +626,7 @@ def fill_cache(features, see, image_size, args, processes):
 # ---------------------------------------------------------------------------------- without weights
 
 
-def captions_an_image(args):
+def captions_per_image(args):
     """How many --caption-with draws."""
     return int(args.caption_with.partition(":")[2] or 1)
 
@@ -634,9 +634,9 @@ def captions_an_image(args):
 def longest_text(args, sets):
     """Tokens that a sample's captions may have: where they are packed, as many as the data set with
     most has on average."""
-    most = max(data.captions_a_sample(pairs, args.captions) for pairs in sets)
+    most = max(data.captions_per_sample(pairs, args.captions) for pairs in sets)
     if args.caption_with and args.captions == "packed":  # of which it has none yet
-        most = captions_an_image(args)
+        most = captions_per_image(args)
     return round(args.max_tokens * most)
 
 
@@ -774,7 +774,7 @@ def find(args, stages, held):
 def caption_data(args, found):
     """--caption-with: every training set with the source's own captions, drawn once for all stages;
     and that of validation, if it has none. A dry run has something as long in their place."""
-    count = captions_an_image(args)
+    count = captions_per_image(args)
     once = {id(pairs): pairs for sets, _ in found.sets.values() for pairs in sets}
     if not any(found.val.captions):
         once[id(found.val)] = found.val
@@ -786,7 +786,7 @@ def caption_data(args, found):
     for stage, (sets, weights) in found.sets.items():
         found.sets[stage] = [with_captions[id(pairs)] for pairs in sets], weights
     if id(found.val) in once:
-        found.val = one_caption_an_image(with_captions[id(found.val)], args.val_samples)
+        found.val = one_caption_per_image(with_captions[id(found.val)], args.val_samples)
 
 
 def new_samples(args, found, model, sets, **options):

@@ -1,8 +1,8 @@
-"""Composes the rooms: source and target to the model before its first step; a run or checkpoint to
-a model that answers.
+"""From the names of source and target to the model before its first step; and from a run or
+checkpoint to a model that answers.
 
     src, tgt = find_models("opt-2.7b", "opt-6.7b", tokenizer)
-    model = build_model(args, src, tgt, tok, sets, processes)          # stage 1 begins with it
+    model, start = build_model(args, src, tgt, tok, sets, processes)   # stage 1 begins with it
     model, tok = load_model("out/opt-2.7b-to-opt-6.7b")
     answer(model, tok, images)                                       # (B,3,H,W) uint8 -> B captions
     model, tok, template = load_chat("out/opt-6.7b-to-vicuna-7b-chat")      # one that converses
@@ -40,7 +40,7 @@ import loop
 import memvp
 import qformer
 import vpgtrans
-from pairs import one_caption_an_image
+from pairs import one_caption_per_image
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of frozen weights, by --precision
 
@@ -103,13 +103,13 @@ def read_shared_words(projector, src, tgt):
 COUNTED = 100_000  # captions that tell how often a token is used: all of a million would take 17 s
 
 
-def count_shared(words, sets):
+def count_shared(words, sets, max_tokens):
     """How often captions use each of the shared tokens, (N,), by a sample of them."""
     total = sum(map(len, sets))
     every = -(-total // COUNTED)
     captions = (pairs.captions[i] for pairs in sets for i in range(0, len(pairs), every))
     size = max(words.src_tok.vocab().values()) + 1
-    return data.count_tokens(words.src_tok, captions, size)[words.src_ids]
+    return data.count_tokens(words.src_tok, captions, size, max_tokens)[words.src_ids]
 
 
 def convert_projector(projector, words, counts, say, ridge=vpgtrans.RIDGE):
@@ -165,7 +165,7 @@ def look_at_images(vpg, sets, args, processes, count=LOOKS):
     Images that cannot be read are passed over and counted; ValueError if none can be."""
     looks = []
     for pairs in sets:
-        pairs = one_caption_an_image(pairs, len(pairs.images))
+        pairs = one_caption_per_image(pairs, len(pairs.images))
         every = -(-len(pairs) * len(sets) // count)
         looks.append(pairs.subset(np.arange(0, len(pairs), every)))
     files = [file for pairs in looks for file in pairs.files()]
@@ -179,7 +179,7 @@ def look_at_images(vpg, sets, args, processes, count=LOOKS):
 
     with concurrent.futures.ThreadPoolExecutor(max(1, args.workers)) as pool:
         bar = tqdm(pool.map(read, files), "images to start from", len(files), leave=False,
-                   disable=None if processes.rank == 0 else True)
+                   disable=processes.hides_bars)
         pixels = {file: image for file, image in zip(files, bar) if image is not None}
     if unreadable:
         problem = f"{len(unreadable):,} cannot be read, the first: {next(iter(unreadable.values()))}"
@@ -297,8 +297,7 @@ def pick_start(model, named, train, held_out, args, processes):
     validation = loop.Validation(held_out, args.micro_batch, alone)
     vpgtrans.enter_stage(model, vpgtrans.STAGES["warm-up"])
     tried = []
-    hidden = None if processes.rank == 0 else True  # None: where there is no terminal
-    for name, projector in tqdm(named.items(), "starts", leave=False, disable=hidden):
+    for name, projector in tqdm(named.items(), "starts", leave=False, disable=processes.hides_bars):
         model.projector.load_state_dict(projector.state_dict())
         first, _ = validation.losses(model)
         rows = []
@@ -440,23 +439,27 @@ def start_projector(args, model, src, tgt, tok, sets, processes):
     -> what --init auto has found, else None"""
     say = processes.say
     if args.init == "random":
-        return say("projector: random")
+        say("projector: random")
+        return None
     began = time.time()
     projector = qformer.load_projector(src.folder)
     if src.llm.resolve() == tgt.llm.resolve():
         model.projector.load_state_dict(projector.state_dict())
-        return say("source and target are the same LLM: the projector stays as it is")
+        say("source and target are the same LLM: the projector stays as it is")
+        return None
     words = read_shared_words(projector, src, tgt)
     start = None
     if args.init == "converter":
-        projector = convert_projector(projector, words, count_shared(words, sets), say, args.ridge)
+        counts = count_shared(words, sets, args.max_tokens)
+        projector = convert_projector(projector, words, counts, say, args.ridge)
     else:
         looks = look_at_images(model.vpg, sets, args, processes)
     if args.init == "captions":
         projector = refit_projector(projector, words, looks, say)
     if args.init == "auto":
         fitted, kept_back = keep_back(looks)
-        named = starts(projector, words, count_shared(words, sets), fitted, model.projector)
+        counts = count_shared(words, sets, args.max_tokens)
+        named = starts(projector, words, counts, fitted, model.projector)
         say(f"starts: {', '.join(named)}; {TRIAL_STEPS} steps each, at rates that rise until one does worse")
         train = look_samples(fitted, model, tok, args, split=True)
         held_out = look_samples(kept_back, model, tok, args, split=False)

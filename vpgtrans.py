@@ -17,10 +17,12 @@ goes in two stages:
                             the usual rate                               STAGES["warm-up"]
     2. fine-tuning          train Q-Former and projector together        STAGES["fine-tune"]
 
-Without stage 1, gradients that come through a wrong projector damage the inherited Q-Former.
+Stage 1 is there, the paper says, because gradients that come through a wrong projector damage the
+inherited Q-Former. (In miniature no lasting damage was seen: docs/miniature.md.)
 
-B batch, P prompt length, T target length, Q query tokens, Dq Q-Former width, D LLM width (Ds
-source, Dt target), N tokens or images that something is fitted on, V vocabulary.
+B batch, P prompt length, T target length, K captions of an image, W words of one, Q query tokens,
+Dq Q-Former width, N image tokens, Dv ViT width, D LLM width (Ds source, Dt target); where something
+is fitted, N tokens or images.
 """
 
 import math
@@ -58,9 +60,10 @@ def token_weights(counts):
 
 
 RIDGE = 10.0  # relative: see fit_word_converter
+ROWS = 8192  # that are multiplied at a time
 
 
-def fit_word_converter(src, tgt, weight=None, ridge=RIDGE, block=8192):
+def fit_word_converter(src, tgt, weight=None, ridge=RIDGE):
     """The linear map that best turns source word embeddings into target word embeddings of the same
     tokens.
 
@@ -74,9 +77,9 @@ def fit_word_converter(src, tgt, weight=None, ridge=RIDGE, block=8192):
 
     A is the covariance of the source embeddings, C that of target and source. `ridge` is relative
     to the mean of A's diagonal: at 10 the map keeps what many words agree on, and leaves out
-    directions that few words have, along which soft prompts, many times longer than words, would
-    be thrown far from all words. Blocks of rows are multiplied in float32 and summed in float64: 50k
-    tokens, 2560 -> 4096, take ten seconds and half a gigabyte on 2 CPU cores."""
+    directions that few words have, along which soft prompts, whose norm is many times that of
+    words, would be thrown far from all words. Blocks of rows are multiplied in float32 and summed
+    in float64: 50k tokens, 2560 -> 4096, take ten seconds and half a gigabyte on 2 CPU cores."""
     if src.ndim != 2 or tgt.ndim != 2 or len(src) != len(tgt) or len(src) == 0:
         raise ValueError(f"the word converter needs as many source as target embeddings, "
                          f"not {tuple(src.shape)} and {tuple(tgt.shape)}")
@@ -85,7 +88,7 @@ def fit_word_converter(src, tgt, weight=None, ridge=RIDGE, block=8192):
         raise ValueError("the word converter needs one weight >= 0 for each token, not all of them 0")
     weight = weight / weight.sum()
     (_, Ds), (_, Dt) = src.shape, tgt.shape
-    blocks = list(zip(weight.split(block), src.split(block), tgt.split(block)))
+    blocks = list(zip(weight.split(ROWS), src.split(ROWS), tgt.split(ROWS)))
     src_mean = sum((w @ s).double() for w, s, _ in blocks)
     tgt_mean = sum((w @ t).double() for w, _, t in blocks)
     A = torch.zeros(Ds, Ds, dtype=torch.float64)
@@ -134,8 +137,8 @@ def fit_to_captions(queries, projector, src_captions, tgt_captions, rounds=2, sh
     word embeddings (W,Ds) and (W,Dt) of W >= 1 words of its caption in both LLMs. ValueError if
     there are not as many of each.
 
-    Soft prompts are many times longer than word embeddings, so a converter that was fitted on words
-    says little about them. Their direction says more: once their mean is subtracted, it points to
+    The norm of soft prompts is many times that of word embeddings, so a converter that was fitted on
+    words says little about them. Their direction says more: once their mean is subtracted, it points to
     the words that they stand for. Each soft prompt is read as a mixture of its caption's words, a
     softmax over `sharpness` times the cosine (at 20, a word whose cosine is 0.1 larger counts seven
     times as much). The new projector is the least-squares map from queries to the same mixtures of
@@ -150,10 +153,11 @@ def fit_to_captions(queries, projector, src_captions, tgt_captions, rounds=2, sh
     for _ in range(rounds):
         mean = projector(queries.mean((0, 1)))
         goals = []
-        for image, words, tgt_words in zip(queries, read_as, tgt_captions):
-            soft_prompts = F.normalize(projector(image) - mean, dim=-1)
-            cosine = soft_prompts @ F.normalize(words, dim=-1).T  # (Q, W)
-            goals.append((sharpness * cosine).softmax(-1) @ tgt_words)
+        for own, words, tgt_words in zip(queries, read_as, tgt_captions):  # (Q, Dq), (W, Ds or Dt), (W, Dt)
+            directions = F.normalize(projector(own) - mean, dim=-1)
+            cosine = directions @ F.normalize(words, dim=-1).T  # (Q, W)
+            goals.append((sharpness * cosine).softmax(-1) @ tgt_words)  # (Q, Dt)
+        # the same regression, from queries; a small ridge will do, since it is used on queries, too
         projector = fit_word_converter(queries.flatten(0, 1), torch.cat(goals), ridge=1e-3)
         read_as = tgt_captions  # from now on the soft prompts are the target's
     return projector.requires_grad_()
@@ -288,6 +292,7 @@ class Stage:
 
 STAGES = {
     "warm-up": Stage(trains=("projector",), lr=5e-4, final_lr=5e-4, batch_size=1728, epochs=1),
+    # 7,500 steps: 13M pairs
     "fine-tune": Stage(trains=JOINTLY, lr=1e-4, final_lr=5e-5, batch_size=1728, samples=12_960_000),
     # the baseline, TFS
     "from-scratch": Stage(trains=JOINTLY, lr=1e-4, final_lr=1e-5, batch_size=1728, epochs=10,

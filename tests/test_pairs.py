@@ -24,7 +24,7 @@ from pairs import (
     clean_caption,
     hold_out,
     main,
-    one_caption_an_image,
+    one_caption_per_image,
     parse_spec,
     read_conversations,
     read_pairs,
@@ -106,7 +106,7 @@ def test_coco_annotations_find_their_images_and_every_caption(tmp_path):
     assert pairs.left_out == {"empty caption": [f"{file}, annotation 4"],
                               "no image": [f"{file}, annotation 5"]}
     assert pairs.file(0) == pairs.file(2) == str(tmp_path / "train2017" / "000000000007.jpg")
-    assert list(one_caption_an_image(pairs, 10).captions) == ["a cat", "a dog"]
+    assert list(one_caption_per_image(pairs, 10).captions) == ["a cat", "a dog"]
 
 
 def test_a_list_in_json_and_images_elsewhere(tmp_path):

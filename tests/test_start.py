@@ -259,20 +259,20 @@ def test_captions_without_a_word_in_both_llms_are_passed_over(world, places, loo
 def test_the_converter_counts_words_in_a_sample_of_the_captions(world, places, monkeypatch):
     words = transfer.read_shared_words(qformer.load_projector(world[0]), *places)
     pairs = read_pairs(str(world[2]))
-    whole = transfer.count_shared(words, [pairs, pairs])
+    whole = transfer.count_shared(words, [pairs, pairs], 32)
     monkeypatch.setattr(transfer, "COUNTED", 48)
-    assert torch.equal(transfer.count_shared(words, [pairs, pairs]), whole)
+    assert torch.equal(transfer.count_shared(words, [pairs, pairs], 32), whole)
     monkeypatch.setattr(transfer, "COUNTED", 24)
     every_other = [pairs.subset(np.arange(0, 24, 2))] * 2
-    sample = transfer.count_shared(words, [pairs, pairs])
-    assert torch.equal(sample, transfer.count_shared(words, every_other)) and sample.sum() < whole.sum()
+    sample = transfer.count_shared(words, [pairs, pairs], 32)
+    assert torch.equal(sample, transfer.count_shared(words, every_other, 32)) and sample.sum() < whole.sum()
 
 
 def test_the_ridge_pulls_what_words_do_not_say_towards_nothing(world, places):
     """Along directions that no word has a soft prompt says nothing, the larger the ridge the less."""
     projector = qformer.load_projector(world[0])
     words = transfer.read_shared_words(projector, *places)
-    counts = transfer.count_shared(words, [read_pairs(str(world[2]))])
+    counts = transfer.count_shared(words, [read_pairs(str(world[2]))], 32)
     sizes = []
     for ridge in (1e-3, 1e-1, 10.0):
         merged = transfer.convert_projector(projector, words, counts, print, ridge)
@@ -287,5 +287,5 @@ def test_the_random_start_is_the_models_own(world, places):
     pairs = pairs.subset(np.arange(4))
     pairs.cache = {file: torch.randn(5, 32) for file in pairs.files()}
     random = nn.Linear(32, 32)
-    named = transfer.starts(projector, words, transfer.count_shared(words, [pairs]), [pairs], random)
+    named = transfer.starts(projector, words, transfer.count_shared(words, [pairs], 32), [pairs], random)
     assert torch.equal(named["random"].weight, random.weight) and named["random"] is not random
