@@ -70,8 +70,8 @@ def add_method(parser):
                              "converter, as in the paper; captions: fitted to what its soft prompts "
                              f"mean in the captions of {transfer.LOOKS} images; random; auto: the one "
                              f"of these whose loss is lowest after {transfer.TRIAL_STEPS} steps, each "
-                             "at the best of a few rates, which the warm-up then takes unless "
-                             "--warm-up-lr is given (default: %(default)s)")
+                             "at the best of a few rates, half of which is then the warm-up's "
+                             "unless --warm-up-lr is given (default: %(default)s)")
     method.add_argument("--ridge", type=float, default=vpgtrans.RIDGE,
                         help="of the word converter, relative to the mean variance of the source's "
                              "word embeddings (default: %(default)g; 0.001 in runs before "

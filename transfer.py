@@ -245,6 +245,9 @@ RATES = (5e-4, 2e-3, 5e-3, 2e-2)  # that each start is tried at, until one does 
 LOWER_RATES = (1e-4, 2e-5)  # and these, where the first of those was best
 TRIAL_STEPS = 20
 TRIAL_BATCH = 16
+# Of the best trial's rate, for the warm-up: so few steps favour rates at which more of them may leap up, and
+# after sixty steps half of the rate is as far (docs/notes.md).
+RATE_SHARE = 0.5
 
 
 def look_samples(looks, model, tok, args, split):
@@ -286,7 +289,8 @@ def try_start(model, projector, lr, train, processes, args):
 def pick_start(model, named, train, held_out, args, processes):
     """--init auto: of the starts, {name: projector}, the one whose loss is lowest after a few steps,
     each at the rate that suits it best. -> {"init", "lr", "tried": [{"init", "lr", "first", "loss",
-    "shuffled"}, ...]}: losses at first, after the steps, and then with shuffled images.
+    "shuffled"}, ...]}: what was taken and half of its rate, for the warm-up; of all trials the rates,
+    and the losses at first, after the steps, and then with shuffled images.
 
     The loss before any step misleads: a random projector's may be lower than a converted one's that
     is ahead after twenty steps. The steps are on the samples of `train`, the losses on those
@@ -318,7 +322,7 @@ def pick_start(model, named, train, held_out, args, processes):
     best = min(tried, key=loss_or_infinity)
     if not math.isfinite(best["loss"]):
         raise ValueError("the loss of every start is NaN or infinite; look at --tgt and --precision")
-    return {"init": best["init"], "lr": best["lr"], "tried": tried}
+    return {"init": best["init"], "lr": RATE_SHARE * best["lr"], "tried": tried}
 
 
 def loss_or_infinity(row):
@@ -329,7 +333,7 @@ def describe_start(start):
     """Lines: what --init auto has tried, each start at its best rate, and what it took."""
     tried = len(start["tried"])
     yield (f"{tried} trials of {TRIAL_STEPS} steps of {TRIAL_BATCH} samples, the projector alone "
-           f"({start['seconds']:.0f} s)")
+           f"({start['seconds']:.0f} s); {RATE_SHARE:g} of the best one's rate is for the warm-up")
     yield f"  start                     at first   after {TRIAL_STEPS} steps   shuffled images   at rate"
     for name, rows in itertools.groupby(start["tried"], key=operator.itemgetter("init")):
         row = min(rows, key=loss_or_infinity)

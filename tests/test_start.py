@@ -48,8 +48,8 @@ def test_init_auto_takes_what_is_ahead_after_a_few_steps_and_its_rate(auto):
         assert lower == list(transfer.LOWER_RATES[: len(lower)])
         assert bool(lower) == (min(losses) == losses[0])
     best = min(start["tried"], key=lambda row: row["loss"])
-    assert (start["init"], start["lr"]) == (best["init"], best["lr"])
-    assert rows(out, "stage", "lr")[0] == ("warm-up", best["lr"])
+    assert (start["init"], start["lr"]) == (best["init"], best["lr"] / 2)
+    assert rows(out, "stage", "lr")[0] == ("warm-up", best["lr"] / 2)
     (taken,) = [line for line in said.splitlines() if line.endswith("<- taken")]
     assert best["init"] in taken and f"{best['loss']:.3f}" in taken
 
@@ -124,7 +124,7 @@ def pick(monkeypatch, losses):
 
 def test_rates_rise_until_one_does_worse(monkeypatch):
     start = pick(monkeypatch, {"captions": [3.0, 2.0, 2.5, 0.0], "random": [5.0, 4.0, 3.0, 2.5]})
-    assert (start["init"], start["lr"]) == ("captions", transfer.RATES[1])
+    assert (start["init"], start["lr"]) == ("captions", transfer.RATES[1] / 2)
     assert [(row["init"], row["loss"]) for row in start["tried"]] == [
         ("captions", 3.0), ("captions", 2.0), ("captions", 2.5),
         ("random", 5.0), ("random", 4.0), ("random", 3.0), ("random", 2.5)]
@@ -136,7 +136,7 @@ def test_rates_fall_where_the_second_does_worse_at_once(monkeypatch, lower, trie
     losses = [3.0, 3.5, 0.0, 0.0, *lower]
     start = pick(monkeypatch, {"captions": losses, "random": [5.0, 6.0, 0.0, 0.0, 7.0, 0.0]})
     rates = (*transfer.RATES, *transfer.LOWER_RATES)
-    assert (start["init"], start["lr"]) == ("captions", rates[best])
+    assert (start["init"], start["lr"]) == ("captions", rates[best] / 2)
     of_captions = [row["loss"] for row in start["tried"] if row["init"] == "captions"]
     assert of_captions == (tried or [3.0, 3.5, *lower])
 
@@ -144,13 +144,13 @@ def test_rates_fall_where_the_second_does_worse_at_once(monkeypatch, lower, trie
 def test_a_start_whose_loss_is_nan_at_first_is_tried_at_lower_rates(monkeypatch):
     nan = float("nan")
     start = pick(monkeypatch, {"captions": [nan, nan, 0.0, 0.0, 2.0, 3.0], "random": [5.0, 4.0, 4.5, 0.0]})
-    assert (start["init"], start["lr"]) == ("captions", transfer.LOWER_RATES[0])
+    assert (start["init"], start["lr"]) == ("captions", transfer.LOWER_RATES[0] / 2)
 
 
 def test_a_loss_that_is_nan_is_never_taken(monkeypatch):
     nan = float("nan")
     start = pick(monkeypatch, {"captions": [nan] * 6, "random": [5.0, 4.0, nan, 3.0]})
-    assert (start["init"], start["lr"]) == ("random", transfer.RATES[1])
+    assert (start["init"], start["lr"]) == ("random", transfer.RATES[1] / 2)
     lines = transfer.describe_start(start | {"seconds": 1.0})
     (taken,) = [line for line in lines if line.endswith("<- taken")]
     assert "random" in taken and "4.000" in taken
