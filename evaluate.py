@@ -1096,10 +1096,14 @@ def find_tasks(named, limit):
 
 
 def describe_asking(task, args, tok, template, taught=None):
-    """What the answers of a task depend on beside the model: in the first line of their file."""
+    """What the answers of a task depend on beside the model: in the first line of their file. ValueError
+    where --captions finds none."""
     items = json.dumps([[item["id"], item["question"]] for item in task.items]).encode()
     same = {"images": args.images, "items": len(task.items), "digest": short_hash(items)}
     if task.name == "scienceqa":
+        if args.captions and not any("caption" in item for item in task.items):
+            raise ValueError("--captions: no question has one; captions.json, which lies in data/ of "
+                             "lupantech/ScienceQA, belongs beside problems.json")
         return same | {"prompt": f"QCM-A, {FORCED}", "captions": args.captions}
     asks = task.items[0]["question"] is not None
     fits = fitting_task(task.name, taught)
