@@ -61,7 +61,7 @@ class Conversation:
         self.model = model
         self.tok = tok
         self.template = template
-        self.ends = [*model.llm.stop, (tok.eos_id,)]
+        self.ends = transfer.answer_ends(model, tok)
         if not template.stop:  # a text, which is looked for in what is said
             self.ends += data.stop_ids(tok, template)
         self.context = min(CONTEXT, getattr(model.llm, "longest", None) or CONTEXT)

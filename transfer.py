@@ -730,11 +730,17 @@ def ask_ids(tok, num_query_tokens, text, template=None):
     return data.prompt_ids(tok, num_query_tokens, text.rstrip(" "))
 
 
+def answer_ends(model, tok):
+    """The single ids that end an answer in a conversation: EOS, and the checkpoint's end marks. But not a
+    newline: BLIP-2's OPT names that as its end mark, since it ends a caption."""
+    own = [ids for ids in model.llm.stop if ids != (tok.end_id,) or tok.end_id == tok.eos_id]
+    return [*own, (tok.eos_id,)]
+
+
 def ends(model, tok, template=None):
     """What ends an answer, as the LLM's generate takes it as `stop`."""
     if template:
-        found = *model.llm.stop, (tok.eos_id,), *data.stop_ids(tok, template)
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys([*answer_ends(model, tok), *data.stop_ids(tok, template)]))
     return (tok.end_id,), (tok.eos_id,)
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -139,8 +140,19 @@ def test_an_answer_ends_where_a_conversations_ends(taught, questions, kind):
     cut = data.ChatTemplate(**{**transfer.describe_template(template), "stop": end})
     assert transfer.read_answer(tok, tok.encode(whole), cut) == whole.partition(end)[0].strip()
     stops = transfer.ends(model, tok, template)
-    assert set(stops) >= {*model.llm.stop, *data.stop_ids(tok, template), (tok.eos_id,)}
+    assert set(stops) >= {*data.stop_ids(tok, template), (tok.eos_id,)}
     assert len(stops) == len(set(stops))
+
+
+def test_a_newline_ends_a_caption_and_no_answer():
+    """blip2-opt-2.7b's config.json names the newline as its end mark."""
+    tok = types.SimpleNamespace(end_id=50118, eos_id=2)
+    model = types.SimpleNamespace(llm=types.SimpleNamespace(stop=((50118,), (7,))))
+    assert transfer.ends(model, tok) == ((50118,), (2,))
+    assert transfer.answer_ends(model, tok) == [(7,), (2,)]
+    no_newline = types.SimpleNamespace(end_id=2, eos_id=2)
+    model.llm.stop = ((2,), (7,))
+    assert (2,) in transfer.answer_ends(model, no_newline)
 
 
 def test_any_other_model_continues_a_text(world, chat_models, tmp_path):
