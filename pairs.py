@@ -1288,6 +1288,11 @@ def image_root(file, images, names, folders=()):
     for place in places:
         if any(os.path.isfile(place / name) for name in names):
             return place
+    if os.path.isabs(names[0]):  # as in LAVIS's vg_caption.json
+        folder = os.path.dirname(names[0])
+        raise FileNotFoundError(f"{file}: its images have whole paths, {names[0]} and so on, where nothing "
+                                f"lies. Take the folders off, as with sed -i 's#{folder}/##g' {file}, and "
+                                f"say where the images are: {file}@FOLDER")
     where = ", ".join(map(str, near))
     raise FileNotFoundError(f"{file}: its first images, {names[0]} and so on, are not in {where}, nor "
                             f"in {', '.join(dict.fromkeys([split, 'images', *folders]))} there; say "

@@ -321,8 +321,9 @@ PAPER = {
              "of cocodataset.org: train2017.zip and annotations_trainval2017.zip, unpacked"),
     "sbu": (["sbu.json", "sbu.jsonl"],
             "SBU captions, downloaded with img2dataset, as a list of {image, caption}"),
-    "vg": (["vg_caption.json", "vg.jsonl"],
-           "Visual Genome region descriptions, as LAVIS's vg_caption.json"),
+    "vg": (["region_descriptions.json", "vg_caption.json", "annotations/vg_caption.json", "vg.jsonl"],
+           "Visual Genome, of homes.cs.washington.edu/~ranjay/visualgenome: region descriptions, and the "
+           "images in VG_100K/ and VG_100K_2/"),
     "laion": (["laion.jsonl", "laion.json"],
               "LAION-COCO, 13M pairs will do, as {image, caption} lines or the .tar shards of "
               "img2dataset"),
@@ -330,6 +331,9 @@ PAPER = {
 PAPER_VALIDATION = ["coco_karpathy_val.json", "annotations/coco_karpathy_val.json",
                     "annotations/captions_val2017.json",
                     "annotations/captions_val2014.json"]
+# COCO's splits of 2017 part the images otherwise than Karpathy's, on whose captions are scored.
+MIXED_UP = ("  among them are 4,407 of Karpathy's 5,000 test images and 4,392 of his validation images:\n"
+            "  CIDEr on COCO would be of images trained on; LAVIS's coco_karpathy_train.json has none")
 WARM_UP = {"coco": 1.0, "sbu": 1.0}  # one epoch of both
 FINE_TUNE = {"coco": 0.1, "vg": 0.2, "laion": 0.7}  # shares of samples
 
@@ -436,6 +440,8 @@ def find_data(args, stages, say):
         say(f"validation: {len(held)} images of {whole.name} held out")
     for (file, *_), pairs in sets.items():
         say(f"data: {pairs.name}, {len(pairs):,} pairs, {len(pairs.images):,} images ({file})")
+        if Path(file).name == "captions_train2017.json":
+            say(MIXED_UP)
         if not len(pairs):
             raise ValueError(f"{file}: no pair is left to train on; name --val, or use more pairs")
     of_stages = {}

@@ -116,6 +116,10 @@ def test_a_list_in_json_and_images_elsewhere(tmp_path):
     assert list(read_pairs(f"{file}@{tmp_path}").captions) == ["one", "two"]
     with pytest.raises(FileNotFoundError, match="pairs.json@FOLDER"):
         read_pairs(str(file))
+    rows = [{"image": "/export/share/vg/1.png", "caption": "one"}]  # as LAVIS's vg_caption.json
+    file = write(tmp_path / "notes" / "deep" / "whole.json", json.dumps(rows))
+    with pytest.raises(FileNotFoundError, match="whole paths.*'s#/export/share/vg/##g'.*whole.json@FOLDER"):
+        read_pairs(f"{file}@{tmp_path}")
 
 
 @pytest.mark.parametrize("text, captions", [
@@ -875,6 +879,8 @@ def test_the_papers_data_is_found_where_it_lies(tmp_path):
     found = {name: file.name for name, file in train.find_paper_data(tmp_path).items()}
     assert found == {"coco": "captions_train2014.json", "vg": "vg_caption.json",
                      "val": "captions_val2017.json"}
+    write(tmp_path / "vg" / "region_descriptions.json", "")
+    assert train.find_paper_data(tmp_path)["vg"].name == "region_descriptions.json"
     write(tmp_path / "laion" / "00000.tar", "")
     assert train.find_paper_data(tmp_path)["laion"] == tmp_path / "laion"
 

@@ -204,6 +204,17 @@ def test_no_validation_image_is_trained_on_in_any_stage(world):
         assert not set(pairs.files()) & set(val.files())
 
 
+def test_who_trains_on_train2017_is_told_what_karpathy_holds_out(world, tmp_path):
+    for name in ("captions_train2017.json", "captions_train2014.json"):
+        folder = shutil.copytree(world[2].parent, tmp_path / name.removesuffix(".json"))
+        rows = [json.loads(line) for line in (folder / world[2].name).read_text().splitlines()]
+        (folder / name).write_text(json.dumps(rows))
+        said = []
+        args = train.parse_arguments(["--src", "a", "--tgt", "b", "--data", f"{folder / name}@{folder}"])
+        train.find_data(args, train.choose_stages(args), say=said.append)
+        assert any("4,407 of Karpathy's 5,000" in line for line in said) == ("2017" in name)
+
+
 @pytest.mark.slow
 def test_without_data_the_papers_layout_is_used(world, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setenv("VPGTRANS_DATA", str(tmp_path))
