@@ -180,12 +180,14 @@ def read_encoder(folder):
         file = folder / "vocab.json"
         if not (file.is_file() and (folder / "merges.txt").is_file()):
             there = ""
-            if (folder / "tokenizer.model").is_file():
-                there = " but tokenizer.model, a SentencePiece file that is not read here"
+            for name in ("tokenizer.model", "spiece.model"):
+                if (folder / name).is_file():
+                    there = f" but {name}, a SentencePiece file that is not read here"
             raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and "
                                     f"merges.txt){there}; copy them there, or name a model that "
                                     "has the same one: --tgt-tokenizer (of finetune.py and export.py "
-                                    "--llm-tokenizer), huggyllama/llama-7b for Vicuna")
+                                    "--llm-tokenizer), huggyllama/llama-7b for Vicuna, "
+                                    "google/flan-t5-base for T5 v1.1")
     try:
         if file.name == "tokenizer.json":
             encoder = Encoder.from_file(str(file))

@@ -8,7 +8,9 @@ knowing of this project.
 The second form reads what LAVIS or the original VPGTrans saved: their names for query tokens,
 Q-Former, LayerNorm and projector, and the ViT where the file has it. Such files rarely do, since it
 is frozen, and all BLIP-2 checkpoints have the same one: --vit names one of them. For Vicuna, whose
-tokenizer is in a format that is not read here, add --llm-tokenizer llama-7b.
+tokenizer is in a format that is not read here, add --llm-tokenizer llama-7b. A file holds nothing of
+its LLM, which has to be the very one: VPGTrans's vl_vicuna.pth wants Vicuna v0, made from its delta,
+as a folder (vicuna-7b is v1.5).
 
 DIR then holds the whole model, config, tokenizer and image processor:
 
@@ -27,6 +29,7 @@ import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -298,7 +301,8 @@ def read_lavis(file):
     """A .pth file of LAVIS or the original VPGTrans -> {name in BLIP-2: tensor}. No code in the file
     is executed. ValueError names a file that is damaged or another's."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote no archives
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         named = content.get("model", content)
         named = {name: tensor[...] for name, tensor in named.items()}
     except FileNotFoundError:

@@ -184,8 +184,8 @@ def online():
 def first_files(available):
     """The files of a checkpoint that are read first, given the names of those there are; the last
     one holds the weights or is the index of their shards."""
-    # tokenizer.model cannot be read, but it is fetched so that it can be named
-    tokenizers = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["tokenizer.model"])
+    # SentencePiece's files cannot be read, but they are fetched so that they can be named
+    tokenizers = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["tokenizer.model"], ["spiece.model"])
     settings = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                 "generation_config.json")
     weights = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
@@ -233,8 +233,10 @@ def fetch(repository, starts):
             f"be reached. Either run `hf download {repository}` where there is a network and copy "
             f"that cache here, or put these files of {constants.ENDPOINT}/{repository} into a "
             "folder and name the folder instead: config.json; tokenizer.json (or vocab.json and "
-            f"merges.txt); {of_target}model.safetensors (or pytorch_model.bin; where it is sharded, "
-            f"the .index.json and the shards with {tensors})")
+            "merges.txt), with tokenizer_config.json, special_tokens_map.json, chat_template.jinja and "
+            f"generation_config.json, as far as they are there; {of_target}model.safetensors (or "
+            "pytorch_model.bin; where it is sharded, the .index.json and the shards with "
+            f"{tensors})")
     try:
         needed = first_files(set(HfApi().list_repo_files(repository)))[: None if starts else -1]
         paths = [hf_hub_download(repository, file) for file in needed]

@@ -29,6 +29,7 @@ key-value heads, hd width of a head, K beams.
 
 import json
 import math
+import zipfile
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import NormalDist
@@ -1649,7 +1650,8 @@ def read_file(file, wanted):
     A .bin is memory-mapped and read with weights_only=True: no code in it is ever executed."""
     try:
         if file.suffix == ".bin":
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote no archives
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             for name, tensor in tensors.items():
                 yield name, tensor if wanted(name) else None
         else:

@@ -15,6 +15,7 @@ B batch, N image tokens, Q query tokens, Dv ViT width, Dq Q-Former width, H head
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -520,7 +521,8 @@ def read_file(file, wanted):
     A .bin is memory-mapped and read with weights_only=True: no code in it is ever executed."""
     try:
         if file.suffix == ".bin":
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote no archives
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             for name, tensor in tensors.items():
                 yield name, tensor if wanted(name) else None
         else:

@@ -297,6 +297,9 @@ def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
     says = "tokenizer.model, a SentencePiece file.*--tgt-tokenizer.*huggyllama/llama-7b"
     with pytest.raises(FileNotFoundError, match=says):
         data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").rename(tmp_path / "spiece.model")  # google/t5-v1_1-*
+    with pytest.raises(FileNotFoundError, match="spiece.model, a Sentence.*flan-t5-base for T5 v1.1"):
+        data.load_tokenizer(tmp_path)
 
 
 # ---------------------------------------------------------------------------------- ids and prompts

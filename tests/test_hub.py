@@ -96,6 +96,8 @@ def test_what_a_role_needs_of_a_tokenizer(cache):
         resolve("llama-7b", "target")
     vicuna = put(cache, "lmsys/vicuna-7b-v1.5", ["tokenizer.model", "pytorch_model.bin"])
     assert resolve("vicuna-7b", "target").llm == vicuna
+    old = put(cache, "google/t5-v1_1-small", ["spiece.model", "tokenizer_config.json", "pytorch_model.bin"])
+    assert resolve("google/t5-v1_1-small", "target").llm == old
 
 
 @pytest.mark.parametrize("name, role, says", [
@@ -105,7 +107,7 @@ def test_what_a_role_needs_of_a_tokenizer(cache):
 def test_without_network_and_cache_the_message_says_what_to_put_where(cache, name, role, says):
     with pytest.raises(FileNotFoundError) as error:
         resolve(name, role)
-    way_out = ("hf download", "config.json", "merges.txt", "name the folder instead")
+    way_out = ("hf download", "config.json", "merges.txt", "chat_template.jinja", "name the folder instead")
     for text in (says, str(cache), *way_out):
         assert text in str(error.value)
 
