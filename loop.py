@@ -25,6 +25,7 @@ import argparse
 import atexit
 import contextlib
 import datetime
+import inspect
 import itertools
 import json
 import math
@@ -51,6 +52,14 @@ import runs
 import vpgtrans
 
 # ---------------------------------------------------------------------------------------- processes
+
+# On Hopper GPUs torch prefers cuDNN's attention, whose gradients may be NaN behind a mask (pytorch 196678),
+# and which makes a plan for each new length. The others, flash and memory-efficient, do neither.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+# What keeps DDP from sending buffers; before torch 2.13 it had the older name.
+DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+NO_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers": False}
 
 
 @dataclass(frozen=True)
@@ -275,7 +284,7 @@ def targets_and_masks(batch, device):
         targets = targets.to(device, non_blocking=True)
     masks = {}
     if "scored" in batch:
-        masks["scored"] = batch["scored"].to(device, non_blocking=True)
+        masks["scored"] = batch["scored"]  # left on the CPU: which they are is asked there, of no GPU
     has_image = batch.get("has_image")
     if has_image is not None and not has_image.all():
         masks["has_image"] = has_image
@@ -655,7 +664,7 @@ def train_stage(run, job, resumed=None):
     trained = model
     if processes.world > 1:
         # buffers follow from config.json, in every process; DDP passes over what is frozen, sharded or not
-        trained = nn.parallel.DistributedDataParallel(model, init_sync=False, forward_sync_buffers=False)
+        trained = nn.parallel.DistributedDataParallel(model, init_sync=False, **NO_BUFFERS)
     # sharded blocks are entered by all processes equally often: with as many micro-batches as the first has
     share = -(-stage.batch_size // processes.world)
     least = -(-share // args.micro_batch) if processes.mesh else 0
