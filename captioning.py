@@ -8,6 +8,7 @@ learns one way to say it. They are kept as JSON lines beside the data, so that t
 same source finds them, and one that was stopped goes on where it stood.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -64,14 +65,19 @@ def read_kept(file, made_with):
     return kept
 
 
-def look_and_say(model, tok, files, count, processes):
+def look_and_say(model, tok, files, count, processes, workers):
     """-> ({file: `count` captions of it}, {file: why it cannot be read})"""
-    pixels, unreadable = {}, {}
-    for file in files:
+    unreadable = {}
+
+    def read(file):
         try:
-            pixels[file] = data.read_image(file, model.vpg.image_size)
+            return data.read_image(file, model.vpg.image_size)
         except OSError as error:
             unreadable[file] = str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+        images = list(pool.map(read, files))
+    pixels = {file: image for file, image in zip(files, images) if image is not None}
     if not pixels:
         return {}, unreadable
     prompt = torch.tensor([data.prompt_ids(tok, model.vpg.num_query_tokens)])
@@ -106,7 +112,7 @@ def draw_captions(model, tok, pairs, count, file, kept, args, processes):
             first = share * processes.rank
             mine = [path for path in batch[first : first + share] if images[path] not in kept]
             torch.manual_seed(hash((args.seed, start + first)))
-            said, unreadable = look_and_say(model, tok, mine, count, processes)
+            said, unreadable = look_and_say(model, tok, mine, count, processes, args.workers)
             problems += processes.gather(list(unreadable.values()))
             for path, texts in processes.gather(list(said.items())):
                 kept[images[path]] = texts

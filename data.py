@@ -687,10 +687,16 @@ def shared_memory():
     return place.f_bavail * place.f_frsize
 
 
+def ahead_of(per_step, workers):
+    """Micro-batches that each worker reads ahead: together those of a step, which are asked for at once, and
+    two more of each, so that nothing waits while the next step's are read."""
+    return 2 + -(-per_step // max(1, workers))
+
+
 def fits_in_shared_memory(samples, micro_batch, per_step, world, workers):
     """Do the micro-batches that are on their way at once fit there, and their files into the limit
     on open ones? If not, torch's workers die or stand still."""
-    ahead = 2 * workers + per_step + 2
+    ahead = workers * ahead_of(per_step, workers) + per_step + 2
     sizes = [3 * samples.size**2]  # bytes of an image, or of what a cache has of it
     for some in samples.sets:
         if some.cache:
@@ -732,8 +738,8 @@ def wait_for(loader, stop):
                           "whether the storage with the images answers")
 
 
-def start_workers(samples, batches, collate, workers):
-    """-> what gives the micro-batches, and its processes."""
+def start_workers(samples, batches, collate, workers, ahead):
+    """-> what gives the micro-batches, of which each worker reads so many ahead, and its processes."""
     # signals go to all processes: workers ignore them, and end with the one that they read for. And
     # torch's handler of SIGCHLD, which would raise in the middle of a step, is taken off: wait_for
     # finds out
@@ -744,7 +750,9 @@ def start_workers(samples, batches, collate, workers):
     try:
         loader = iter(torch.utils.data.DataLoader(
             samples, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-            pin_memory=torch.cuda.is_available(), worker_init_fn=block_signals,
+            prefetch_factor=ahead if workers else None, worker_init_fn=block_signals,
+            # packed ones are pinned as they are unpacked
+            pin_memory=torch.cuda.is_available() and not isinstance(collate, Packed),
             timeout=LOOK_EVERY if workers else 0))
     finally:
         if in_main_thread:
@@ -779,7 +787,8 @@ def load_batches(samples, order, batch_size, micro_batch, rank=0, world=1, first
 
     shared = fits_in_shared_memory(samples, micro_batch, per_step, world, workers)
     collate = samples.collate if shared or not workers else Packed(samples.collate)
-    loader, children = start_workers(samples, micro_batches(), collate, workers)
+    ahead = ahead_of(per_step, workers)
+    loader, children = start_workers(samples, micro_batches(), collate, workers, ahead)
     try:
         for _ in steps:
             batch = [wait_for(loader, stop) for _ in range(per_step)]
