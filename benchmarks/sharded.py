@@ -1,12 +1,13 @@
 """What an LLM takes in each of some processes that share it (--shard), or alone in fewer bits, beside what a
 dry run says of it.
 
-    MALLOC_MMAP_THRESHOLD_=65536 torchrun --nproc-per-node 2 -m benchmarks.sharded datasets/smollm2
+    export CUDA_VISIBLE_DEVICES= MALLOC_MMAP_THRESHOLD_=65536
+    torchrun --nproc-per-node 2 -m benchmarks.sharded datasets/smollm2
     python -m benchmarks.sharded datasets/smollm2 --llm-weights nf4
     python -m benchmarks.sharded out/random-1b --make       # writes a random LLaMA of 1.1B there, 2.2 GB
 
-The peak is of a pass forward and back over 4 + 4 positions, beyond what was there before. (Without that
-variable glibc keeps what was freed, and it says nothing.)
+The peak is of a pass forward and back over 4 + 4 positions, beyond what was there before, of the host's
+memory. (Without the second variable glibc keeps what was freed, and it says nothing.)
 """
 
 import argparse

@@ -37,7 +37,8 @@ import vpgtrans
 
 ROOT = Path(__file__).parent.parent
 
-# as they were before on_the_cpu, for test_gpu.py
+# as they were before on_the_cpu, for test_gpu.py. Asked of NVML: who has asked CUDA cannot fork any more
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 HAS_GPU = torch.cuda.is_available()
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 
