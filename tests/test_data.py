@@ -1032,6 +1032,25 @@ def test_shared_memory_is_counted_beforehand(samples, monkeypatch):
     assert not data.fits_in_shared_memory(samples, 8, 2, 1, 2)
 
 
+@pytest.mark.parametrize("per_step, workers", [(1, 8), (6, 8), (48, 8), (48, 1), (7, 2)])
+def test_a_step_is_read_while_another_is_computed(monkeypatch, samples, per_step, workers):
+    """All micro-batches of a step are asked for at once: as many are read ahead, and two of each worker."""
+    given = {}
+
+    class Loader:
+        def __init__(self, *_, **options):
+            given.update(options)
+
+        def __iter__(self):
+            return iter([])
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    order = data.plan([40], 2 * per_step, seed=0)
+    with contextlib.suppress(RuntimeError, StopIteration):
+        next(data.load_batches(samples, order, per_step, 1, workers=workers))
+    assert given["num_workers"] * given["prefetch_factor"] >= per_step + 2 * workers
+
+
 SMALL = """
 import sys
 import numpy as np
