@@ -87,6 +87,10 @@ class Results:
         """The losses at the end, of all seeds."""
         return [self.final(run) for run in self.seeds(name)]
 
+    def lowest(self, name):
+        """The lowest loss of each seed: behind it a run from scratch may learn its pairs by heart."""
+        return [min(loss for _, loss in self.curve(run)) for run in self.seeds(name)]
+
     def losses(self, names):
         """{anything: name of one run} -> {the same: its loss at the end}, of those that are recorded"""
         return {key: self.final(name) for key, name in names.items() if name in self.rows}

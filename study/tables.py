@@ -17,7 +17,8 @@ from study.experiments import (
     SEEDS,
     SMALL_RATES,
     SMALL_TARGETS,
-    SMOLLM2_BUDGETS,
+    SMOLLM2_LONG,
+    SMOLLM2_LONG_RATES,
     SMOLLM2_RATES,
     SOURCE_STEPS,
     SOURCES,
@@ -27,6 +28,7 @@ from study.experiments import (
     WARM_UP_RATES,
     all_runs,
     small_runs,
+    smollm2_reported,
     smollm2_runs,
     sweep_name,
 )
@@ -226,11 +228,10 @@ def family_table(results):
 # -------------------------------------------------------------------------------------- speed-ups
 
 
-def steps_to_pass(results, name, scratch):
-    """Of the runs called `name`, how many steps it takes to pass `scratch`: its mean final loss.
+def steps_to_pass(results, name, goal):
+    """Of the runs called `name`, how many steps it takes to a loss of `goal`.
 
     -> {run: optimizer steps}, or None where one does not"""
-    goal = statistics.mean(results.finals(scratch))
     passed = {run: results.first_below(run, goal) for run in results.seeds(name)}
     return passed if passed and None not in passed.values() else None
 
@@ -239,7 +240,8 @@ def fewest_steps(results, names, scratch):
     """Of runs called one of `names`, schedules of different lengths, those that pass `scratch` first.
 
     -> {run: optimizer steps}, or None"""
-    passed = [steps for name in names if (steps := steps_to_pass(results, name, scratch))]
+    goal = statistics.mean(results.finals(scratch))
+    passed = [steps for name in names if (steps := steps_to_pass(results, name, goal))]
     return min(passed, key=lambda steps: statistics.mean(steps.values()), default=None)
 
 
@@ -323,6 +325,9 @@ STARTED_SMOLLM2 = {
     "no-warm-up": "word converter, ridge 10, no warm-up",
     "captions-no-warm-up": "`--init captions`, no warm-up",
     "own-captions": "word converter, ridge 10, the source's captions",
+    "captions-own-captions": "`--init captions`, the source's captions",
+    "weak-captions": "`--init captions`, from the weak source",
+    "weak-own-captions": "`--init captions`, from the weak source, on its captions",
     "converter-10.7": "word converter, ridge 10, 10.7% of the images",
     "scratch-10.7": "from scratch, random Q-Former, 10.7% of the images"}
 
@@ -379,6 +384,20 @@ def smollm2_sweep_table(results):
     return table([*SWEPT_COLUMNS, "from a pre-trained one"], rows)
 
 
+def smollm2_long_table(results):
+    """The baseline's rates in 1,000 steps, on validation images."""
+    rows = []
+    steps = range(0, SMOLLM2_LONG + 1, SMOLLM2_LONG // 5)
+    for _, rate in SMOLLM2_LONG_RATES["scratch"]:
+        name = sweep_name(f"smollm2-sweep-{SMOLLM2_LONG}", "scratch", ("", rate))
+        if name in results.rows:
+            shuffled = f"{last_shuffled(results, name):.3f}"
+            right = share([results.records[name]["right"]])
+            rows.append([rate, *at_steps(results, name, steps), shuffled, right])
+    last = f"{SMOLLM2_LONG:,}, shuffled images"
+    return table(["rate", *(f"{step:,}" for step in steps), last, "coloured shapes right"], rows)
+
+
 def small_progress(results):
     return count_made(results, small_runs())
 
@@ -408,15 +427,15 @@ def small_table(results):
                 passed = [passes(results, name, baseline) for baseline in baselines]
             rows.append([tgt, STARTED_SMOLLM2[start], loss, right, found, *passed])
     head = ["target", "start", "test loss", "coloured shapes right", "found",
-            "steps to where 300 from a random Q-Former end", "300 from a pre-trained one"]
+            "steps to the best of 300 from a random Q-Former", "of 300 from a pre-trained one"]
     return table(head, rows)
 
 
-def small_picks_table(results):
+def picks_table(results):
     """What --init auto took, run by run, and of each start the loss after its trial, at its best rate."""
     rows = []
     for name, record in results.records.items():
-        if name.startswith("small-") and record.get("start"):
+        if record.get("start"):
             best = {}
             for row in record["start"]["tried"]:
                 best[row["init"]] = min(row["loss"], best.get(row["init"], row["loss"]))
@@ -424,37 +443,36 @@ def small_picks_table(results):
             start = record["start"]
             taken = f"{start['init']}, {start['lr']:g}"
             rows.append([f"`{name}`", taken, tried, f"{start['seconds']:.0f} s"])
-    return table(["run", "taken, at a rate of", "after the trials", "in"], rows)
+    return table(["run", "taken, and the warm-up's rate", "after the trials", "in"], rows)
 
 
 def smollm2_table(results):
-    """The chosen rates on test images; and after how many steps a transfer is below the mean loss at which
-    runs from scratch end."""
+    """The chosen rates on test images; and after how many steps a transfer is below the best of runs from
+    scratch."""
     baselines = [f"smollm2-{name}" for name in ("scratch-300", "scratch-stage1-300", "scratch-1000")]
     rows = []
-    for steps, starts in SMOLLM2_BUDGETS.items():
-        for start in starts:
-            name = f"smollm2-{start}-{steps}"
-            if not results.seeds(name):
-                continue
-            loss, right, found, _ = scores(results, name)
-            row = [STARTED_SMOLLM2[start], f"{steps:,}", loss, right, found]
-            if start.startswith("scratch"):
-                row += ["", "", ""]
-            else:
-                row += [passes(results, name, baseline) for baseline in baselines]
-            rows.append(row)
-    head = ["start", "steps", "test loss", "coloured shapes right", "found",
-            "steps to where 300 from a random Q-Former end", "300 from a pre-trained one",
-            "1,000 from a random one"]
+    for steps, start, _ in smollm2_reported():
+        name = f"smollm2-{start}-{steps}"
+        if not results.seeds(name):
+            continue
+        loss, right, found, _ = scores(results, name)
+        row = [STARTED_SMOLLM2[start], f"{steps:,}", loss, spread(results.lowest(name), 3), right, found]
+        if start.startswith("scratch"):
+            row += ["", "", ""]
+        else:
+            row += [passes(results, name, baseline) for baseline in baselines]
+        rows.append(row)
+    head = ["start", "steps", "test loss", "its lowest", "coloured shapes right", "found",
+            "steps to the best of 300 from a random Q-Former", "of 300 from a pre-trained one",
+            "of 1,000 from a random one"]
     return table(head, rows)
 
 
 def passes(results, name, baseline):
-    """Steps in which runs called so pass where those of a baseline end, as a cell."""
+    """Steps in which runs called so pass the best of a baseline: the mean of its seeds' lowest losses."""
     if not results.seeds(baseline):
         return "–"
-    steps = steps_to_pass(results, name, baseline)
+    steps = steps_to_pass(results, name, statistics.mean(results.lowest(baseline)))
     return "not reached" if steps is None else spread(list(steps.values()), 0) + few(steps)
 
 
@@ -470,8 +488,9 @@ TABLES = {
     "families": family_table,
     "smollm2-progress": smollm2_progress,
     "smollm2-sweep": smollm2_sweep_table,
+    "smollm2-long": smollm2_long_table,
     "smollm2": smollm2_table,
     "small-progress": small_progress,
     "small-sweep": small_sweep_table,
     "small": small_table,
-    "small-picks": small_picks_table}
+    "picks": picks_table}

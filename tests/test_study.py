@@ -74,9 +74,11 @@ def test_all_commands_are_of_train_py_and_parse():
             assert args.out == Path(experiments.RUNS) / run.name
 
 
-def test_what_a_run_needs_stands_before_it():
-    order = list(EVERY)
-    for run in EVERY.values():
+@pytest.mark.parametrize("study", experiments.STUDIES)
+def test_what_a_run_needs_stands_before_it(study):
+    every = experiments.STUDIES[study]()
+    order = list(every)
+    for run in every.values():
         assert all(order.index(need) < order.index(run.name) for need in run.needs)
         read = [word for word in map(str, run.flags) if word.startswith(experiments.RUNS)]
         assert {Path(word).name for word in read} <= set(run.needs)
@@ -95,24 +97,30 @@ def test_choices_are_made_on_validation_images_and_figures_reported_on_test_imag
         assert run.scenes == f"{experiments.HELD_OUT}/{split}.tar"
 
 
-@pytest.mark.parametrize("study, targets", [(SECOND, 1), (THIRD, 3)])
+@pytest.mark.parametrize("study, targets", [
+    (SECOND, {experiments.SMOLLM2}), (THIRD, {*experiments.SMALL_TARGETS.values(), "demo/source"})])
 def test_runs_from_the_demos_source_are_all_as_long_and_differ_in_their_start_and_rates(study, targets):
     """Same steps, samples, clipping and images, or a part of them; a rate of the warm-up where there is
-    one to give."""
-    common = set()
+    one to give; the demo's source, but where a weak one is the question."""
+    common, used = set(), set()
     for run in study.values():
         args = train.parse_arguments(run.command[2:])
         warm_up = 0 if args.from_scratch or args.no_warm_up else args.warm_up_steps
         length = next((steps for steps in (120, 1000) if f"-{steps}-s" in run.name), 300)
         assert warm_up + args.steps == length
-        assert warm_up in (0, length // 5)
+        assert warm_up in (0, min(60, length // 5))
+        assert args.compile == (length == 1000)
+        weak = "-weak-" in run.name
+        assert args.src == (f"{experiments.RUNS}/{experiments.WEAK_SOURCE}" if weak else "demo/source")
         has_rate = args.init != "auto" and not args.from_scratch and not args.no_warm_up
         assert (args.warm_up_lr is not None) == has_rate, run.name
         few = re.search(r"-10\.7-", run.name)
         images = f"{experiments.HELD_OUT}/train-10.7.tar" if few else "demo/pairs/train.tar"
         assert args.data == [images], run.name
-        common.add((args.src, args.tgt, args.batch_size, args.clip, args.augment))
-    assert len(common) == targets
+        common.add((args.batch_size, args.clip, args.augment))
+        used.add(args.tgt)
+    assert len(common) == 1
+    assert used == targets
 
 
 def test_the_demos_scenes_are_parted_for_choices_for_figures_and_in_a_part_to_train_on(tmp_path):
