@@ -690,7 +690,8 @@ def dry_run(args, stages, found):
             typical_tokens = samples.measure().sum(1).mean() - len(samples.prompt)
             longest_tokens = longest_text(args, sets)
         if args.init == "auto" and name == "warm-up" and not args.warm_up_lr:
-            rates = ", ".join(f"{lr:g}" for lr in sorted(transfer.LOWER_RATES + transfer.RATES))
+            tried = sorted(transfer.LOWER_RATES + transfer.RATES)
+            rates = ", ".join(f"{transfer.RATE_SHARE * lr:g}" for lr in tried)
             print(f"\n--init auto: the rate of the warm-up will be one of {rates}")
         table = vpgtrans.enter_stage(model, stage)
         print(*loop.describe_stage(name, stage, steps, available, table), sep="\n")

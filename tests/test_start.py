@@ -122,6 +122,14 @@ def pick(monkeypatch, losses):
     return transfer.pick_start(Model, {name: Start(name) for name in losses}, None, None, args, ALONE)
 
 
+def test_a_dry_run_names_the_rates_that_a_warm_up_may_have(world, tmp_path, capsys):
+    """Half of those that are tried, as pick_start gives them."""
+    train.main(command(world, tmp_path / "run", "--init", "auto", "--dry-run"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "will be one of" in line]
+    named = sorted(map(float, line.partition("one of ")[2].split(", ")))
+    assert named == sorted(rate / 2 for rate in (*transfer.RATES, *transfer.LOWER_RATES))
+
+
 def test_rates_rise_until_one_does_worse(monkeypatch):
     start = pick(monkeypatch, {"captions": [3.0, 2.0, 2.5, 0.0], "random": [5.0, 4.0, 3.0, 2.5]})
     assert (start["init"], start["lr"]) == ("captions", transfer.RATES[1] / 2)
