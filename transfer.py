@@ -246,7 +246,7 @@ LOWER_RATES = (1e-4, 2e-5)  # and these, where the first of those was best
 TRIAL_STEPS = 20
 TRIAL_BATCH = 16
 # Of the best trial's rate, for the warm-up: so few steps favour rates at which more of them may leap up.
-# After sixty steps half of it is 0.01 to 0.03 behind where the whole is well (docs/notes.md).
+# After sixty steps half of it is 0.04 behind at most, but for T5's noise (docs/notes.md).
 RATE_SHARE = 0.5
 
 
