@@ -270,6 +270,7 @@ def test_the_converter_counts_words_in_a_sample_of_the_captions(world, places, m
     whole = transfer.count_shared(words, [pairs, pairs], 32)
     monkeypatch.setattr(transfer, "COUNTED", 48)
     assert torch.equal(transfer.count_shared(words, [pairs, pairs], 32), whole)
+    assert transfer.count_shared(words, [pairs, pairs], 2).sum() < whole.sum()  # what is read of them
     monkeypatch.setattr(transfer, "COUNTED", 24)
     every_other = [pairs.subset(np.arange(0, 24, 2))] * 2
     sample = transfer.count_shared(words, [pairs, pairs], 32)
