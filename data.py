@@ -546,17 +546,25 @@ class Samples(torch.utils.data.Dataset):
         cut = first_part(self.tok, whole, rng)
         return Text([*self.prompt[:-1], *whole[:cut], self.prompt[-1]], [whole[cut:]])
 
-    def measure(self, most=1000):
-        """Tokens of the prompt and of the targets, (n,2), of so many samples from all over the
-        sets, whose images are not read: what an estimate of memory and time is made from."""
-        total = int(self.starts[-1])
-        count = min(most, total)
+    def measure(self, indices=None):
+        """Tokens of the prompt and of the targets, (n,2), of these samples, or of 1,000 from all over
+        the sets, whose images are not read: what an estimate of time is made from."""
+        if indices is None:
+            total = int(self.starts[-1])
+            count = min(1000, total)
+            indices = (i * total // count for i in range(count))
         rows = []
-        for i in range(count):
-            pairs, chosen = self.choose(i * total // count, 0)
+        for index in indices:
+            pairs, chosen = self.choose(index, 0)
             text = self.make_text(pairs, chosen, 0)
             rows.append((len(text.prompt), sum(map(len, text.targets))))
         return np.array(rows)
+
+    def longest(self, most=100):
+        """Tokens of the prompt and of the targets, (2,), of the sample with most tokens among so many
+        with most bytes: what an estimate of memory is made from."""
+        rows = self.measure(self.lengths().argsort()[-most:])
+        return rows[rows.sum(1).argmax()]
 
     def lengths(self):
         """The bytes of the captions, or of the text, of every sample: (samples,) int64. An item's

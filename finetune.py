@@ -575,11 +575,15 @@ def add_length(parser):
                         help="a run is a function of its arguments and this (default: %(default)s)")
 
 
+ON_CPU = 4  # samples at a time
+
+
 def add_machine(parser):
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--micro-batch", type=int, default=4,
+    machine.add_argument("--micro-batch", type=int,
                          help="samples at a time on one GPU; but for the draws of dropout, the"
-                              " result is the same whatever it is (default: %(default)s)")
+                              " result is the same whatever it is (default: what should fit into the "
+                              f"GPU's memory, {estimate.LARGEST} at most; on a CPU {ON_CPU})")
     train.add_machine_options(machine)
     machine.add_argument("--cache", type=Path, metavar="DIR",
                          help="keep there what stands still of each image, computed once for all runs; for "
@@ -685,6 +689,15 @@ def example_batch(model, prompt, target):
     }
 
 
+def choose_micro_batch(args, stage, found):
+    """How many samples at a time: as --micro-batch says, else what should fit into the memory of
+    the smallest GPU."""
+    if args.micro_batch or found.processes.device.type == "cpu":
+        return args.micro_batch or ON_CPU
+    batch = example_batch(found.method.shapes, *found.samples.longest().tolist())
+    return train.fit_micro_batch(found.method.shapes, [(stage, batch)], found.processes)
+
+
 def dry_run(args, found):
     """Prints what the run would do and need. Without data, the amounts are assumed."""
     model = found.method.shapes
@@ -692,16 +705,17 @@ def dry_run(args, found):
     available, longest, typical = found.method.assumed
     if found.samples:
         available = int(found.samples.starts[-1])
-        lengths = found.samples.measure()
-        longest = lengths[lengths.sum(1).argmax()].tolist()
-        typical = lengths.mean(0).round().astype(int).tolist()
+        longest = found.samples.longest().tolist()
+        typical = found.samples.measure().mean(0).round().astype(int).tolist()
     stage = found.method.stage(args)
     steps = count_steps(args, stage, available, world)
     table = vpgtrans.enter_stage(model, stage)
     print(*loop.describe_stage(found.method.name, stage, steps, available, table), sep="\n")
     batches = example_batch(model, *longest), example_batch(model, *typical)
     samples = steps * stage.batch_size
-    print(*estimate.report(model, *batches, samples, machine, args.micro_batch, world, shards), sep="\n")
+    _, capacity, _ = machine
+    micro_batch = args.micro_batch or (None if capacity else ON_CPU)
+    print(*estimate.report(model, *batches, samples, machine, micro_batch, world, shards), sep="\n")
 
 
 @dataclasses.dataclass
@@ -761,6 +775,7 @@ def set_up(args, found, watch):
     processes, method, samples = found.processes, found.method, found.samples
     stage = method.stage(args)
     steps = count_steps(args, stage, int(samples.starts[-1]), processes.world)
+    args.micro_batch = choose_micro_batch(args, stage, found)
     read = train.describe_data({method.name: samples.sets})
     resumed = runs.load_state(args.out, processes.say) if args.resume else None
     if resumed:

@@ -649,14 +649,22 @@ def longest_text(args, sets):
 def choose_micro_batch(args, stages, found):
     """How many samples at a time: as --micro-batch says, else what should fit into the memory of
     the smallest GPU."""
-    processes, shapes = found.processes, found.shapes
-    if args.micro_batch or processes.device.type == "cpu":
+    if args.micro_batch or found.processes.device.type == "cpu":
         return args.micro_batch or estimate.LARGEST
-    fits = []
+    longest = []
     for name, stage in stages.items():
-        vpgtrans.enter_stage(shapes, stage)
         tokens = longest_text(args, found.sets[name][0])
-        step = estimate.trace(shapes, transfer.example_batch(shapes, found.tok, tokens))
+        longest.append((stage, transfer.example_batch(found.shapes, found.tok, tokens)))
+    return fit_micro_batch(found.shapes, longest, found.processes)
+
+
+def fit_micro_batch(shapes, longest, processes):
+    """How many samples at a time fit into the smallest GPU's memory: a model without weights, and of
+    each stage (it, its longest batch)."""
+    fits = []
+    for stage, batch in longest:
+        vpgtrans.enter_stage(shapes, stage)
+        step = estimate.trace(shapes, batch)
         capacity = torch.cuda.mem_get_info()[1]
         fits.append(estimate.largest_micro_batch(shapes, step, capacity, world=processes.world,
                                                  shards=processes.shards))

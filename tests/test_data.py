@@ -1575,7 +1575,8 @@ def test_lengths_of_prompts_and_targets_are_measured_without_images(tok, talk, s
     expected = [[len(row["prompt"]), len(row["targets"][0])] for row in rows]
     gone = dataclasses.replace(talk, root="/nowhere")
     assert asked(tok, gone).measure().tolist() == expected
-    assert asked(tok, gone).measure(most=1).tolist() == expected[:1]
+    assert asked(tok, gone).measure([2, 0]).tolist() == [expected[2], expected[0]]
+    assert asked(tok, gone).longest().tolist() == max(expected, key=sum)
     pairs = captioned(samples, [2, 1])
     packed = data.Samples([pairs], tok, 28, 5, captions="packed").measure()
     tokens = [len(data.caption_ids(tok, caption)) for caption in pairs.captions]

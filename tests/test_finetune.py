@@ -605,6 +605,26 @@ def test_a_run_whose_loss_is_nan_stops_and_says_what_to_do(memvp_world, tmp_path
     assert (tmp_path / "run" / "broken.json").exists()
 
 
+def test_on_a_gpu_the_micro_batch_follows_from_its_memory(memvp_world, tmp_path, monkeypatch):
+    command = arguments(memvp_world, tmp_path)
+    at = command.index("--micro-batch")
+    args = finetune.parse_arguments(command[:at] + command[at + 2 :])
+    method = finetune.MemVPTuning(args, is_dry=True)
+    questions, *_ = method.read(args, print)
+
+    def chosen(size, device="cuda"):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size))
+        processes = loop.Processes(0, 1, torch.device(device), "fp32")
+        found = finetune.Found(processes, method, questions)
+        return finetune.choose_micro_batch(args, method.stage(args), found)
+
+    assert chosen(24e9) == 36
+    assert chosen(1, device="cpu") == 4
+    assert 1 <= chosen(3e6) < chosen(5e6) < 36
+    args.micro_batch = 5
+    assert chosen(24e9) == 5
+
+
 def test_a_dry_run_needs_no_data_and_loads_no_weights(memvp_world, tmp_path, capsys, monkeypatch):
     clip, llm, _ = memvp_world
     monkeypatch.setattr(language_models, "load_llm", None)
