@@ -92,6 +92,7 @@ SMOLLM2_BUDGETS = {
 SMOLLM2_LONG = 1000
 SMOLLM2_LONG_RATES = {
     "scratch": [("", "2e-3"), ("", "1e-3")],
+    "scratch-stage1": [("", "2e-3")],
     "converter": [("2e-3", "1e-3")],
     "captions": [("2e-3", "1e-3")]}
 

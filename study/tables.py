@@ -449,7 +449,8 @@ def picks_table(results):
 def smollm2_table(results):
     """The chosen rates on test images; and after how many steps a transfer is below the best of runs from
     scratch."""
-    baselines = [f"smollm2-{name}" for name in ("scratch-300", "scratch-stage1-300", "scratch-1000")]
+    scratch = ("scratch-300", "scratch-stage1-300", "scratch-1000", "scratch-stage1-1000")
+    baselines = [f"smollm2-{name}" for name in scratch]
     rows = []
     for steps, start, _ in smollm2_reported():
         name = f"smollm2-{start}-{steps}"
@@ -458,13 +459,13 @@ def smollm2_table(results):
         loss, right, found, _ = scores(results, name)
         row = [STARTED_SMOLLM2[start], f"{steps:,}", loss, spread(results.lowest(name), 3), right, found]
         if start.startswith("scratch"):
-            row += ["", "", ""]
+            row += [""] * len(baselines)
         else:
             row += [passes(results, name, baseline) for baseline in baselines]
         rows.append(row)
     head = ["start", "steps", "test loss", "its lowest", "coloured shapes right", "found",
             "steps to the best of 300 from a random Q-Former", "of 300 from a pre-trained one",
-            "of 1,000 from a random one"]
+            "of 1,000 from a random one", "of 1,000 from a pre-trained one"]
     return table(head, rows)
 
 
