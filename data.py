@@ -391,7 +391,7 @@ def read_image(file, size):
 def draw_crop(width, height, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
     """A random part of an image's area, as torchvision's RandomResizedCrop draws it. -> (left, top,
     right, bottom)"""
-    for _ in range(10):  # ten tries, else the whole image
+    for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(*np.log(ratio)))
         w = round((area * aspect) ** 0.5)
@@ -400,7 +400,11 @@ def draw_crop(width, height, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
             x = rng.integers(width - w + 1)
             y = rng.integers(height - h + 1)
             return int(x), int(y), int(x + w), int(y + h)
-    return 0, 0, width, height
+    # ten tries, else the middle, as much of it as the ratios allow
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
 
 
 def random_crop(image, size, rng, least=0.75):
@@ -862,7 +866,7 @@ VICUNA_V0 = """\
 {%- for message in messages %}
   {%- if message.role == 'user' %}{{ '###' if loop.first else '' }}{{ 'Human: ' + message.content }}
     {{- ' ###Assistant: ' }}
-  {%- elif message.role == 'assistant' %}{{ message.content + '###' }}{% endif %}
+  {%- elif message.role == 'assistant' %}{{ message.content + ('###' if loop.last else ' ###') }}{% endif %}
 {%- endfor %}"""
 
 

@@ -475,7 +475,7 @@ PUBLISHED = {
     "BLIP-2 OPT-6.7B": {"coco": 145.2, "nocaps": 121.0, "vqav2": 54.3, "gqa": 36.4, "okvqa": 36.4},
     "BLIP-2 FlanT5-XL": {"coco": 144.5, "nocaps": 121.6, "vqav2": 63.1, "gqa": 44.2, "okvqa": 40.7},
     "BLIP-2 FlanT5-XXL": {"vqav2": 65.2, "gqa": 44.7, "okvqa": 45.9},
-    "VPGTrans OPT-125M to 1.3B, epoch 3": {"coco": 133.4},
+    "VPGTrans OPT-125M to 1.3B, epoch 3 (COCO: val)": {"coco": 133.4},
     "VPGTrans OPT-2.7B to 6.7B": {"vqav2": 57.2, "gqa": 36.2, "okvqa": 39.8},
     "VPGTrans FlanT5-XL to XXL": {"vqav2": 65.2, "gqa": 45.0, "okvqa": 45.0},
     "VL-LLaMA-7B": {"vqav2": 58.1, "gqa": 37.5, "okvqa": 37.4},

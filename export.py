@@ -304,7 +304,7 @@ def read_lavis(file):
         mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote no archives
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         named = content.get("model", content)
-        named = {name: tensor[...] for name, tensor in named.items()}
+        named = {name: tensor[...] for name, tensor in named.items() if tensor is not None}
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: there is no such file") from None
     except Exception as error:  # torch raises all kinds at damaged files

@@ -564,7 +564,7 @@ def add_length(parser):
                              "32, VQAv2 300, GQA 500, COCO 250)")
     length.add_argument("--steps", type=int,
                         help="optimizer steps (default: instructions 160, or 10 epochs if that is less; "
-                             "MemVP 20 epochs)")
+                             "MemVP 20 epochs, of COCO's captions)")
     length.add_argument("--lr", type=float,
                         help="peak rate (default: instructions 1e-5; ScienceQA 1.125e-3, the others 3e-4, in "
                              "proportion to --batch-size)")

@@ -294,8 +294,7 @@ class InputPromptLLM(MemoryLLM):
 
 @dataclass(frozen=True)
 class Stage:
-    """What trains, how fast, how long. The numbers are the paper's; one of `epochs` and `samples`
-    says how long."""
+    """What trains, how fast, how long; one of `epochs` and `samples` says how long."""
 
     trains: tuple  # names of the model's parts
     lr: float  # peak learning rate
@@ -311,8 +310,8 @@ class Stage:
 
 TRAINS = ("adapters", "positions", "projector")
 
-# 12,726 questions are 397 steps an epoch; learning-rate warm-up takes two of the twenty epochs; the
-# peak is 9e-3 for 256 questions a step, and in proportion
+# The paper's: 12,726 questions are 397 steps an epoch; learning-rate warm-up takes two of the twenty
+# epochs; the peak is 9e-3 for 256 questions a step, and in proportion
 SCIENCEQA = Stage(trains=TRAINS, lr=9e-3 * 32 / 256, final_lr=0.0, batch_size=32, epochs=20,
                   lr_warmup_steps=2 * 397, betas=(0.9, 0.95), weight_decay=0.02)
 # The others are VL-PET's for T5, whose protocol MemVP's paper is thought to follow; its rate falls in
@@ -324,5 +323,6 @@ STAGES = {
     "scienceqa": SCIENCEQA,
     "vqav2": OTHER,
     "gqa": replace(OTHER, batch_size=500),
-    "coco": replace(OTHER, batch_size=250),
+    # a sample is an image and one of its five captions: 100 epochs of these are 20 of all captions
+    "coco": replace(OTHER, batch_size=250, epochs=100),
 }

@@ -386,8 +386,8 @@ REGIONS_FOLDERS = ("VG_100K", "VG_100K_2")  # of their images
 
 
 def regions_of(row, folder):
-    """Visual Genome's regions: each phrase is a caption of the whole image, as VPGTrans has it.
-    Images are in two folders."""
+    """Visual Genome's regions: each phrase is a caption of the whole image. Images are in two
+    folders."""
     name = f"{row['id'] if 'id' in row else row['image_id']}.jpg"
     image = next((f"{part}/{name}" for part in REGIONS_FOLDERS if (folder / part / name).exists()), name)
     for region in row["regions"]:

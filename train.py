@@ -63,15 +63,16 @@ def add_models(parser):
 
 
 def add_method(parser):
-    method = parser.add_argument_group("method: without any of these, VPGTrans as in the paper")
+    method = parser.add_argument_group("method: without any of these, VPGTrans by the paper's recipe")
     method.add_argument("--init", choices=("converter", "captions", "random", "auto"),
                         default="converter",
                         help="start of the projector. converter: the source's, merged with the word "
-                             "converter, as in the paper; captions: fitted to what its soft prompts "
-                             f"mean in the captions of {transfer.LOOKS} images; random; auto: the one "
-                             f"of these whose loss is lowest after {transfer.TRIAL_STEPS} steps, each "
-                             "at the best of a few rates, half of which is then the warm-up's "
-                             "unless --warm-up-lr is given (default: %(default)s)")
+                             "converter, as in the paper, by least squares; captions: fitted to what "
+                             "its soft prompts mean in the captions of "
+                             f"{transfer.LOOKS} images; random; auto: the one of these whose loss is "
+                             f"lowest after {transfer.TRIAL_STEPS} steps, each at the best of a few "
+                             "rates, half of which is then the warm-up's unless --warm-up-lr is "
+                             "given (default: %(default)s)")
     method.add_argument("--ridge", type=float, default=vpgtrans.RIDGE,
                         help="of the word converter, relative to the mean variance of the source's "
                              "word embeddings (default: %(default)g; 0.001 in runs before "
@@ -80,8 +81,9 @@ def add_method(parser):
                         help="skip the training of stage 1; with --init random, this is the "
                              "paper's VPG inheritance")
     method.add_argument("--from-scratch", nargs="?", const="", metavar="VPG",
-                        help="baseline: a random Q-Former (or that of VPG, a first-stage BLIP-2) "
-                             "and a random projector, trained jointly; the ViT is still the "
+                        help="baseline: a random Q-Former (or that of VPG, a first-stage BLIP-2 as "
+                             "Salesforce/blip2-itm-vit-g, the paper's baseline) and a random "
+                             "projector, trained jointly; the ViT is still the "
                              "source's, which may be CLIP alone: openai/clip-vit-large-patch14")
     method.add_argument("--vit-layers", type=int, metavar="N",
                         help="with --from-scratch: read features after block N of the ViT "
@@ -321,9 +323,9 @@ PAPER = {
              "of cocodataset.org: train2017.zip and annotations_trainval2017.zip, unpacked"),
     "sbu": (["sbu.json", "sbu.jsonl"],
             "SBU captions, downloaded with img2dataset, as a list of {image, caption}"),
-    "vg": (["region_descriptions.json", "vg_caption.json", "annotations/vg_caption.json", "vg.jsonl"],
-           "Visual Genome, of homes.cs.washington.edu/~ranjay/visualgenome: region descriptions, and the "
-           "images in VG_100K/ and VG_100K_2/"),
+    "vg": (["vg_caption.json", "annotations/vg_caption.json", "region_descriptions.json", "vg.jsonl"],
+           "Visual Genome, of homes.cs.washington.edu/~ranjay/visualgenome: LAVIS's vg_caption.json, or "
+           "region_descriptions.json, and the images in VG_100K/ and VG_100K_2/"),
     "laion": (["laion.jsonl", "laion.json"],
               "LAION-COCO, 13M pairs will do, as {image, caption} lines or the .tar shards of "
               "img2dataset"),

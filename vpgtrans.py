@@ -275,8 +275,7 @@ class VisualLLM(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """What trains, how fast, how long. The numbers are the paper's; one of `epochs` and `samples`
-    says how long."""
+    """What trains, how fast, how long; one of `epochs` and `samples` says how long."""
 
     trains: tuple  # names of the model's parts
     lr: float  # peak learning rate
@@ -290,6 +289,7 @@ class Stage:
     weight_decay: float = 0.05  # on matrices; never on biases and norms
 
 
+# The numbers are the paper's, but for learning-rate warm-up from scratch, which is LAVIS's.
 STAGES = {
     "warm-up": Stage(trains=("projector",), lr=5e-4, final_lr=5e-4, batch_size=1728, epochs=1),
     # 7,500 steps: 13M pairs

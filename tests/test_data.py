@@ -553,13 +553,13 @@ def test_vicuna_v0_is_written_as_it_was_trained(kinds):
     turns = [["What is red?", "The circle."], ["Is it?", "no"]]
     ids, scored = data.chat_ids(tok, template, turns, num_query_tokens=2)
     pieces = ["###Human: <Img>", [-1, -1], "</Img> What is red? ###Assistant: ",
-              "The circle.###Human: Is it? ###Assistant: ", "no###"]
+              "The circle. ###Human: Is it? ###Assistant: ", "no###"]
     expected = [1]
     for piece in pieces:
         expected += tok.encode(piece) if isinstance(piece, str) else piece
     assert ids == expected
     said = tok.decode(id for id, counts in zip(ids, scored) if counts)
-    assert said == "The circle.### no###"
+    assert said == "The circle. ### no###"
     without, _ = data.chat_ids(tok, template, [["Hi", "x"]])
     assert without == [1, *tok.encode("###Human: Hi ###Assistant: "), *tok.encode("x###")]
 
@@ -894,6 +894,13 @@ def test_random_crops_are_half_to_all_of_the_area_and_half_are_flipped():
     assert 0.45 < min(areas) < 0.55
     assert max(areas) > 0.9
     assert 70 < sum(flips) < 130
+
+
+@pytest.mark.parametrize("size, crop", [((300, 100), (83, 0, 216, 100)), ((100, 300), (0, 83, 100, 216))])
+def test_of_a_picture_too_wide_or_tall_for_any_crop_the_middle_is_taken(size, crop):
+    """As torchvision's: the widest or tallest part that the ratios of 3/4 to 4/3 allow."""
+    for seed in range(5):
+        assert data.draw_crop(*size, np.random.default_rng(seed)) == crop
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", None])

@@ -128,10 +128,10 @@ def without_vit(original):
 
 
 def test_a_projector_in_a_file_of_its_own(world, original, tmp_path):
-    """As the original's proj_weight_path."""
+    """As the original's proj_weight_path, whose OPT file has an entry without a tensor."""
     state = without_vit(original)
     projector = {"opt_proj.weight": torch.randn(32, 32), "opt_proj.bias": torch.randn(32),
-                 "query_tokens": torch.ones(1)}
+                 "query_tokens": torch.ones(1), "opt_model.lm_head.weight": None}
     files = save(tmp_path / "q.pth", state), save(tmp_path / "p.pth", projector)
     run("--from-lavis", files[0], tmp_path / "out", "--llm", world[1], "--vit", world[0],
         "--projector", files[1], "--precision", "fp32")

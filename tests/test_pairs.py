@@ -875,12 +875,12 @@ def test_paths_with_signs_in_them_are_read_as_they_are(tmp_path):
 def test_the_papers_data_is_found_where_it_lies(tmp_path):
     write(tmp_path / "coco" / "annotations" / "captions_train2014.json", "")
     write(tmp_path / "coco" / "annotations" / "captions_val2017.json", "")
-    write(tmp_path / "vg" / "vg_caption.json", "")
-    found = {name: file.name for name, file in train.find_paper_data(tmp_path).items()}
-    assert found == {"coco": "captions_train2014.json", "vg": "vg_caption.json",
-                     "val": "captions_val2017.json"}
     write(tmp_path / "vg" / "region_descriptions.json", "")
-    assert train.find_paper_data(tmp_path)["vg"].name == "region_descriptions.json"
+    found = {name: file.name for name, file in train.find_paper_data(tmp_path).items()}
+    assert found == {"coco": "captions_train2014.json", "vg": "region_descriptions.json",
+                     "val": "captions_val2017.json"}
+    write(tmp_path / "vg" / "vg_caption.json", "")
+    assert train.find_paper_data(tmp_path)["vg"].name == "vg_caption.json"
     write(tmp_path / "laion" / "00000.tar", "")
     assert train.find_paper_data(tmp_path)["laion"] == tmp_path / "laion"
 
