@@ -14,6 +14,7 @@ import evaluate
 import transfer
 from study.captions import caption_all, draw, read_scenes, share_right
 from study.records import curve
+from study.speedup import search
 
 
 def read_metrics(run):
@@ -111,6 +112,7 @@ def main(argv=None):
     print_shares(captions, truths, people)
     for baseline in baselines:
         print(compare(run, baseline))
+    print(*search(config), sep="\n")
     draw(run / "captions.png", [data.load_image(file) for file in files[:12]], {"people": people} | captions)
     draw_curves(run / "comparison.png", args.runs)
     print(f"\nPictures: {run}/captions.png (held-out images and captions), {run}/comparison.png (the "

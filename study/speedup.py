@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+import transfer
 from study.records import LOSS, curves
 
 
@@ -62,8 +63,9 @@ def search(config):
     """A line about what --init auto took before the first step, which is not among the run's steps."""
     start = config.get("start")
     if start and "seconds" in start:
-        yield (f"not counted: --init auto tried {len(start['tried'])} starts and rates in "
-               f"{start['seconds']:.0f} s before the first step")
+        samples = len(start["tried"]) * transfer.TRIAL_STEPS * transfer.TRIAL_BATCH
+        yield (f"not counted: before the first step --init auto tried {len(start['tried'])} starts and "
+               f"rates, by {samples:,} samples in {start['seconds']:.0f} s")
 
 
 def main(argv=None):

@@ -475,7 +475,8 @@ def test_the_speed_up_rate_is_by_the_best_score_and_through_both_stages(tmp_path
     assert lines[2:5] == [
         "20 steps and the run is there after 10: 2.0 ×", "160 samples and the run is there after 80: 2.0 ×",
         "10 seconds and the run is there after 5: 2.0 ×"]
-    assert lines[5] == "not counted: --init auto tried 7 starts and rates in 3 s before the first step"
+    assert lines[5] == ("not counted: before the first step --init auto tried 7 starts and rates, by 2,240 "
+                        "samples in 3 s")
     lines = told(capsys, str(tmp_path / "scratch"), run)
     assert lines[1:] == ["by COCO CIDEr: the baseline is at its best, 80, after",
                          "10 steps; the run does not get there, 60 is its best"]
