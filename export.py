@@ -5,6 +5,9 @@ knowing of this project.
 
     python export.py --from-lavis blip2_pretrained_opt6.7b.pth blip2-opt-6.7b --llm opt-6.7b --vit opt-2.7b
 
+    python export.py --from-memvp checkpoint-19.pth out/memvp-7b --llm llama-7b \\
+        --vit openai/clip-vit-large-patch14
+
 The second form reads what LAVIS or the original VPGTrans saved: their names for query tokens,
 Q-Former, LayerNorm and projector, and the ViT where the file has it. Such files rarely do, since it
 is frozen, and all BLIP-2 checkpoints have the same one: --vit names one of them. For Vicuna, whose
@@ -12,7 +15,9 @@ tokenizer is in a format that is not read here, add --llm-tokenizer llama-7b. A 
 its LLM, which has to be the very one: VPGTrans's vl_vicuna.pth wants Vicuna v0, made from its delta,
 as a folder (vicuna-7b is v1.5).
 
-DIR then holds the whole model, config, tokenizer and image processor:
+The third makes what MemVP's authors published a run of finetune.py, for evaluate.py and sample.py.
+
+Of the first two DIR then holds the whole model, config, tokenizer and image processor:
 
     model = transformers.Blip2ForConditionalGeneration.from_pretrained(DIR)
     processor = transformers.Blip2Processor.from_pretrained(DIR)
@@ -42,6 +47,7 @@ import data
 import hub
 import llm as language_models
 import qformer
+import runs
 import transfer
 import vpgtrans
 
@@ -297,19 +303,24 @@ COMPUTED = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)$")
 TIED_WORDS = re.compile(r"(opt|llama|t5|llm)_model\.(.*\.embed_tokens|lm_head)\.weight$")
 
 
-def read_lavis(file):
-    """A .pth file of LAVIS or the original VPGTrans -> {name in BLIP-2: tensor}. No code in the file
-    is executed. ValueError names a file that is damaged or another's."""
+def read_pth(file, who):
+    """A .pth file of theirs -> {name: tensor}. No code in it is executed. ValueError names a file that
+    is damaged or another's."""
     try:
         mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote no archives
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what MemVP's lies beside
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         named = content.get("model", content)
-        named = {name: tensor[...] for name, tensor in named.items() if tensor is not None}
+        return {name: tensor[...] for name, tensor in named.items() if tensor is not None}
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: there is no such file") from None
     except Exception as error:  # torch raises all kinds at damaged files
-        raise ValueError(f"{file}: damaged, or not a file that LAVIS saved ({error})") from error
-    return rename(named)
+        raise ValueError(f"{file}: damaged, or not a file that {who} saved ({error})") from error
+
+
+def read_lavis(file):
+    """A .pth file of LAVIS or the original VPGTrans -> {name in BLIP-2: tensor}, as read_pth."""
+    return rename(read_pth(file, "LAVIS"))
 
 
 def rename(named):
@@ -388,6 +399,61 @@ def load_lavis(file, llm, vit=None, projector=None, dtype=torch.bfloat16, llm_to
             raise ValueError(f"{file}: {name} is not what {place.llm} has; it belongs to another language "
                              "model")
     return model.requires_grad_(False).eval(), tok, place.llm
+
+
+# ------------------------------------------------------------------------- what MemVP's authors saved
+
+MEMVP_NAMES = {
+    r"adapter_emb1$": "memory.key_positions",
+    r"adapter_emb2$": "memory.value_positions",
+    r"adapter_proj\.fc1\.": "memory.projector.0.",
+    r"adapter_proj\.fc2\.": "memory.projector.2.",
+    r"backbone\.visual\.transformer\.resblocks\.(\d+)\.adapter_mlp\.fc1\.": r"vit.adapters.\1.down.",
+    r"backbone\.visual\.transformer\.resblocks\.(\d+)\.adapter_mlp\.fc2\.": r"vit.adapters.\1.up.",
+}
+
+
+def read_memvp(file):
+    """A .pth file of MemVP's authors -> {name in a run of ours: tensor}. Of what they save, the
+    embedding of two modalities and the adapter of CLIP's last block are never read, and left out."""
+    named = {}
+    for name, tensor in read_pth(file, "MemVP").items():
+        name = name.removeprefix("module.")
+        for old, new in MEMVP_NAMES.items():
+            if re.match(old, name):
+                named[re.sub(old, new, name)] = tensor
+    needed = "memory.key_positions", "memory.value_positions", "vit.adapters.0.down.weight"
+    if not named.keys() >= set(needed):
+        raise ValueError(f"{file}: not a file that MemVP's authors saved; it lacks adapter_emb1, "
+                         "adapter_emb2 or the adapters of CLIP's blocks")
+    for name in needed[:2]:
+        named[name] = named[name].squeeze(0)
+    return named
+
+
+def export_memvp(file, folder, llm, vit, llm_tokenizer=None):
+    """What MemVP's authors saved -> a run of ours, which has learnt ScienceQA. -> bytes of its weights"""
+    check_new(folder)
+    named = read_memvp(file)
+    tokenizer, _ = transfer.find_tokenizer(llm, llm_tokenizer)
+    place = dataclasses.replace(hub.resolve(llm, "target"), tokenizer=tokenizer)
+    sees = hub.resolve(vit, "vpg")
+    args = argparse.Namespace(
+        memvp="scienceqa", llm=llm, llm_tokenizer=llm_tokenizer, vit=vit, prompts="memory",
+        features="patches", vit_layers=None, rows=len(named["memory.key_positions"]), image_scale=0.01,
+        adapters=len(named["vit.adapters.0.down.weight"]), normalise="imagenet", cache=None)
+    options = transfer.memory_options(args, sees, place)
+    model = transfer.build_memory_llm(options, sees, place, torch.bfloat16, "cpu")
+    adapters = model.vit.adapters
+    for name in ("down", "up"):
+        named.pop(f"vit.adapters.{len(adapters)}.{name}.weight", None)
+    trained = {"memory": model.memory, "vit": torch.nn.ModuleDict({"adapters": adapters})}
+    qformer.assign_tensors(torch.nn.ModuleDict(trained), named, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.save_model(folder, model.saved())
+    config = json.dumps(transfer.memory_config(args, options, model), indent=2)
+    runs.write(folder / "config.json", lambda new: new.write_text(config))
+    return sum(parameter.nbytes for parameter in model.saved().values())
 
 
 # ---------------------------------------------------------------------------------------- the folder
@@ -480,34 +546,57 @@ def write_folder(folder, model, tok, llm_folder, origin, dtype, text_config=(), 
     return size
 
 
-def main(argv=None):
-    sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
+def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN",
-                        help="a run's folder (out/...); with --from-lavis a .pth file")
+                        help="a run's folder (out/...), or a file of theirs")
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write: a new folder")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                         help="of all weights; fp32 keeps what was trained to the last digit, and "
                              "takes twice the space (default: %(default)s)")
-    lavis = parser.add_argument_group("what LAVIS or the original VPGTrans saved")
-    lavis.add_argument("--from-lavis", action="store_true", help="RUN is a file of theirs")
-    lavis.add_argument("--llm", metavar="NAME",
-                       help="the language model that it belongs to: a folder, Hub id or short name "
-                            "(opt-6.7b)")
-    lavis.add_argument("--llm-tokenizer", metavar="NAME",
-                       help="where its tokenizer is, if not with it (llama-7b for Vicuna)")
-    lavis.add_argument("--vit", metavar="NAME",
-                       help="a BLIP-2 checkpoint that has its ViT, where the file has none (opt-2.7b)")
-    lavis.add_argument("--projector", metavar="FILE",
-                       help="another file of theirs, whose projector counts")
+    theirs = parser.add_argument_group("what LAVIS, the original VPGTrans or MemVP's authors saved")
+    theirs.add_argument("--from-lavis", action="store_true",
+                        help="RUN is a .pth file of LAVIS or the original VPGTrans")
+    theirs.add_argument("--from-memvp", action="store_true",
+                        help="RUN is checkpoint-19.pth of MemVP's authors, taught ScienceQA; DIR becomes a "
+                             "run of finetune.py. Needs --llm (llama-7b) and --vit "
+                             "(openai/clip-vit-large-patch14)")
+    theirs.add_argument("--llm", metavar="NAME",
+                        help="the language model that it belongs to: a folder, Hub id or short name "
+                             "(opt-6.7b)")
+    theirs.add_argument("--llm-tokenizer", metavar="NAME",
+                        help="where its tokenizer is, if not with it (llama-7b for Vicuna)")
+    theirs.add_argument("--vit", metavar="NAME",
+                        help="a BLIP-2 checkpoint that has its ViT, where the file has none (opt-2.7b)")
+    theirs.add_argument("--projector", metavar="FILE",
+                        help="with --from-lavis: another file of theirs, whose projector counts")
+    return parser
+
+
+def parse_arguments(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.from_lavis and args.llm is None:
         parser.error("--from-lavis needs --llm, the language model that the file belongs to")
-    if not args.from_lavis and (args.llm or args.llm_tokenizer or args.vit or args.projector):
+    if args.from_memvp and (args.from_lavis or args.projector or not (args.llm and args.vit)):
+        parser.error("--from-memvp needs --llm and --vit, and stands without --from-lavis and --projector")
+    names = args.llm or args.llm_tokenizer or args.vit or args.projector
+    if names and not (args.from_lavis or args.from_memvp):
         parser.error("--llm, --llm-tokenizer, --vit and --projector are for --from-lavis; a run names its "
                      "own")
+    return args
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
+    args = parse_arguments(argv)
     try:
+        if args.from_memvp:
+            size = export_memvp(args.run, args.folder, args.llm, args.vit, args.llm_tokenizer)
+            print(f"{args.folder}: {size / 1e6:.0f} MB of weights. Try: python evaluate.py --model "
+                  f"{args.folder} scienceqa=datasets/scienceqa")
+            return
         if args.from_lavis:
             size = export_lavis(args.run, args.folder, args.llm, args.vit, args.projector, args.precision,
                                 args.llm_tokenizer)

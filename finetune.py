@@ -429,20 +429,6 @@ def fill_cache(args, questions, model, options, processes):
     questions.sets = [dataclasses.replace(items, cache=features)]
 
 
-def memory_config(args, options, model):
-    """config.json of a run: how its memory is made, which ViT and LLM belong to it, its
-    arguments."""
-    found = transfer.memory_fingerprints(model)
-    tokenizer = args.llm_tokenizer and hub.lasting_name(args.llm_tokenizer)
-    return {
-        "model_type": "memvp",
-        "memory": options,
-        "vit": {"name": hub.lasting_name(args.vit), "fingerprint": found["vit"]},
-        "llm": {"name": hub.lasting_name(args.llm), "fingerprint": found["llm"], "tokenizer": tokenizer},
-        "arguments": transfer.arguments(args),
-    }
-
-
 class MemVPTuning:
     """A task is learnt by what a language model's FFNs find in their memory of an image."""
 
@@ -482,7 +468,7 @@ class MemVPTuning:
         fill_cache(args, questions, model, self.options, processes)
 
     def config(self, args, model):
-        return memory_config(args, self.options, model)
+        return transfer.memory_config(args, self.options, model)
 
 
 # ---------------------------------------------------------------------------------------- arguments

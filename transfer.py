@@ -586,6 +586,20 @@ def run_config(args, src, model, start=None):
     return {"model_type": "vpgtrans", **model.vpg.config, **belongs}
 
 
+def memory_config(args, options, model):
+    """config.json of a run of MemVP: how its memory is made, which ViT and LLM belong to it, its
+    arguments."""
+    found = memory_fingerprints(model)
+    tokenizer = args.llm_tokenizer and hub.lasting_name(args.llm_tokenizer)
+    return {
+        "model_type": "memvp",
+        "memory": options,
+        "vit": {"name": hub.lasting_name(args.vit), "fingerprint": found["vit"]},
+        "llm": {"name": hub.lasting_name(args.llm), "fingerprint": found["llm"], "tokenizer": tokenizer},
+        "arguments": arguments(args),
+    }
+
+
 # ----------------------------------------------------------------------------- a model that answers
 
 

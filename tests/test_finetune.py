@@ -1,6 +1,8 @@
 """Facts about finetune.py: how ScienceQA is read and asked, and whole runs on small models."""
 
+import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -603,6 +605,66 @@ def test_a_run_whose_loss_is_nan_stops_and_says_what_to_do(memvp_world, tmp_path
     said = refused(capsys, arguments(memvp_world, tmp_path / "run", "--lr", "1e30"))
     assert "at step" in said and "Start anew with a lower --lr" in said
     assert (tmp_path / "run" / "broken.json").exists()
+
+
+def as_the_authors_save(model):
+    """A MemoryLLM's trained tensors by the names of MemVP's code under DDP, and what it saves beside."""
+    memory, adapters = model.memory, model.vit.adapters
+    named = {
+        "adapter_emb1": memory.key_positions[None], "adapter_emb2": memory.value_positions[None],
+        "adapter_modality_embedding.weight": torch.zeros(2, model.llm.dim)}
+    for ours, theirs in ((0, "fc1"), (2, "fc2")):
+        for name, tensor in memory.projector[ours].state_dict().items():
+            named[f"adapter_proj.{theirs}.{name}"] = tensor
+    for i, adapter in enumerate([*adapters, adapters[0]]):  # the last block's is never used
+        place = f"backbone.visual.transformer.resblocks.{i}.adapter_mlp"
+        named[f"{place}.fc1.weight"] = adapter.down.weight
+        named[f"{place}.fc2.weight"] = adapter.up.weight
+    return {f"module.{name}": tensor.detach().clone() for name, tensor in named.items()}
+
+
+@pytest.fixture
+def taught(memvp_world, tmp_path):
+    """A MemoryLLM, and how its memory is made."""
+    args = finetune.parse_arguments(arguments(memvp_world, tmp_path))
+    method = finetune.MemVPTuning(args, is_dry=False)
+    model = method.build(args, loop.Processes.start("fp32"))
+    for parameter in model.saved().values():
+        torch.nn.init.normal_(parameter)
+    return model, method.options
+
+
+def test_what_memvps_authors_saved_becomes_a_run(memvp_world, taught, tmp_path, capsys):
+    clip, llm, _ = memvp_world
+    model, options = taught
+    content = {"model": as_the_authors_save(model), "epoch": 19, "args": argparse.Namespace(emb=20)}
+    torch.save(content, tmp_path / "checkpoint-19.pth")
+    export.main(["--from-memvp", str(tmp_path / "checkpoint-19.pth"), str(tmp_path / "theirs"),
+                 "--llm", str(llm), "--vit", str(clip)])
+    assert "evaluate.py --model" in capsys.readouterr().out
+    again, _ = transfer.load_model(str(tmp_path / "theirs"), torch.float32)
+    for name, tensor in model.saved().items():
+        assert torch.equal(again.saved()[name], tensor), name
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["memory"] == options
+    assert evaluate.taught_task(str(tmp_path / "theirs")) == "scienceqa"
+
+
+@pytest.mark.parametrize("lost, said", [
+    ("adapter_emb2", "lacks adapter_emb1"), ("adapter_proj.fc2.bias", "1 tensors missing.*projector.2.bias")])
+def test_a_file_of_memvps_authors_that_lacks_something_is_refused(lost, said, memvp_world, taught, tmp_path,
+                                                                 capsys):
+    clip, llm, _ = memvp_world
+    named = as_the_authors_save(taught[0])
+    del named[f"module.{lost}"]
+    torch.save({"model": named}, tmp_path / "a.pth")
+    command = ["--from-memvp", str(tmp_path / "a.pth"), str(tmp_path / "new"), "--llm", str(llm)]
+    with pytest.raises(SystemExit) as stop:
+        export.main([*command, "--vit", str(clip)])
+    assert stop.value.code == 2 and re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit):
+        export.main(command)
+    assert "needs --llm and --vit" in capsys.readouterr().err
 
 
 def test_on_a_gpu_the_micro_batch_follows_from_its_memory(memvp_world, tmp_path, monkeypatch):
