@@ -58,6 +58,8 @@ SMOLLM2_STARTS = {
     "auto": ["--init", "auto"],
     "converter": [],
     "captions": CAPTIONS,
+    "random": ["--init", "random"],  # what an inherited VPG gives alone
+    "cosine": [],  # the original's word converter, made by initialise.py
     "ridge-0.001": ["--ridge", 0.001],  # as in the first study
     "no-warm-up": ["--no-warm-up"],
     "captions-no-warm-up": [*CAPTIONS, "--no-warm-up"],
@@ -74,6 +76,8 @@ SMOLLM2_RATES = {
     "converter": [
         ("2e-3", "1e-3"), ("1e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-3", "1e-3")],
     "captions": [("2e-3", "1e-3"), ("2e-3", "2e-3"), ("2e-3", "5e-4"), ("5e-4", "1e-3")],
+    "random": [("2e-3", "1e-3"), ("5e-3", "1e-3")],
+    "cosine": [("2e-3", "1e-3"), ("2e-2", "1e-3")],
     "ridge-0.001": [("2e-2", "1e-3"), ("2e-2", "2e-3"), ("5e-3", "1e-3")],
     "no-warm-up": [("", "2e-3"), ("", "1e-3")],
     "scratch-stage1": [("", "4e-3"), ("", "2e-3"), ("", "8e-3"), ("", "1e-3")],
@@ -96,10 +100,13 @@ SMOLLM2_LONG_RATES = {
     "converter": [("2e-3", "1e-3")],
     "captions": [("2e-3", "1e-3")]}
 
+# Where the source is not the demo's: one of the same language model that has learnt from the training images
+# alone, in 300 steps; the demo's, with a projector that is merged with the original's word converter.
+WEAK_SOURCE, COSINE_SOURCE = "small-source", "smollm2-source-cosine"
+OTHER_SOURCES = {"weak-captions": WEAK_SOURCE, "weak-own-captions": WEAK_SOURCE, "cosine": COSINE_SOURCE}
+
 # The third study moves it to small targets of three families, 300 steps each: does one start win everywhere?
-# The first pair of rates of each start is the best of those that are recorded. The weak source, of the same
-# language model as the demo's, has learnt from the training images alone, in 300 steps.
-WEAK_SOURCE = "small-source"
+# The first pair of rates of each start is the best of those that are recorded.
 SMALL_TARGETS = {"opt-256": "demo/target", "llama-256": f"{WORLD}/llama-256", "t5-256": f"{WORLD}/t5-256"}
 SMALL_RATES = {
     "opt-256": {
@@ -312,7 +319,7 @@ def from_start(name, tgt, start, steps, rates, split, seed):
     warm_up_rate, rate = rates
     from_scratch = start.startswith("scratch")
     images = f"{HELD_OUT}/train-10.7.tar" if start.endswith("-10.7") else "demo/pairs/train.tar"
-    needs = [WEAK_SOURCE] if start.startswith("weak-") else []
+    needs = [OTHER_SOURCES[start]] if start in OTHER_SOURCES else []
     src = f"{RUNS}/{needs[0]}" if needs else "demo/source"
     every = steps // (10 if from_scratch else 15)
     warm_up = 0
@@ -348,7 +355,8 @@ def smollm2_reported():
 
 def smollm2_runs():
     """All runs of the second study: {name: Run}; sweeps on validation images, then what is reported."""
-    runs = []
+    flags = ["--src", "demo/source", "--tgt", SMOLLM2, "--data", "demo/pairs/train.tar", "--how", "cosine"]
+    runs = [Run(COSINE_SOURCE, flags, program=("-m", "study.initialise"))]
     for start, pairs in SMOLLM2_RATES.items():
         for rates in pairs if len(pairs) > 1 else []:
             name = sweep_name("smollm2-sweep", start, rates)

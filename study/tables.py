@@ -321,6 +321,8 @@ STARTED_SMOLLM2 = {
     "auto": "`--init auto`",
     "converter": "word converter, ridge 10",
     "captions": "`--init captions`",
+    "random": "random projector",
+    "cosine": "the original's word converter",
     "ridge-0.001": "word converter, ridge 0.001",
     "no-warm-up": "word converter, ridge 10, no warm-up",
     "captions-no-warm-up": "`--init captions`, no warm-up",
