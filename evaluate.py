@@ -299,13 +299,14 @@ def read_task(name, spec):
     import pairs
 
     benchmark = BENCHMARKS[name]
-    source, at, images = (spec, "", "") if Path(spec).exists() else spec.partition("@")
-    if Path(source).is_dir():
+    source, split, images = pairs.what_is_there(spec) or (spec, None, None)
+    if Path(source).is_dir() and not split:
         files = known_files(benchmark, Path(source))
         if not files:
             raise FileNotFoundError(f"{source}: holds none of {', '.join(benchmark.files)}")
         source = str(files[0])
-    found = pairs.read_questions(source + at + images)
+        spec = f"{source}@{images}" if images else source
+    found = pairs.read_questions(spec)
     task = Task(name, [], dict(found.left_out))
     for item in map(found.__getitem__, range(len(found))):
         problem = None
@@ -759,11 +760,20 @@ def answer_choices(model, tok, items, with_captions, batch_size, blind=False):
             yield rows
 
 
-def read_answers(folder, name, header):
-    """Answers that all processes have written so far -> {id: row}; a line that was cut off is none.
-    ValueError where they are another model's, or to other questions."""
+def sizes(items):
+    """{id: bytes of its image, or None}: by these a picture in another one's place is noticed."""
+    files = {item["image"] for item in items if item["image"]}
+    of_file = {file: os.path.getsize(file) for file in files if os.path.isfile(file)}
+    return {item["id"]: of_file.get(item["image"]) for item in items}
+
+
+def read_answers(folder, task, header):
+    """Answers that all processes have written so far -> {id: row}; a line that was cut off is none, nor is
+    one about a picture that is another by now. ValueError where they are another model's, or to other
+    questions."""
     rows = {}
-    for file in sorted(folder.glob(f"{name}.*.jsonl")):
+    now = sizes(task.items)
+    for file in sorted(folder.glob(f"{task.name}.*.jsonl")):
         lines = file.read_text(encoding="utf-8").split("\n")
         try:
             found = [dict(json.loads(line)) for line in lines[:-1]]  # behind them is nothing, or a torn line
@@ -775,6 +785,8 @@ def read_answers(folder, name, header):
                 raise ValueError(f"{file}: holds answers with {key} = {found[0].get(key)!r}, and now it is "
                                  f"{header[key]!r}; name another --out, or remove the file")
         for row in found[1:]:
+            if row.get("bytes") != now.get(row["id"]):
+                continue
             if "problem" in rows.get(row["id"], {"problem": None}):  # a second try may have found the image
                 rows[row["id"]] = row
     return rows
@@ -807,7 +819,7 @@ def answer_task(task, model, tok, template, header, args, folder, processes):
     import data
     import loop
 
-    done = {id for id, row in read_answers(folder, task.name, header).items() if "problem" not in row}
+    done = {id for id, row in read_answers(folder, task, header).items() if "problem" not in row}
     processes.sum(0)  # all have read before one writes
     mine = [item for item in share(task.items, processes) if item["id"] not in done]
     blind = args.images == "none"
@@ -819,11 +831,13 @@ def answer_task(task, model, tok, template, header, args, folder, processes):
                                 header.get("task"))
     bar = tqdm(total=len(mine), desc=task.name, unit="answer", leave=False,
                disable=processes.hides_bars)
+    size_of = sizes(mine)
     stopped = False
     with bar, open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
         try:
             for rows in answered:
-                file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+                for row in rows:
+                    file.write(json.dumps(row | {"bytes": size_of[row["id"]]}).encode() + b"\n")
                 file.flush()
                 bar.update(len(rows))
                 if loop.must_stop():
@@ -833,7 +847,7 @@ def answer_task(task, model, tok, template, header, args, folder, processes):
     if processes.sum(stopped)[0]:
         processes.say("stopped; the same command goes on with the answers that are there")
         sys.exit(130)
-    return read_answers(folder, task.name, header)
+    return read_answers(folder, task, header)
 
 
 def answer_greedily(task, model, tok, batch_size, processes):
@@ -868,6 +882,9 @@ def scorer(specs, limit, tok, batch_size, processes):
     tasks = find_tasks(specs, limit)
     if any(task.name == "scienceqa" for task in tasks):
         raise ValueError("scienceqa is for runs of MemVP, and not scored along the way")
+    for task in tasks:
+        for problem, places in task.left_out.items():
+            processes.say(f"{task.name}: {len(places):,} left out: {problem}, such as {places[0]}")
 
     def score(model):
         scores = {}
@@ -1095,11 +1112,15 @@ def find_tasks(named, limit):
     return tasks
 
 
+SAID = ("id", "question", "hint", "choices", "caption")  # of an item, to the model
+
+
 def describe_asking(task, args, tok, template, taught=None):
     """What the answers of a task depend on beside the model: in the first line of their file. ValueError
     where --captions finds none."""
-    items = json.dumps([[item["id"], item["question"]] for item in task.items]).encode()
-    same = {"images": args.images, "items": len(task.items), "digest": short_hash(items)}
+    said = [[item.get(key) for key in SAID] + [os.path.basename(item["image"] or "")] for item in task.items]
+    digest = short_hash(json.dumps(said).encode())
+    same = {"images": args.images, "items": len(task.items), "digest": digest}
     if task.name == "scienceqa":
         if args.captions and not any("caption" in item for item in task.items):
             raise ValueError("--captions: no question has one; captions.json, which lies in data/ of "
@@ -1176,12 +1197,15 @@ def evaluate(args, processes):
     with processes.first_goes_first():
         model, tok, template = load(args, processes.device)
         taught = taught_task(args.model)
+    if args.captions and all(task.name != "scienceqa" for task in tasks):
+        raise ValueError("--captions is for scienceqa, which is not among what is asked")
     wrong = why_no_letters(args, model, taught)
     askable = [task for task in tasks if task.name != "scienceqa" or not wrong]
     if askable != tasks and (args.benchmarks or not askable):
         raise ValueError(wrong)
-    asked = {"model": hub.lasting_name(args.model), "fingerprint": hub.fingerprint(model.saved()),
-             "precision": args.precision, "llm_weights": model.llm.weights}
+    fingerprint = hub.fingerprint(dict(model.named_parameters()))
+    asked = {"model": hub.lasting_name(args.model), "fingerprint": fingerprint, "precision": args.precision,
+             "llm_weights": model.llm.weights}
     lock = contextlib.nullcontext()
     if processes.rank == 0:
         lock = runs.locked(folder, " ".join(sys.argv), processes.say)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import train_in
+from conftest import save_image, train_in
 from PIL import Image
 
 import data
@@ -708,6 +708,16 @@ def test_another_models_answers_are_refused(world, benchmarks, tmp_path, capsys,
     assert "holds answers with fingerprint = " in capsys.readouterr().err
 
 
+def test_pictures_that_have_replaced_others_are_asked_about_anew(world, benchmarks, tmp_path, seen):
+    files = shutil.copytree(benchmarks / "coco", tmp_path / "coco")
+    score(world, tmp_path, f"coco={files}")
+    save_image(files / "val2014/COCO_val2014_000000000003.jpg", size=(77, 50))
+    seen.clear()
+    again = score(world, tmp_path, f"coco={files}")["coco"]["scores"]
+    assert seen["images"] == 1
+    assert again == score(world, tmp_path / "whole", f"coco={files}")["coco"]["scores"]
+
+
 def test_a_missing_image_is_named_scored_as_no_answer_and_found_later(world, benchmarks, tmp_path):
     files = shutil.copytree(benchmarks / "coco", tmp_path / "coco")
     image = files / "val2014/COCO_val2014_000000000003.jpg"
@@ -815,6 +825,19 @@ def test_cocos_captions_are_read_as_they_are_downloaded(disk, name, content):
     task = evaluate.read_task("coco", str(file))
     assert short(task) == PETS and not task.left_out
     assert all(Path(item["image"]).is_file() for item in task.items)
+
+
+def test_captions_of_an_image_come_together_and_its_whole_name_tells_it_from_others(tmp_path):
+    rows = []
+    for image in ("cats/001.jpg", "dogs/001.jpg"):
+        save_image(tmp_path / image)
+        rows += [{"image": image, "caption": f"{image[:3]} {i}"} for i in range(2)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    task = evaluate.read_task("coco", str(file))
+    assert [(item["id"], item["answers"]) for item in task.items] == [
+        ("cats/001.jpg", ["cat 0", "cat 1"]), ("dogs/001.jpg", ["dog 0", "dog 1"])]
+    assert not task.left_out
 
 
 def test_nocaps_is_read_with_its_domains(disk):
