@@ -46,8 +46,8 @@ def file_beside(pairs, fingerprint, count):
 
 
 def read_kept(file, made_with):
-    """{image: its captions} of a file that an earlier run has left, whose first line must be
-    `made_with`. A last line that a kill has torn is cut off. ValueError where it was made otherwise."""
+    """{(image, its bytes): its captions} of a file that an earlier run has left, whose first line must
+    be `made_with`. A last line that a kill has torn is cut off. ValueError where it was made otherwise."""
     if not file.is_file():
         file.write_text(json.dumps(made_with) + "\n")
     content = file.read_bytes()
@@ -56,7 +56,7 @@ def read_kept(file, made_with):
         os.truncate(file, len(whole))
     try:
         first, *lines = map(json.loads, whole.splitlines())
-        kept = {line["image"]: line["captions"] for line in lines}
+        kept = {(line["image"], line["bytes"]): line["captions"] for line in lines}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({error}); remove it, and the captions are drawn anew") from error
     if first | {"source": made_with["source"]} != made_with:  # which goes by several names
@@ -91,14 +91,22 @@ def look_and_say(model, tok, files, count, processes, workers):
     return dict(zip(pixels, captions)), unreadable
 
 
+def sized(pairs):
+    """{file: (image, its bytes)} of a data set: another picture in an image's place has another size.
+    Of a shard's member that is in its address."""
+    files = {os.path.join(pairs.root, image): image for image in pairs.images}
+    return {file: (image, os.path.getsize(file) if os.path.isfile(file) else None)
+            for file, image in files.items()}
+
+
 def draw_captions(model, tok, pairs, count, file, kept, args, processes):
     """Draws captions for the images of a data set that `kept` lacks; appends them to `file` and adds
     them to `kept`. All processes share the work, the first one writes. -> a message for each image
     that cannot be read
 
-    A batch has a seed of its own, so that a run that was stopped goes on with the captions that it
-    would have drawn, given as many processes and --micro-batch."""
-    images = {os.path.join(pairs.root, image): image for image in pairs.images}
+    A batch has a seed of its own, whatever --seed, so that a run that was stopped goes on with the
+    captions that it would have drawn, given as many processes and --micro-batch."""
+    images = sized(pairs)
     files = list(images)
     share = max(1, args.micro_batch // count)
     problems = []
@@ -111,13 +119,14 @@ def draw_captions(model, tok, pairs, count, file, kept, args, processes):
                 continue
             first = share * processes.rank
             mine = [path for path in batch[first : first + share] if images[path] not in kept]
-            torch.manual_seed(hash((args.seed, start + first)))
+            torch.manual_seed(start + first)
             said, unreadable = look_and_say(model, tok, mine, count, processes, args.workers)
             problems += processes.gather(list(unreadable.values()))
             for path, texts in processes.gather(list(said.items())):
                 kept[images[path]] = texts
                 if lines:
-                    lines.write(json.dumps({"image": images[path], "captions": texts}) + "\n")
+                    image, size = images[path]
+                    lines.write(json.dumps({"image": image, "bytes": size, "captions": texts}) + "\n")
             if lines:
                 lines.flush()
             if processes.sum(loop.must_stop())[0]:
@@ -169,12 +178,14 @@ def caption_images(source, count, sets, args, processes):
             with processes.first_goes_first():
                 kept = [read_kept(file, made_with)] if processes.rank == 0 else []
             (kept,) = processes.gather(kept)  # others may have another disk
-            before = sum(image in kept for image in pairs.images)
+            images = sized(pairs).values()
+            before = sum(image in kept for image in images)
             problems = draw_captions(model, tok, pairs, count, file, kept, args, processes)
-            there = sum(image in kept for image in pairs.images)
+            there = sum(image in kept for image in images)
             processes.say(f"captions: {pairs.name}, {there:,} images with {count} of {source}'s own, "
                           f"{before:,} from before ({file})")
             if problems:
                 processes.say(f"captions: {len(problems):,} images cannot be read, the first: {problems[0]}")
-            captioned.append(with_captions(pairs, kept))
+            captioned.append(with_captions(pairs, {image: kept[image, size] for image, size in images
+                                                   if (image, size) in kept}))
     return captioned

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, read_lines, rows, train_in
+from conftest import arguments, read_lines, rows, save_image, train_in
 
 import captioning
 import loop
@@ -91,6 +91,25 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out(world, pairs, args, 
     assert "1 images cannot be read" in said and pairs.images[3] in said
 
 
+def test_a_picture_that_has_replaced_another_is_captioned_anew(world, pairs, args, capsys):
+    captioning.caption_images(str(world[0]), 1, [pairs], args, ALONE)
+    capsys.readouterr()
+    save_image(Path(pairs.root) / pairs.images[3], size=(90, 60))
+    captioning.caption_images(str(world[0]), 1, [pairs], args, ALONE)
+    assert f"{len(pairs.images)} images with 1" in capsys.readouterr().out
+    images = [line["image"] for line in read_lines(kept_file(pairs))[1:]]
+    assert len(images) == len(pairs.images) + 1 and images.count(pairs.images[3]) == 2
+
+
+def test_captions_do_not_depend_on_the_seed(world, pairs, args):
+    """So that they are drawn once for the runs of several seeds."""
+    (captioned,) = captioning.caption_images(str(world[0]), 1, [pairs], args, ALONE)
+    kept_file(pairs).unlink()
+    args.seed = 7
+    (again,) = captioning.caption_images(str(world[0]), 1, [pairs], args, ALONE)
+    assert list(again.captions) == list(captioned.captions)
+
+
 def test_captions_of_another_source_are_refused(tmp_path):
     file = tmp_path / "x.jsonl"
     assert captioning.read_kept(file, MADE_WITH) == {}
@@ -99,7 +118,7 @@ def test_captions_of_another_source_are_refused(tmp_path):
     assert captioning.read_kept(file, MADE_WITH | {"source": "./a"}) == {}
 
 
-@pytest.mark.parametrize("line", ["{", '"a"', "[]", '{"image": "1.png"}'])
+@pytest.mark.parametrize("line", ["{", '"a"', "[]", '{"image": "1.png", "captions": ["a"]}'])
 def test_a_damaged_file_of_captions_is_named(tmp_path, line):
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps(MADE_WITH) + "\n" + line + "\n")
