@@ -309,7 +309,7 @@ def open_image(file):
     one that cannot be read, also if that shows later on."""
     try:
         source = file
-        if shard := re.fullmatch(r"(?s)(.+?\.tar)::.*@(\d+)\+(\d+)", str(file)):
+        if shard := re.fullmatch(r"(?si)(.+?\.tar)::.*@(\d+)\+(\d+)", str(file)):
             with open(shard[1], "rb") as tar:
                 tar.seek(int(shard[2]))
                 source = io.BytesIO(tar.read(int(shard[3])))

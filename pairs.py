@@ -184,6 +184,12 @@ def item_text(item, seen):
 
 def question_text(item, seen):
     """As item_text, but each id is there once: it is what results are scored by."""
+    if type(item["id"]) not in (str, int):
+        return "", "an id that is neither text nor number"
+    if not isinstance(item["question"], str | None):
+        return "", "a question that is no text"
+    if not all(isinstance(answer, str) for answer in item["answers"]):
+        return "", "an answer that is no text"
     if item["id"] in seen:
         return "", "an id for the second time"
     seen.add(item["id"])
@@ -197,6 +203,8 @@ def collect(rows, as_text):
     seen = set()
     for where, image, content, problem in rows:
         text = ""
+        if not problem and not isinstance(image, str | None):
+            problem = "an image that is no text"
         if not problem:
             text, problem = as_text(content, seen)
         if not problem and re.search("[\ud800-\udfff]", (image or "") + text):
@@ -559,6 +567,8 @@ def messages_of(row):
 def aligned_of(row):
     """MiniGPT-4's second-stage data: one turn, whose instruction the command draws."""
     image, caption = next(numbered_of(row))
+    if not (isinstance(caption, str) and caption.strip()):
+        raise Unusable("no caption")
     yield image, {"id": str(row["image_id"]), "turns": [[None, caption]]}
 
 
@@ -569,9 +579,10 @@ def read_aligned(source):
 # ----------------------------------------------------------------------------------------- questions
 
 
-def number_in(name):
-    """The image id in a file's name: "val2014/COCO_val2014_000000391895.jpg" -> 391895."""
-    digits = re.search(r"(\d+)\D*$", Path(name).stem)
+def coco_number(name):
+    """The image id in COCO's names, "val2014/COCO_val2014_000000391895.jpg" -> 391895; another name as
+    it is."""
+    digits = re.search(r"(?:^|/)(?:COCO_\w+?_)?(\d{12})\.jpg$", name)
     return int(digits[1]) if digits else name
 
 
@@ -579,13 +590,22 @@ def coco_name(id, part="val2014"):
     return f"COCO_{part}_{int(id):012d}.jpg"
 
 
-def references_of(row):
-    """LAVIS's lists for COCO and NoCaps: all captions of an image."""
-    image = image_of(row)
-    captions = row.get("caption") or []
-    captions = captions if isinstance(captions, list) else [captions]
-    id = row["img_id"] if "img_id" in row else number_in(image)
-    yield image, {"id": id, "question": None, "answers": captions}
+def read_references(source):
+    """LAVIS's lists for COCO and NoCaps, or a caption a row: all captions of an image together."""
+    found = {}
+
+    def read_row(row):
+        image = image_of(row)
+        captions = row.get("caption") or []
+        captions = captions if isinstance(captions, list) else [captions]
+        id = row.get("img_id", coco_number(image))
+        if (image, id) in found:
+            found[image, id]["answers"] += captions
+            return
+        found[image, id] = {"id": id, "question": None, "answers": list(captions)}
+        yield image, found[image, id]
+
+    yield from list(each(read_row)(source))  # each item is whole at the end alone
 
 
 def read_coco_references(source):
@@ -808,7 +828,8 @@ def read_folder(source):
                 captions = text_beside(stem)
             except Unusable as error:
                 damaged = str(error).startswith("damaged")
-                where = next(f for f in (stem + ".txt", stem + ".json", file) if os.path.exists(f))
+                beside = (f for f in (stem + ".txt", stem + ".json") if os.path.exists(f))
+                where = next(beside, file)
                 yield where if damaged else file, None, None, str(error)
             else:
                 for caption in captions:
@@ -1060,7 +1081,7 @@ FORMATS = [
     Format((".json",), 'ScienceQA\'s {id: {"question", "choices"}}',
            values_have("question", "choices"), {"questions": read_scienceqa}, has_splits=True),
     Format(LISTS, 'a list of {"image", "caption"}', looks_like_list,
-           {"captions": each(captions_of), "questions": each(references_of)}, COCO_FOLDERS),
+           {"captions": each(captions_of), "questions": read_references}, COCO_FOLDERS),
 ]
 ENDINGS = {ending for format in FORMATS for ending in format.endings}
 AS_TEXT = {"captions": caption_text, "conversations": item_text, "questions": question_text,
@@ -1258,7 +1279,7 @@ def expand(source):
     if "*" in source.name or "?" in source.name:
         return sorted(source.parent.glob(source.name))
     if source.is_dir():
-        shards = sorted(source.glob("*.tar"))
+        shards = sorted(filter(is_shard, source.iterdir()))
         pair = shards and pair_in(source)
         if pair:
             raise ValueError(f"{source}: holds shards, {shards[0].name}, and pictures with texts beside "
@@ -1266,6 +1287,10 @@ def expand(source):
                              "the shards elsewhere")
         return shards or [source]
     return [source]
+
+
+def is_shard(path):
+    return path.suffix.lower() == ".tar" and not path.is_dir()
 
 
 def pair_in(folder):
@@ -1305,7 +1330,7 @@ def check_sources(spec, paths):
     source = spec.source
     if not paths:
         raise FileNotFoundError(f"{source}: there is no such file or folder of image-text pairs")
-    if spec.images and (paths[0].suffix == ".tar" or source.is_dir()):
+    if spec.images and (is_shard(paths[0]) or source.is_dir()):
         raise ValueError(f"{source}@{spec.images}: @{spec.images} is for files of annotations; a "
                          "folder or shard holds its images")
     if len({path.suffix for path in paths}) > 1:
@@ -1324,7 +1349,7 @@ def find_sources(spec):
     paths = expand(spec.source)
     check_sources(spec, paths)
     root = spec.source
-    if paths[0].suffix == ".tar":
+    if is_shard(paths[0]):
         root = Path(os.path.commonpath([path.parent for path in paths]))
     return [Source(path, root, spec.images, spec.split) for path in paths]
 
@@ -1533,7 +1558,7 @@ def main(argv=None):
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
     try:
-        is_picture = args.sheet.suffix.lower() in Image.registered_extensions()
+        is_picture = Image.registered_extensions().get(args.sheet.suffix.lower()) in Image.SAVE
         if not args.sheet.absolute().parent.is_dir() or not is_picture:
             raise FileNotFoundError(f"{args.sheet}: there is no folder {args.sheet.parent} to "
                                     "write it into, or it ends as no picture does (.png)")

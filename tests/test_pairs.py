@@ -250,6 +250,26 @@ def test_pictures_of_a_folder_are_read_or_named_by_their_endings(tmp_path):
         assert [Path(place).name for place in places] == ["e.heic", "f.HEIF", "g.jxl", "h.jp2"]
 
 
+def test_a_link_to_nowhere_is_an_image_without_a_text(tmp_path):
+    save_image(tmp_path / "0.png")
+    write(tmp_path / "0.txt", "a cat")
+    (tmp_path / "lost.png").symlink_to("/nowhere/lost.png")
+    (tmp_path / "self.png").symlink_to("self.png")
+    pairs = read_pairs(str(tmp_path))
+    assert list(pairs.captions) == ["a cat"]
+    assert {Path(place).name for place in sum(pairs.left_out.values(), [])} == {"lost.png", "self.png"}
+
+
+def test_shards_are_told_from_folders_whatever_the_letters(tmp_path):
+    write_shard(tmp_path / "a.TAR", {"1.png": save_image(tmp_path / "1.png").read_bytes(), "1.txt": b"a cat"})
+    pairs = read_pairs(str(tmp_path / "a.TAR"))
+    assert list(pairs.captions) == ["a cat"] and data.load_image(pairs.file(0)).size
+    save_image(tmp_path / "named.tar" / "1.png")
+    write(tmp_path / "named.tar" / "1.txt", "a dog")
+    pairs = read_pairs(str(tmp_path / "named.tar"))
+    assert list(pairs.captions) == ["a dog"] and data.load_image(pairs.file(0)).size
+
+
 def test_what_is_hidden_in_a_folder_or_of_macos_is_passed_over(tmp_path):
     for name in ("a/1", "a/._1", "__MACOSX/a/1", "__MACOSX/a/._1", ".thumbnails/1"):
         save_image(tmp_path / f"{name}.jpg")
@@ -290,6 +310,28 @@ KARPATHY = {"dataset": "coco", "images": [
                  filepath="val2014"),
     karpathy_row("train", "COCO_train2014_000000057870.jpg", ["A table", "Chairs"], 3, cocoid=57870,
                  filepath="train2014")]}
+
+
+@pytest.mark.parametrize("row, problem", [
+    ({"image_id": 1, "caption": None}, "no caption"), ({"image_id": 1, "caption": " "}, "no caption"),
+    ({"image_id": 1, "caption": ["a"]}, "no caption")])
+def test_an_answer_to_learn_is_a_text(tmp_path, row, problem):
+    show(tmp_path, "0.jpg", "1.jpg")
+    file = write_object(tmp_path / "filter_cap.json", {"annotations": [row, {"image_id": 0, "caption": "a"}]})
+    items = read_conversations(str(file))
+    assert len(items) == 1 and items.left_out == {problem: [f"{file}, annotation 1"]}
+
+
+@pytest.mark.parametrize("change, problem", [
+    ({"question_id": [1]}, "an id that is neither text nor number"),
+    ({"question": 5}, "a question that is no text"),
+    ({"answer": [2, 2]}, "an answer that is no text"), ({"image": 5}, "an image that is no text")])
+def test_a_question_that_would_end_an_evaluation_is_left_out(tmp_path, change, problem):
+    show(tmp_path, "1.jpg")
+    row = {"question_id": 1, "question": "What?", "answer": ["cat"], "image": "1.jpg"}
+    file = write_object(tmp_path / "vqa_val_eval.json", [row | {"question_id": 2}, row | change])
+    items = read_questions(str(file))
+    assert len(items) == 1 and items.left_out == {problem: [f"{file}, annotation 2"]}
 
 
 @pytest.fixture
@@ -1500,7 +1542,7 @@ def test_the_command_says_in_a_line_why_not(tmp_path, capsys):
     assert "no such file" in said
 
 
-@pytest.mark.parametrize("sheet", ["missing/sheet.png", "sheet", "sheet.txt"])
+@pytest.mark.parametrize("sheet", ["missing/sheet.png", "sheet", "sheet.txt", "sheet.psd"])
 def test_a_sheet_that_cannot_be_written_is_refused_before_anything_is_read(
         tmp_path, monkeypatch, capsys, sheet):
     monkeypatch.setattr(pairs_module, "read", None)
