@@ -265,6 +265,8 @@ def converse(conversation, options):
             continue
         try:
             goes_on = not line.strip() or obey(conversation, line, options)
+        except KeyboardInterrupt:  # while a picture is read
+            print("(stopped)")
         except torch.OutOfMemoryError as error:
             conversation.release()
             print(f"GPU memory ran out; /clear makes the conversation shorter ({printable(str(error))})")
@@ -577,6 +579,8 @@ def start(args):
 
 def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
+    with contextlib.suppress(AttributeError):  # where standard input is no file
+        sys.stdin.reconfigure(errors="replace")
     args = parse_arguments(argv)
     try:
         start(args)

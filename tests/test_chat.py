@@ -1,6 +1,7 @@
 """Facts about conversations: what the model reads and says, and what a person sees in the terminal."""
 
 import contextlib
+import io
 import os
 import pty
 import re
@@ -360,6 +361,24 @@ def test_bad_input_in_the_terminal_is_named_and_it_goes_on(monkeypatch, capsys, 
     assert said[-2].strip()
     assert [question for question, _ in conversation.turns] == ["a red square?", "a blue circle?"]
     assert conversation.picture
+
+
+def test_ctrl_c_while_a_picture_is_read_ends_that_alone(monkeypatch, capsys, llama, tmp_path):
+    def interrupted(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load_image", interrupted)
+    picture = save_image(tmp_path / "a.png")
+    said = in_terminal(monkeypatch, capsys, begin(llama), f"/image {picture}", "a red square?")
+    assert said[0].strip() == "(stopped)" and said[1].strip()
+
+
+def test_letters_that_are_not_utf8_do_not_end_a_conversation(monkeypatch, capsys, chat_models):
+    folder, _ = chat_models["llama"]
+    typed = io.TextIOWrapper(io.BytesIO(b"a caf\xe9?\na red square?\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    chat.main([folder, "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.count("\n> ") == 3
 
 
 def test_the_terminal_says_when_turns_are_forgotten(monkeypatch, capsys, llama):
