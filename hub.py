@@ -109,11 +109,15 @@ def resolve(name, role):
         if not {"vit", "llm"} <= run.keys():
             raise ValueError(f"{folder / 'config.json'}: does not name the run's ViT and LLM; it "
                              "is damaged")
-        tokenizer = resolve(run["llm"].get("tokenizer") or run["llm"]["name"], "tokenizer").folder
-        if role == "tokenizer":
-            return Place(name, tokenizer, tokenizer, tokenizer, tokenizer)
-        llm = resolve(run["llm"]["name"], "target").llm
-        vit = folder if role == "target" else resolve(run["vit"]["name"], "vpg").vit
+        try:
+            tokenizer = resolve(run["llm"].get("tokenizer") or run["llm"]["name"], "tokenizer").folder
+            if role == "tokenizer":
+                return Place(name, tokenizer, tokenizer, tokenizer, tokenizer)
+            llm = resolve(run["llm"]["name"], "target").llm
+            vit = folder if role == "target" else resolve(run["vit"]["name"], "vpg").vit
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder / 'config.json'} names what is not there: {error}. Put it "
+                                    "back, or change its name in that file") from error
         return Place(name, folder, vit, llm, tokenizer)
     names = TARGETS if role in ("target", "tokenizer") else SOURCES
     if folder.is_file():
@@ -124,7 +128,12 @@ def resolve(name, role):
         kind = {"tokenizer": "target", "shapes": "model"}.get(role, role)
         raise FileNotFoundError(f"{name}: no such folder, and no short name of a {kind}: those are "
                                 f"{', '.join(names)}; a Hub id reads owner/name")
-    folder = fetch(repository, ROLES[role])
+    try:
+        folder = fetch(repository, ROLES[role])
+    except (FileNotFoundError, ValueError) as error:  # the second: it cannot be a Hub id
+        if name in names:
+            raise
+        raise FileNotFoundError(f"{name}: there is no such folder. As a Hub id: {error}") from error
     return Place(name, folder, folder, folder, folder)
 
 

@@ -131,6 +131,21 @@ def test_a_network_that_breaks_off_is_told_from_a_wrong_name(cache, monkeypatch,
     fails(sample.main, [str(save_image(cache / "a.png")), "--model", "opt-2.7b"], says)
 
 
+@pytest.mark.parametrize("name", ["out/demoo", "out/my run"])
+def test_a_folder_that_is_not_there_is_said_to_be_none_before_the_hub_is_named(cache, name):
+    with pytest.raises(FileNotFoundError, match=f"^{name}: there is no such folder. As a Hub id: "):
+        resolve(name, "model")
+
+
+@pytest.mark.parametrize("part", ["llm", "vit"])
+def test_a_run_whose_parts_have_moved_says_where_they_are_named(tmp_path, world, part):
+    run = {"model_type": "vpgtrans", "llm": {"name": str(world[1])}, "vit": {"name": str(world[0])}}
+    run[part]["name"] = "/gone/there"
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    with pytest.raises(FileNotFoundError, match="config.json names what is not there: /gone/there"):
+        resolve(str(tmp_path), "model")
+
+
 def test_an_unknown_name_lists_the_known_ones(cache):
     with pytest.raises(FileNotFoundError, match="opt-125m, opt-350m"):
         resolve("opt-6.6b", "target")
