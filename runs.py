@@ -20,6 +20,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
 
 import torch
@@ -61,14 +62,13 @@ def write(file, save):
 
 
 def check_writable(folder):
-    """OSError unless files can be made in a folder, which is made for the moment where it is not
-    there yet."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "writable", lambda file: file.touch())
-    (folder / "writable").unlink()
-    if is_new:
-        folder.rmdir()
+    """OSError unless files can be made in a folder, or where it is not there yet in the nearest one
+    above."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written ({error})") from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Facts about runs.py: one run at a time writes in a folder, and what it wrote before stays whole."""
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -88,6 +89,21 @@ def test_a_folder_made_for_a_run_that_wrote_nothing_goes_with_it(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- the disk
+
+
+def test_two_runs_that_begin_together_find_a_folder_writable(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(runs.check_writable, [tmp_path / "a" / "cache"] * 200))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(dir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match=f"{tmp_path}/a: cannot be written .*No space left"):
+        runs.check_writable(tmp_path / "a")
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
