@@ -463,6 +463,8 @@ def check_new(folder):
     """FileExistsError unless a folder is empty or not there yet."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: is not empty; name a new folder")
+    if folder.is_mount():
+        raise FileExistsError(f"{folder}: a disk is mounted there; name a new folder in it")
 
 
 def export(run, folder, precision="bf16"):

@@ -62,7 +62,8 @@ def name_file(spec):
     parsed = pairs.parse_spec(spec)
     if not parsed.source.is_dir():
         return spec
-    files = sorted(file for file in parsed.source.iterdir() if file.suffix in (".json", ".jsonl"))
+    there = filter(lambda file: pairs.is_shown(file.name), parsed.source.iterdir())
+    files = sorted(file for file in there if file.suffix in (".json", ".jsonl"))
     if len(files) != 1:
         there = ", ".join(file.name for file in files) or "none"
         raise ValueError(f"{parsed.source}: a folder of conversations holds one .json or .jsonl; here are: "
@@ -305,12 +306,17 @@ def blank_prompt(name):
     return prompt
 
 
+def quoted(word):
+    """As a shell takes it for one word."""
+    return shlex.quote(str(word))
+
+
 def way_to_ask(args):
     """A command that asks a run as its task was asked."""
     if args.task == "scienceqa":
-        return f"evaluate.py --model {args.out} scienceqa={args.source}"
+        return f"evaluate.py --model {quoted(args.out)} scienceqa={quoted(args.source)}"
     prompt = blank_prompt(args.task).replace("{}", "What is it?")
-    return f"sample.py IMAGE --model {args.out} --prompt {shlex.quote(prompt)}"
+    return f"sample.py IMAGE --model {quoted(args.out)} --prompt {quoted(prompt)}"
 
 
 # ------------------------------------------------------------------------------ MemVP: what is read
@@ -533,9 +539,10 @@ def add_data(parser):
     both.add_argument("--out", type=Path,
                       help="folder of this run (default: out/<model>-chat or out/<llm>-memvp-<task>)")
     both.add_argument("--max-tokens", type=int, default=512,
-                      help="of a question and its answer; longer ones are left out and named. A conversation "
-                           "loses its end where so many stand behind its first question (the original: 160) "
-                           "(default: %(default)s)")
+                      help="of a question and its answer; longer ones are left out and named (VQAv2, GQA and "
+                           "COCO have lengths of their own, and are cut). A conversation loses its end where "
+                           "so many stand behind its first question (the original: 160) (default: "
+                           "%(default)s)")
     both.add_argument("--val-samples", type=int, default=500,
                       help="for validation, at most (default: %(default)s)")
     both.add_argument("--max-bad", type=float, default=0.01,
@@ -604,9 +611,11 @@ def check_memvp(parser, args):
     args.source = source or str(Path(os.environ.get("VPGTRANS_DATA", "datasets")) / args.task)
     if args.task not in TASKS:
         parser.error(f"--memvp {args.task}: the tasks are {', '.join(TASKS)}")
-    if args.features == "queries" and args.vit_layers:
-        parser.error("--vit-layers is for --features patches: a Q-Former reads the block that it was "
-                     "trained on")
+    if args.features == "queries":
+        for name in ("vit_layers", "adapters", "normalise"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"{train.option(name)} is for --features patches: a Q-Former reads what it was "
+                             "trained on")
     if args.cache and args.shard:
         parser.error(train.CACHE_OR_SHARD)
     if args.cache and args.features == "patches" and args.adapters:
@@ -811,7 +820,7 @@ def main(argv=None, watch=None):
             (args.out / runs.PREVIOUS).unlink(missing_ok=True)
         # a run that had ended before --resume has not been validated again
         matched, shuffled = run.last_validation or run.validation.losses(run.model)
-        command = f"chat.py {args.out} IMAGE" if args.instruct else way_to_ask(args)
+        command = f"chat.py {quoted(args.out)} IMAGE" if args.instruct else way_to_ask(args)
         run.processes.say(f"\n{args.model or args.llm}, {job.name}: {job.steps:,} steps, "
                           f"{run.log.seconds:.0f} s of training; the validation loss is "
                           f"{shuffled - matched:.3f} higher with shuffled images.\nWeights, metrics and "

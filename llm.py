@@ -692,9 +692,9 @@ def check_generation(max_new_tokens, num_beams, temperature, top_p, stop=(), rep
             raise ValueError(f"generate: {name} = {number} must be at least 1")
     if num_beams > 1 and temperature > 0:
         raise ValueError("generate: beam search does not sample; use num_beams = 1 or temperature = 0")
-    if temperature < 0 or not 0 <= top_p <= 1:
-        raise ValueError(f"generate: temperature = {temperature} must not be below 0, and top_p = {top_p} "
-                         "must be from 0 to 1")
+    if not (temperature == 0 or 1e-3 <= temperature < math.inf) or not 0 <= top_p <= 1:
+        raise ValueError(f"generate: temperature = {temperature} must be 0 or at least 0.001, and top_p = "
+                         f"{top_p} from 0 to 1")
     if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"generate: repetition_penalty = {repetition_penalty} must be above 0; 1 is none")
     if not all(isinstance(sequence, (tuple, list)) and sequence for sequence in stop):

@@ -52,31 +52,31 @@ OF_GENERATE = ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty"
 
 
 def answer_all(args):
-    """-> what the model says about each image."""
+    """Yields each image's file and what the model says about it."""
     options = {name: getattr(args, name) for name in OF_GENERATE}
     language_models.check_generation(args.max_new_tokens, args.num_beams, args.temperature, args.top_p)
-    images = [data.load_image(file) for file in args.images]
+    for file in args.images:  # before gigabytes are read
+        with data.open_image(file):
+            pass
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = transfer.DTYPES[args.precision]
     template = transfer.find_template(args.model, args.template)
     model, tok = transfer.load_model(args.model, dtype, device, args.llm_weights)
-    pixels = torch.stack([data.resize(image, model.image_size) for image in images])
-    answers = []
-    for batch in pixels.split(16):
-        answers += transfer.answer(model, tok, batch, args.prompt, template, **options)
-    return answers
+    for start in range(0, len(args.images), 16):
+        some = args.images[start : start + 16]
+        pixels = torch.stack([data.read_image(file, model.image_size) for file in some])
+        yield from zip(some, transfer.answer(model, tok, pixels, args.prompt, template, **options))
 
 
 def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # an é must not end it where stdout knows no UTF-8
     args = parse_arguments(argv)
     try:
-        answers = answer_all(args)
+        for file, text in answer_all(args):
+            print(f"{file}: {text}", flush=True)
     except (OSError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
-    for file, text in zip(args.images, answers):
-        print(f"{file}: {text}")
 
 
 if __name__ == "__main__":

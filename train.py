@@ -38,7 +38,15 @@ import loop
 import runs
 import transfer
 import vpgtrans
-from pairs import Pairs, hold_out, one_caption_per_image, parse_spec, read_pairs, read_pictures
+from pairs import (
+    Pairs,
+    hold_out,
+    is_shard,
+    one_caption_per_image,
+    parse_spec,
+    read_pairs,
+    read_pictures,
+)
 from vpgtrans import STAGES
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -224,8 +232,9 @@ EXCLUDE_EACH_OTHER = [
     ("from_scratch", "stage"),
     ("no_warm_up", "stage"),
 ]
+AT_LEAST_0 = ["adapters", "workers", "seed"]
 AT_LEAST_1 = ["image_size", "vit_layers", "steps", "warm_up_steps", "batch_size", "micro_batch",
-              "val_samples", "log_every", "val_every", "save_every"]
+              "val_samples", "log_every", "val_every", "save_every", "rows"]
 ABOVE = {"ridge": 0, "lr": 0, "warm_up_lr": 0, "clip": 0, "max_tokens": 1}
 
 
@@ -236,9 +245,10 @@ def option(name):
 
 def check_ranges(parser, args):
     """Ends the command where a number is too small; options that it does not have are skipped."""
-    for name in AT_LEAST_1:
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            parser.error(f"{option(name)} must be at least 1")
+    for least, names in enumerate((AT_LEAST_0, AT_LEAST_1)):
+        for name in names:
+            if getattr(args, name, None) is not None and getattr(args, name) < least:
+                parser.error(f"{option(name)} must be at least {least}")
     for name, least in ABOVE.items():
         if getattr(args, name, None) is not None and not getattr(args, name) > least:
             parser.error(f"{option(name)} must be above {least}")
@@ -347,7 +357,7 @@ def find_paper_data(root):
     for name, (files, _) in PAPER.items():
         folder = Path(root) / name
         there = [folder / file for file in files if (folder / file).is_file()]
-        if there or any(folder.glob("*.tar")):
+        if there or folder.is_dir() and any(map(is_shard, folder.iterdir())):
             found[name] = there[0] if there else folder
     validation = [Path(root) / "coco" / file for file in PAPER_VALIDATION]
     for file in validation:
@@ -410,7 +420,7 @@ def read_weights(specs):
 
 def holds_images_alone(source):
     """Is it a folder of images of which none has a text beside it?"""
-    if not source.is_dir() or any(source.glob("*.tar")):
+    if not source.is_dir() or any(map(is_shard, source.iterdir())):
         return False
     texts = {file.with_suffix("") for file in source.rglob("*.txt") if not file.name.startswith(".")}
     return not texts or not any(file.suffix != ".txt" and file.with_suffix("") in texts
@@ -936,7 +946,7 @@ def main(argv=None, watch=None):
         lengths = ", then ".join(f"{job.name} {job.steps:,} steps" for job in jobs)
         run.processes.say(f"\n{args.src} -> {args.tgt}: {lengths}, {run.log.seconds:.0f} s of "
                           f"training.\nWeights, metrics and curves are in {args.out}/. Try: python "
-                          f"sample.py IMAGE --model {args.out}")
+                          f"sample.py IMAGE --model {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

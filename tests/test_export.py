@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,6 +320,8 @@ def test_bad_folders_and_disks_are_refused_and_nothing_is_left(world, tmp_path, 
     fails(export.main, [run, run], "is not empty; name a new folder")
     (tmp_path / "file").write_text("")
     fails(export.main, [run, tmp_path / "file"], "file: is not empty")
+    monkeypatch.setattr(Path, "is_mount", lambda folder: folder.name == "disk")
+    fails(export.main, [run, tmp_path / "disk"], "a disk is mounted there; name a new folder in it")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1000, 900, 100))
         fails(export.main, [run, tmp_path / "blip2"], "GB are free there")

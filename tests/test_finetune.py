@@ -713,7 +713,11 @@ def test_the_papers_recipe_is_the_default(memvp_world):
 @pytest.mark.parametrize("more, says", [
     (["--memvp", "nlvr2=x"], "the tasks are scienceqa, scienceqa-words, vqav2, gqa, coco"),
     (["--steps", "0"], "--steps must be at least 1"),
+    (["--rows", "0"], "--rows must be at least 1"),
+    (["--adapters", "-1"], "--adapters must be at least 0"),
     (["--features", "queries", "--vit-layers", "2"], "--vit-layers is for --features patches"),
+    (["--features", "queries", "--normalise", "clip"], "--normalise is for --features patches"),
+    (["--features", "queries", "--adapters", "64"], "--adapters is for --features patches"),
     (["--cache", "cache"], "--cache is for --features queries or --adapters 0"),
 ])
 def test_arguments_that_make_no_sense_are_refused(memvp_world, tmp_path, capsys, more, says):

@@ -187,6 +187,7 @@ def test_a_decoding_step_is_one_static_graph(tmp_path, monkeypatch, variant, num
 
 @pytest.mark.parametrize("options", [
     dict(max_new_tokens=0), dict(num_beams=0), dict(num_beams=2, temperature=1.0), dict(temperature=-1.0),
+    dict(temperature=float("nan")), dict(temperature=1e-40),
     dict(top_p=1.5), dict(stop=(2,)), dict(stop=((),)), dict(repetition_penalty=0.0),
     dict(repetition_penalty=float("inf"))])
 def test_options_of_generate_that_make_no_sense_are_refused(llm_pair, options):

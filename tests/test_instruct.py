@@ -232,6 +232,7 @@ def test_sets_are_mixed_by_weight_and_captions_get_an_instruction(talk, tmp_path
         Image.new("RGB", (30, 30), "red").save(tmp_path / "cc_sbu_align" / "image" / f"{i}.jpg")
         notes.append({"image_id": str(i), "caption": "It is red."})
     (tmp_path / "cc_sbu_align" / "filter_cap.json").write_text(json.dumps({"annotations": notes}))
+    (tmp_path / "cc_sbu_align" / "._filter_cap.json").write_text("macOS's")
     more = ["--instruct", f"{tmp_path / 'cc_sbu_align'}:3", "--val", str(talk[1])]
     method, samples, _, weights, _ = read((talk[0], f"{talk[1]}:1"), *more)
     assert weights == [1.0, 3.0] and [items.name for items in samples.sets] == ["talk", "cc_sbu_align"]

@@ -113,6 +113,8 @@ def test_the_papers_baselines_run(world, tmp_path, capsys, options, stages, says
 @pytest.mark.parametrize("options, says", [
     (["--lr", "0"], "--lr must be above 0"),
     (["--steps", "0"], "--steps must be at least 1"),
+    (["--workers", "-1"], "--workers must be at least 0"),
+    (["--seed", "-1"], "--seed must be at least 0"),
     (["--max-tokens", "1"], "--max-tokens must be above 1"),
     (["--from-scratch", "--no-warm-up"], "--from-scratch and --no-warm-up exclude each other"),
     (["--from-scratch", "--init", "random"], "--from-scratch has a random projector"),
