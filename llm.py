@@ -471,6 +471,31 @@ def pick(x, index):
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
+class Finished:
+    """The K best texts of each row that have ended: ids (B,K,steps), -1 behind their ends, and scores
+    (B,K), the best first."""
+
+    def __init__(self, B, K, steps, device):
+        self.ids = torch.full((B, K, steps), -1, device=device)
+        self.scores = torch.full((B, K), -1e9, device=device)
+
+    def add(self, ids, scores):
+        """Candidates (B,N,n) with their scores (B,N)."""
+        K, steps = self.ids.shape[1:]
+        self.scores, chosen = torch.cat([self.scores, scores], dim=1).topk(K)
+        padded = F.pad(ids, (0, steps - ids.shape[2]), value=-1)
+        self.ids = pick(torch.cat([self.ids, padded], dim=1), chosen)
+
+
+def lengths(n, stops, prompt_lengths):
+    """What beam search divides by, of candidates of n tokens that have ended, and of those that go on:
+    their new tokens, or, before transformers 4.36, the prompt's and those without the end mark."""
+    if prompt_lengths is None:
+        return n, n
+    length = (prompt_lengths.clamp(min=1).to(stops.device)[:, None] + n).float()
+    return length - stops.float(), length
+
+
 def beam_search(llm, logits, cache, steps, min_new_tokens, repetition_penalty, K, length_penalty, stop,
                 prompt_lengths=None):
     """Beam search with transformers' rules: a hypothesis scores log-probability / length **
@@ -486,8 +511,7 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, repetition_penalty, K
     beams = torch.empty(B, K, 0, dtype=torch.long, device=device)  # (B, K, n) the running ones
     scores = torch.full((B, K), -1e9, device=device)
     scores[:, 0] = 0  # all start from beam 0
-    finished = torch.full((B, K, steps), -1, device=device)  # -1 behind their ends
-    finished_scores = torch.full((B, K), -1e9, device=device)
+    finished = Finished(B, K, steps, device)
     done = torch.zeros(B, 1, dtype=torch.bool, device=device)
     width = (1 + len(stop)) * K  # candidates looked at: even if the best K all end, K go on
     is_among_best = torch.arange(width, device=device) < K
@@ -502,25 +526,17 @@ def beam_search(llm, logits, cache, steps, min_new_tokens, repetition_penalty, K
         candidates = torch.cat([pick(beams, parents), next_ids[..., None]], dim=-1)  # (B, width, n)
         stops = ends_with(candidates, stop)
         ended = stops | (n == steps)
-
-        counts = ended & is_among_best & ~done  # transformers lets only the best K candidates finish
-        divisor = running_divisor = n**length_penalty
+        counts = ended & is_among_best  # transformers lets only the best K candidates finish
         if prompt_lengths is not None:
-            counts |= ended & ~stops & ~done
-            length = prompt_lengths.clamp(min=1).to(device)[:, None] + n
-            running_divisor = length.float() ** length_penalty
-            divisor = (length - stops.long()).float() ** length_penalty
-        new_scores = (top / divisor).masked_fill(~counts, -1e9)
-        finished_scores, chosen = torch.cat([finished_scores, new_scores], dim=1).topk(K)
-        padded = F.pad(candidates, (0, steps - n), value=-1)
-        finished = pick(torch.cat([finished, padded], dim=1), chosen)
+            counts |= ended & ~stops
+        of_ended, of_running = lengths(n, stops, prompt_lengths)
+        finished.add(candidates, (top / of_ended**length_penalty).masked_fill(~counts | done, -1e9))
 
         scores, chosen = (top - 1e9 * ended).topk(K)
-        worst = finished_scores.min(1, keepdim=True).values
         best = scores[:, :1] if prompt_lengths is None else top[:, :1]
-        done |= worst >= best / running_divisor
+        done |= finished.scores.min(1, keepdim=True).values >= best / of_running**length_penalty
         if n == steps or llm.have_ended(done):
-            return finished[:, 0]
+            return finished.ids[:, 0]
         beams = pick(candidates, chosen)
         cache.advance(pick(parents, chosen))
         logits = llm.step(beams[..., -1].contiguous(), cache)
