@@ -58,7 +58,8 @@ def read_kept(file, made_with):
         first, *lines = map(json.loads, whole.splitlines())
         kept = {(line["image"], line["bytes"]): line["captions"] for line in lines}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); remove it, and the captions are drawn anew") from error
+        raise ValueError(f"{file}: damaged, or of an older version ({error}); remove it, and the captions "
+                         "are drawn anew") from error
     if first | {"source": made_with["source"]} != made_with:  # which goes by several names
         raise ValueError(f"{file}: captions made with {first}, not with {made_with}; remove it, or "
                          "give the data set another name, --data NAME=...")
@@ -99,14 +100,13 @@ def sized(pairs):
             for file, image in files.items()}
 
 
-def draw_captions(model, tok, pairs, count, file, kept, args, processes):
-    """Draws captions for the images of a data set that `kept` lacks; appends them to `file` and adds
-    them to `kept`. All processes share the work, the first one writes. -> a message for each image
-    that cannot be read
+def draw_captions(model, tok, images, pairs, count, file, kept, args, processes):
+    """Draws captions for the `images` of a data set, as `sized` has them, that `kept` lacks; appends them
+    to `file` and adds them to `kept`. All processes share the work, the first one writes. -> a message
+    for each image that cannot be read
 
     A batch has a seed of its own, whatever --seed, so that a run that was stopped goes on with the
     captions that it would have drawn, given as many processes and --micro-batch."""
-    images = sized(pairs)
     files = list(images)
     share = max(1, args.micro_batch // count)
     problems = []
@@ -176,16 +176,15 @@ def caption_images(source, count, sets, args, processes):
         for pairs in sets:
             file = file_beside(pairs, fingerprint, count)
             with processes.first_goes_first():
-                kept = [read_kept(file, made_with)] if processes.rank == 0 else []
-            (kept,) = processes.gather(kept)  # others may have another disk
-            images = sized(pairs).values()
-            before = sum(image in kept for image in images)
-            problems = draw_captions(model, tok, pairs, count, file, kept, args, processes)
-            there = sum(image in kept for image in images)
+                known = [(read_kept(file, made_with), sized(pairs))] if processes.rank == 0 else []
+            ((kept, images),) = processes.gather(known)  # others may have another disk
+            before = sum(image in kept for image in images.values())
+            problems = draw_captions(model, tok, images, pairs, count, file, kept, args, processes)
+            there = sum(image in kept for image in images.values())
             processes.say(f"captions: {pairs.name}, {there:,} images with {count} of {source}'s own, "
                           f"{before:,} from before ({file})")
             if problems:
                 processes.say(f"captions: {len(problems):,} images cannot be read, the first: {problems[0]}")
-            captioned.append(with_captions(pairs, {image: kept[image, size] for image, size in images
-                                                   if (image, size) in kept}))
+            said = {image: kept[image, size] for image, size in images.values() if (image, size) in kept}
+            captioned.append(with_captions(pairs, said))
     return captioned

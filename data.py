@@ -861,7 +861,7 @@ VICUNA_V1_1 = """\
   {%- elif message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}{% endif %}
 {%- endfor %}"""
 
-# As MiniGPT-4 and VPGTrans write v0 in training
+# As MiniGPT-4 and VPGTrans write v0 in training, of one turn; between turns as VPGTrans's conversation does
 VICUNA_V0 = """\
 {%- for message in messages %}
   {%- if message.role == 'user' %}{{ '###' if loop.first else '' }}{{ 'Human: ' + message.content }}

@@ -128,7 +128,7 @@ def largest_micro_batch(model, step, capacity, most=LARGEST, world=1, shards=1):
     each = step.kept + 2.5 * step.logits
     fits = int((0.9 * capacity - fixed) // each)
     if fits < 1:
-        smaller = "a smaller --tgt"
+        smaller = "a smaller language model"
         if shards > 1:
             smaller = f"--shard over more GPUs, or --llm-weights int8 or nf4 in its place, {smaller}"
         elif not model.llm.largest_quantised:

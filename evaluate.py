@@ -767,12 +767,11 @@ def sizes(items):
     return {item["id"]: of_file.get(item["image"]) for item in items}
 
 
-def read_answers(folder, task, header):
+def read_answers(folder, task, header, now):
     """Answers that all processes have written so far -> {id: row}; a line that was cut off is none, nor is
-    one about a picture that is another by now. ValueError where they are another model's, or to other
+    one about a picture that has another size `now`. ValueError where they are another model's, or to other
     questions."""
     rows = {}
-    now = sizes(task.items)
     for file in sorted(folder.glob(f"{task.name}.*.jsonl")):
         lines = file.read_text(encoding="utf-8").split("\n")
         try:
@@ -785,7 +784,7 @@ def read_answers(folder, task, header):
                 raise ValueError(f"{file}: holds answers with {key} = {found[0].get(key)!r}, and now it is "
                                  f"{header[key]!r}; name another --out, or remove the file")
         for row in found[1:]:
-            if row.get("bytes") != now.get(row["id"]):
+            if now.get(row["id"]) not in (None, row.get("bytes")):
                 continue
             if "problem" in rows.get(row["id"], {"problem": None}):  # a second try may have found the image
                 rows[row["id"]] = row
@@ -819,7 +818,8 @@ def answer_task(task, model, tok, template, header, args, folder, processes):
     import data
     import loop
 
-    done = {id for id, row in read_answers(folder, task, header).items() if "problem" not in row}
+    now = sizes(task.items)
+    done = {id for id, row in read_answers(folder, task, header, now).items() if "problem" not in row}
     processes.sum(0)  # all have read before one writes
     mine = [item for item in share(task.items, processes) if item["id"] not in done]
     blind = args.images == "none"
@@ -831,13 +831,12 @@ def answer_task(task, model, tok, template, header, args, folder, processes):
                                 header.get("task"))
     bar = tqdm(total=len(mine), desc=task.name, unit="answer", leave=False,
                disable=processes.hides_bars)
-    size_of = sizes(mine)
     stopped = False
     with bar, open_answers(folder / f"{task.name}.{processes.rank}.jsonl", header) as file:
         try:
             for rows in answered:
                 for row in rows:
-                    file.write(json.dumps(row | {"bytes": size_of[row["id"]]}).encode() + b"\n")
+                    file.write(json.dumps(row | {"bytes": now[row["id"]]}).encode() + b"\n")
                 file.flush()
                 bar.update(len(rows))
                 if loop.must_stop():
@@ -847,7 +846,7 @@ def answer_task(task, model, tok, template, header, args, folder, processes):
     if processes.sum(stopped)[0]:
         processes.say("stopped; the same command goes on with the answers that are there")
         sys.exit(130)
-    return read_answers(folder, task, header)
+    return read_answers(folder, task, header, now)
 
 
 def answer_greedily(task, model, tok, batch_size, processes):
@@ -1112,13 +1111,11 @@ def find_tasks(named, limit):
     return tasks
 
 
-SAID = ("id", "question", "hint", "choices", "caption")  # of an item, to the model
-
-
 def describe_asking(task, args, tok, template, taught=None):
     """What the answers of a task depend on beside the model: in the first line of their file. ValueError
     where --captions finds none."""
-    said = [[item.get(key) for key in SAID] + [os.path.basename(item["image"] or "")] for item in task.items]
+    keys = ["id", "question", "hint", "choices", *["caption"] * args.captions]
+    said = [[item.get(key) for key in keys] + [os.path.basename(item["image"] or "")] for item in task.items]
     digest = short_hash(json.dumps(said).encode())
     same = {"images": args.images, "items": len(task.items), "digest": digest}
     if task.name == "scienceqa":
@@ -1190,6 +1187,8 @@ def evaluate(args, processes):
     import runs
 
     tasks = find_tasks(args.benchmarks, args.limit)
+    if args.captions and all(task.name != "scienceqa" for task in tasks):
+        raise ValueError("--captions is for scienceqa, which is not among what is asked")
     folder = args.out or default_out(args.model)
     folder /= "evaluation" + (f"-{args.images}" if args.images != "right" else "")
     if args.limit:
@@ -1197,8 +1196,6 @@ def evaluate(args, processes):
     with processes.first_goes_first():
         model, tok, template = load(args, processes.device)
         taught = taught_task(args.model)
-    if args.captions and all(task.name != "scienceqa" for task in tasks):
-        raise ValueError("--captions is for scienceqa, which is not among what is asked")
     wrong = why_no_letters(args, model, taught)
     askable = [task for task in tasks if task.name != "scienceqa" or not wrong]
     if askable != tasks and (args.benchmarks or not askable):

@@ -31,6 +31,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -435,8 +436,9 @@ def export_memvp(file, folder, llm, vit, llm_tokenizer=None):
     """What MemVP's authors saved -> a run of ours, which has learnt ScienceQA. -> bytes of its weights"""
     check_new(folder)
     named = read_memvp(file)
-    tokenizer, _ = transfer.find_tokenizer(llm, llm_tokenizer)
+    tokenizer, tok = transfer.find_tokenizer(llm, llm_tokenizer)
     place = dataclasses.replace(hub.resolve(llm, "target"), tokenizer=tokenizer)
+    transfer.check_vocabulary(tok, language_models.empty_llm(place.llm), place)
     sees = hub.resolve(vit, "vpg")
     args = argparse.Namespace(
         memvp="scienceqa", llm=llm, llm_tokenizer=llm_tokenizer, vit=vit, prompts="memory",
@@ -570,7 +572,8 @@ def make_parser():
     theirs.add_argument("--llm-tokenizer", metavar="NAME",
                         help="where its tokenizer is, if not with it (llama-7b for Vicuna)")
     theirs.add_argument("--vit", metavar="NAME",
-                        help="a BLIP-2 checkpoint that has its ViT, where the file has none (opt-2.7b)")
+                        help="a BLIP-2 checkpoint that has its ViT, where the file has none (opt-2.7b); of "
+                             "MemVP CLIP (openai/clip-vit-large-patch14)")
     theirs.add_argument("--projector", metavar="FILE",
                         help="with --from-lavis: another file of theirs, whose projector counts")
     return parser
@@ -581,12 +584,15 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if args.from_lavis and args.llm is None:
         parser.error("--from-lavis needs --llm, the language model that the file belongs to")
-    if args.from_memvp and (args.from_lavis or args.projector or not (args.llm and args.vit)):
-        parser.error("--from-memvp needs --llm and --vit, and stands without --from-lavis and --projector")
+    if args.from_memvp and not (args.llm and args.vit):
+        parser.error("--from-memvp needs --llm and --vit")
+    if args.from_memvp and (args.from_lavis or args.projector or args.precision != "bf16"):
+        parser.error("--from-memvp stands without --from-lavis, --projector and --precision: what was "
+                     "trained stays float32")
     names = args.llm or args.llm_tokenizer or args.vit or args.projector
     if names and not (args.from_lavis or args.from_memvp):
-        parser.error("--llm, --llm-tokenizer, --vit and --projector are for --from-lavis; a run names its "
-                     "own")
+        parser.error("--llm, --llm-tokenizer, --vit and --projector are for --from-lavis and --from-memvp; a "
+                     "run names its own")
     return args
 
 
@@ -597,7 +603,7 @@ def main(argv=None):
         if args.from_memvp:
             size = export_memvp(args.run, args.folder, args.llm, args.vit, args.llm_tokenizer)
             print(f"{args.folder}: {size / 1e6:.0f} MB of weights. Try: python evaluate.py --model "
-                  f"{args.folder} scienceqa=datasets/scienceqa")
+                  f"{shlex.quote(str(args.folder))} scienceqa=datasets/scienceqa")
             return
         if args.from_lavis:
             size = export_lavis(args.run, args.folder, args.llm, args.vit, args.projector, args.precision,

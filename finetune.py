@@ -557,7 +557,7 @@ def add_length(parser):
                              "32, VQAv2 300, GQA 500, COCO 250)")
     length.add_argument("--steps", type=int,
                         help="optimizer steps (default: instructions 160, or 10 epochs if that is less; "
-                             "MemVP 20 epochs, of COCO's captions)")
+                             "MemVP 20 epochs; COCO 100 of its images, 20 of its captions)")
     length.add_argument("--lr", type=float,
                         help="peak rate (default: instructions 1e-5; ScienceQA 1.125e-3, the others 3e-4, in "
                              "proportion to --batch-size)")
@@ -613,7 +613,7 @@ def check_memvp(parser, args):
         parser.error(f"--memvp {args.task}: the tasks are {', '.join(TASKS)}")
     if args.features == "queries":
         for name in ("vit_layers", "adapters", "normalise"):
-            if getattr(args, name) != parser.get_default(name):
+            if getattr(args, name) not in (0, parser.get_default(name)):
                 parser.error(f"{train.option(name)} is for --features patches: a Q-Former reads what it was "
                              "trained on")
     if args.cache and args.shard:

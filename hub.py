@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
 BLIP2 = ("opt-2.7b", "opt-6.7b", "flan-t5-xl", "flan-t5-xxl")
 OPT = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
@@ -116,8 +116,8 @@ def resolve(name, role):
             llm = resolve(run["llm"]["name"], "target").llm
             vit = folder if role == "target" else resolve(run["vit"]["name"], "vpg").vit
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder / 'config.json'} names what is not there: {error}. Put it "
-                                    "back, or change its name in that file") from error
+            raise FileNotFoundError(f"{folder / 'config.json'} names what is not there: {error}. What has "
+                                    "moved is put back, or named anew in that file") from error
         return Place(name, folder, vit, llm, tokenizer)
     names = TARGETS if role in ("target", "tokenizer") else SOURCES
     if folder.is_file():
@@ -130,7 +130,7 @@ def resolve(name, role):
                                 f"{', '.join(names)}; a Hub id reads owner/name")
     try:
         folder = fetch(repository, ROLES[role])
-    except (FileNotFoundError, ValueError) as error:  # the second: it cannot be a Hub id
+    except (FileNotFoundError, HFValidationError) as error:  # the second: it cannot be a Hub id
         if name in names:
             raise
         raise FileNotFoundError(f"{name}: there is no such folder. As a Hub id: {error}") from error

@@ -598,6 +598,8 @@ def read_references(source):
         image = image_of(row)
         captions = row.get("caption") or []
         captions = captions if isinstance(captions, list) else [captions]
+        if not all(isinstance(caption, str) for caption in captions):
+            raise Unusable("a caption that is no text")
         id = row.get("img_id", coco_number(image))
         if (image, id) in found:
             found[image, id]["answers"] += captions
@@ -720,12 +722,16 @@ def gqa_of(id, row):
     yield f"{row['imageId']}.jpg", item
 
 
+UNASKED = ("image", "lecture", "solution")  # of ScienceQA's questions
+
+
 def read_scienceqa(source):
     """problems.json, of the split test or another (FILE#train; pid_splits.json beside it has the
     small ones), and captions.json, where it lies beside.
 
     "choices" and "answer", the number of the right one, which "answers" holds as a text; hint,
-    caption, lecture, solution, subject, grade, topic and the like as they are."""
+    caption, subject, grade, topic and the like as they are, but no lecture and solution, which nobody is
+    asked."""
     def beside(name):
         file = Source(source.path.with_name(name), source.root)
         return file.content if file.path.is_file() and isinstance(file.content, dict) else {}
@@ -734,7 +740,7 @@ def read_scienceqa(source):
         number = row["answer"]
         if not isinstance(number, int) or not 0 <= number < len(row["choices"]):
             raise Unusable("an answer that is none of the choices")
-        item = {"id": id} | {key: value for key, value in row.items() if key != "image"}
+        item = {"id": id} | {key: value for key, value in row.items() if key not in UNASKED}
         item["answers"] = [row["choices"][number]]
         if id in captions:
             item["caption"] = captions[id]
@@ -1333,7 +1339,7 @@ def check_sources(spec, paths):
     if spec.images and (is_shard(paths[0]) or source.is_dir()):
         raise ValueError(f"{source}@{spec.images}: @{spec.images} is for files of annotations; a "
                          "folder or shard holds its images")
-    if len({path.suffix for path in paths}) > 1:
+    if len({path.suffix.lower() for path in paths}) > 1:
         raise ValueError(f"{source}: names files of several kinds, {paths[0].name} and others; "
                          "give each a --data of its own")
     for path in paths:

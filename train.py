@@ -334,8 +334,8 @@ PAPER = {
     "sbu": (["sbu.json", "sbu.jsonl"],
             "SBU captions, downloaded with img2dataset, as a list of {image, caption}"),
     "vg": (["vg_caption.json", "annotations/vg_caption.json", "region_descriptions.json", "vg.jsonl"],
-           "Visual Genome, of homes.cs.washington.edu/~ranjay/visualgenome: LAVIS's vg_caption.json, or "
-           "region_descriptions.json, and the images in VG_100K/ and VG_100K_2/"),
+           "Visual Genome, of homes.cs.washington.edu/~ranjay/visualgenome: LAVIS's vg_caption.json and all "
+           "images in images/; or region_descriptions.json, and the images in VG_100K/ and VG_100K_2/"),
     "laion": (["laion.jsonl", "laion.json"],
               "LAION-COCO, 13M pairs will do, as {image, caption} lines or the .tar shards of "
               "img2dataset"),

@@ -112,7 +112,8 @@ def main(argv=None):
     print_shares(captions, truths, people)
     for baseline in baselines:
         print(compare(run, baseline))
-    print(*search(config), sep="\n")
+    for line in search(config):
+        print(line)
     draw(run / "captions.png", [data.load_image(file) for file in files[:12]], {"people": people} | captions)
     draw_curves(run / "comparison.png", args.runs)
     print(f"\nPictures: {run}/captions.png (held-out images and captions), {run}/comparison.png (the "

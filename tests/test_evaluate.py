@@ -718,6 +718,21 @@ def test_pictures_that_have_replaced_others_are_asked_about_anew(world, benchmar
     assert again == score(world, tmp_path / "whole", f"coco={files}")["coco"]["scores"]
 
 
+def test_a_picture_that_comes_while_answers_are_made_ends_nothing(world, benchmarks, tmp_path, monkeypatch):
+    files = shutil.copytree(benchmarks / "coco", tmp_path / "coco")
+    image = files / "val2014/COCO_val2014_000000000003.jpg"
+    image.rename(tmp_path / "elsewhere.jpg")
+    measure = evaluate.sizes
+
+    def and_then_it_comes(items):
+        found = measure(items)
+        shutil.copy(tmp_path / "elsewhere.jpg", image)
+        return found
+
+    monkeypatch.setattr(evaluate, "sizes", and_then_it_comes)
+    assert score(world, tmp_path, f"coco={files}")["coco"]["items"] == 12
+
+
 def test_a_missing_image_is_named_scored_as_no_answer_and_found_later(world, benchmarks, tmp_path):
     files = shutil.copytree(benchmarks / "coco", tmp_path / "coco")
     image = files / "val2014/COCO_val2014_000000000003.jpg"
@@ -838,6 +853,16 @@ def test_captions_of_an_image_come_together_and_its_whole_name_tells_it_from_oth
     assert [(item["id"], item["answers"]) for item in task.items] == [
         ("cats/001.jpg", ["cat 0", "cat 1"]), ("dogs/001.jpg", ["dog 0", "dog 1"])]
     assert not task.left_out
+
+
+def test_a_caption_that_is_no_text_goes_alone(tmp_path):
+    save_image(tmp_path / "1.jpg")
+    rows = [{"image": "1.jpg", "caption": caption} for caption in ("a", 5, "c")]
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps(rows))
+    task = evaluate.read_task("coco", str(file))
+    assert task.items[0]["answers"] == ["a", "c"]
+    assert task.left_out == {"a caption that is no text": [f"{file}, annotation 2"]}
 
 
 def test_nocaps_is_read_with_its_domains(disk):

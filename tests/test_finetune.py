@@ -1,6 +1,7 @@
 """Facts about finetune.py: how ScienceQA is read and asked, and whole runs on small models."""
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -665,6 +666,19 @@ def test_a_file_of_memvps_authors_that_lacks_something_is_refused(lost, said, me
     with pytest.raises(SystemExit):
         export.main(command)
     assert "needs --llm and --vit" in capsys.readouterr().err
+
+
+def test_the_longest_question_is_that_with_most_words_not_with_the_longest_lecture(tmp_path, tok):
+    words = "how large is the third of the circles "
+    rows = {str(i): dict(question="Which?", choices=["a", "b"], answer=0, hint="", image=None, grade="grade2",
+                         subject="natural science", split="train", lecture=words * 60) for i in range(120)}
+    rows["60"] |= {"hint": words * 20, "lecture": ""}
+    (tmp_path / "problems.json").write_text(json.dumps(rows))
+    items = pairs.read_questions(f"{tmp_path}/problems.json#train")
+    text = functools.partial(finetune.make_text, tok, finetune.TASKS["scienceqa"])
+    questions = finetune.Questions([items], tok, 28, 0, augment=False, text=text)
+    prompt, _ = finetune.question_ids(tok, *finetune.ask_scienceqa(items[60]))
+    assert questions.longest()[0] == len(prompt) > 100
 
 
 def test_on_a_gpu_the_micro_batch_follows_from_its_memory(memvp_world, tmp_path, monkeypatch):
