@@ -36,16 +36,17 @@ def measure(folder, scenes):
 
     -> {"right": share of its claims that are right, "claims": their number, "found": share of the image's
     objects that it claims, "words_right": share of its colours and shapes that are in the image,
-    "captions": the first 24}"""
+    "cider": in papers' points, beside the scenes' own captions, "captions": the first 24}"""
     # Imported here, so that the processes that only start others do without torch.
     import torch
 
+    import evaluate
     import transfer
     from study.captions import caption_all, read_scenes, share_right
     from study.scenes import mentioned
 
     torch.set_num_threads(1)
-    files, _, truths = read_scenes(ROOT / scenes)
+    files, texts, truths = read_scenes(ROOT / scenes)
     captions = caption_all(*transfer.load_model(str(folder)), files)
     right, claims = share_right(captions, truths)
     words = []  # is each colour or shape that is mentioned in the image?
@@ -54,7 +55,9 @@ def measure(folder, scenes):
         words += [word in there for word in mentioned(caption)]
     found = right * claims / sum(map(len, truths))
     words_right = sum(words) / max(1, len(words))
-    return dict(right=right, claims=claims, found=found, words_right=words_right, captions=captions[:24])
+    cider, _ = evaluate.cider(dict(enumerate(captions)), {i: [text] for i, text in enumerate(texts)})
+    return dict(right=right, claims=claims, found=found, words_right=words_right, cider=100 * cider,
+                captions=captions[:24])
 
 
 def machine():

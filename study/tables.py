@@ -13,11 +13,11 @@ from study.experiments import (
     FAMILIES,
     FINE_TUNE_RATES,
     LENGTHS,
+    LONG,
     RATES,
     SEEDS,
     SMALL_RATES,
     SMALL_TARGETS,
-    SMOLLM2_LONG,
     SMOLLM2_LONG_RATES,
     SMOLLM2_RATES,
     SOURCE_STEPS,
@@ -389,14 +389,14 @@ def smollm2_sweep_table(results):
 def smollm2_long_table(results):
     """The baseline's rates in 1,000 steps, on validation images."""
     rows = []
-    steps = range(0, SMOLLM2_LONG + 1, SMOLLM2_LONG // 5)
+    steps = range(0, LONG + 1, LONG // 5)
     for _, rate in SMOLLM2_LONG_RATES["scratch"]:
-        name = sweep_name(f"smollm2-sweep-{SMOLLM2_LONG}", "scratch", ("", rate))
+        name = sweep_name(f"smollm2-sweep-{LONG}", "scratch", ("", rate))
         if name in results.rows:
             shuffled = f"{last_shuffled(results, name):.3f}"
             right = share([results.records[name]["right"]])
             rows.append([rate, *at_steps(results, name, steps), shuffled, right])
-    last = f"{SMOLLM2_LONG:,}, shuffled images"
+    last = f"{LONG:,}, shuffled images"
     return table(["rate", *(f"{step:,}" for step in steps), last, "coloured shapes right"], rows)
 
 
@@ -416,20 +416,25 @@ def small_sweep_table(results):
 
 def small_table(results):
     """The third study's chosen rates on test images."""
+    long = f"scratch-stage1-{LONG}"
+    labels = STARTED_SMOLLM2 | {long: f"{STARTED_SMOLLM2['scratch-stage1']}, {LONG:,} steps"}
     rows = []
     for tgt in SMALL_TARGETS:
-        for start in SMALL_RATES[tgt]:
+        baselines = [f"small-{tgt}-{start}" for start in ("scratch", "scratch-stage1", long)]
+        for start in [*SMALL_RATES[tgt], long]:
             name = f"small-{tgt}-{start}"
             if not results.seeds(name):
                 continue
             loss, right, found, _ = scores(results, name)
-            passed = ["", ""]
-            if not start.startswith("scratch"):
-                baselines = f"small-{tgt}-scratch", f"small-{tgt}-scratch-stage1"
-                passed = [passes(results, name, baseline) for baseline in baselines]
-            rows.append([tgt, STARTED_SMOLLM2[start], loss, right, found, *passed])
-    head = ["target", "start", "test loss", "coloured shapes right", "found",
-            "steps to the best of 300 from a random Q-Former", "of 300 from a pre-trained one"]
+            row = [tgt, labels[start], loss, spread(results.lowest(name)), right, found]
+            if start.startswith("scratch"):
+                row += [""] * len(baselines)
+            else:
+                row += [passes(results, name, baseline) for baseline in baselines]
+            rows.append(row)
+    head = ["target", "start", "test loss", "its lowest", "coloured shapes right", "found",
+            "steps to the best of 300 from a random Q-Former", "of 300 from a pre-trained one",
+            f"of {LONG:,} from a pre-trained one"]
     return table(head, rows)
 
 
@@ -459,16 +464,24 @@ def smollm2_table(results):
         if not results.seeds(name):
             continue
         loss, right, found, _ = scores(results, name)
-        row = [STARTED_SMOLLM2[start], f"{steps:,}", loss, spread(results.lowest(name), 3), right, found]
+        row = [STARTED_SMOLLM2[start], f"{steps:,}", loss, spread(results.lowest(name)), right, found,
+               ciders(results, name)]
         if start.startswith("scratch"):
             row += [""] * len(baselines)
         else:
             row += [passes(results, name, baseline) for baseline in baselines]
         rows.append(row)
-    head = ["start", "steps", "test loss", "its lowest", "coloured shapes right", "found",
+    head = ["start", "steps", "test loss", "its lowest", "coloured shapes right", "found", "CIDEr",
             "steps to the best of 300 from a random Q-Former", "of 300 from a pre-trained one",
             "of 1,000 from a random one", "of 1,000 from a pre-trained one"]
     return table(head, rows)
+
+
+def ciders(results, name):
+    """Of the runs called so; those of before it was counted have none."""
+    records = [results.records[run] for run in results.seeds(name)]
+    counted = [record["cider"] for record in records if "cider" in record]
+    return spread(counted, 1) + few(counted)
 
 
 def passes(results, name, baseline):

@@ -441,7 +441,7 @@ def test_a_card_too_small_names_what_takes_less():
         llm = language_models.LLaMA(dict(model_type="llama", num_hidden_layers=2))
         model = vpgtrans.VisualLLM(vpg, nn.Linear(vpg.dim, llm.dim), llm).to("meta", torch.bfloat16)
     step = estimate.Step(operations=1e12, kept=1e9, logits=1e6)
-    with pytest.raises(ValueError, match=r"need \d+\.\d GB .* --llm-weights int8 or nf4, --shard .* --tgt"):
+    with pytest.raises(ValueError, match=r"need \d+\.\d GB .* int8 or nf4, --shard .* language model"):
         estimate.largest_micro_batch(model, step, 1e9)
     language_models.quantise_blocks(model.llm, "nf4")
     with pytest.raises(ValueError, match=r"use a smaller language model"):
