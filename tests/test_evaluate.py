@@ -1007,6 +1007,18 @@ def test_benchmarks_that_are_not_there_are_named(world, tmp_path, monkeypatch, c
     assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
 
+def test_captions_are_for_scienceqa(world, benchmarks, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        score(world, tmp_path, f"gqa={benchmarks / 'gqa'}", "--captions")
+    assert "--captions is for scienceqa" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_sign_in_its_name_and_images_elsewhere(disk):
+    file = save(disk / "a@b" / "coco_karpathy_test.json", LAVIS_COCO)
+    for spec in (file.parent, file):
+        assert short(evaluate.read_task("coco", f"{spec}@{disk}")) == PETS
+
+
 @pytest.mark.parametrize("options, complaint", [
     ({"limit": 0}, "--limit must be at least 1"), ({"batch_size": 0}, "--batch-size must be at least 1"),
     ({"question_prompt": "What?"}, "must have {} in the question's place")])

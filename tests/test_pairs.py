@@ -264,8 +264,8 @@ def test_shards_are_told_from_folders_whatever_the_letters(tmp_path):
     write_shard(tmp_path / "a.TAR", {"1.png": save_image(tmp_path / "1.png").read_bytes(), "1.txt": b"a cat"})
     pairs = read_pairs(str(tmp_path / "a.TAR"))
     assert list(pairs.captions) == ["a cat"] and data.load_image(pairs.file(0)).size
-    save_image(tmp_path / "named.tar" / "1.png")
-    write(tmp_path / "named.tar" / "1.txt", "a dog")
+    save_image(tmp_path / "named.tar" / "2.png")
+    write(tmp_path / "named.tar" / "2.txt", "a dog")
     pairs = read_pairs(str(tmp_path / "named.tar"))
     assert list(pairs.captions) == ["a dog"] and data.load_image(pairs.file(0)).size
 

@@ -109,6 +109,16 @@ def test_an_image_that_cannot_be_read_is_named_and_counts_as_no_answer(demo, tmp
     assert "coco: 1 scored as no answer" in capsys.readouterr().out
 
 
+def test_what_is_left_out_of_a_benchmark_is_said(demo, tmp_path, capsys):
+    rows = json.loads((demo[1] / "coco/annotations/coco_karpathy_test.json").read_text())
+    listed = [row | {"image": str(demo[1] / "coco" / row["image"])} for row in rows]
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps([*listed, listed[0] | {"caption": 5}]))
+    processes = loop.Processes(0, 1, torch.device("cpu"), "fp32")
+    evaluate.scorer([f"coco={file}"], None, None, 4, processes)
+    assert f"coco: 1 left out: a caption that is no text, such as {file}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("spec, complaint", [
     ("coco=nowhere.json", "nowhere.json"), ("bleu=a.json", "NAME one of"), ("coco", "does not read NAME=")])
 def test_what_cannot_be_scored_is_said_before_the_run_begins(world, tmp_path, refused, spec, complaint):
